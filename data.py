@@ -1,0 +1,808 @@
+"""Data: from a JSON file with media and masks to one batch of tensors.
+
+    data.json --read_samples--> Sample --ReferringDataset--> encoded sample --collate--> batch
+                 (parse, check)        |
+                                       |-- read_frames    the video's sampled frames and the annotated ones, decoded once
+                                       |-- decode_mask    RLE or polygons -> (H, W), then coverage per cell: (gh, gw)
+                                       `-- Processor      chat template, placeholders, token ids, uint8 patches
+
+A *cell* is one visual token of one frame; *coverage* is the share of a cell that lies inside the mask. The model never sees
+a mask at pixel resolution: it averages cells, weighted by coverage (model.py, kernels.py).
+
+Every complaint about the user's data is a DataError that names file, sample and field, what was expected and what was found.
+Nothing is guessed, cut or swapped. Coordinates are (x, y) in pixels in the data file; arrays are (height, width); frame
+indices are 0-based positions in the source video, in order of presentation.
+"""
+
+import json
+import math
+import os
+import re
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from pycocotools import mask as coco_mask
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import cached_file
+
+IGNORE = -100  # the label of a token that is not supervised (torch's cross_entropy skips it)
+REGION_TAG = "<region>"  # what a question writes where an object is meant
+REGION_PAD = "<|region_pad|>"  # the placeholder token that the model replaces by a region's features
+MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
+MAX_MASK_AREA = 1 << 26  # pixels; above it, a "size" is a typing error or an attack, not a mask
+
+
+class DataError(ValueError):
+    """A complaint about the user's data: a reason, and the places (file, sample, field) it was found in, outermost first."""
+
+    def __init__(self, reason, *places):
+        super().__init__(reason, *places)  # all in args, so that it survives pickling between processes
+
+    def __str__(self):
+        return ": ".join((*self.args[1:], self.args[0]))
+
+
+@contextmanager
+def within(*places):
+    """Adds places to the front of every DataError that passes."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(error.args[0], *places, *error.args[1:]) from None
+
+
+def expect(condition, expected, found):
+    """Raises a DataError that says what was expected and what was found (shortened) unless condition holds."""
+    if not condition:
+        text = repr(found)
+        raise DataError(f"expected {expected}, found {text if len(text) <= 80 else text[:77] + '...'}")
+
+
+# ------------------------------------------------------------------------------------------------ samples: parse and check
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One checked entry of a data file.
+
+    turns: (question, answer) pairs; the first question holds the media tag once if there is media; the `<region>` tags of
+    all questions together are as many as the objects, in the same order.
+    objects: per object, frame index -> segmentation (never null). size: the (height, width) that polygons are drawn on, or
+    None for the frame's own. place: what names this sample in an error.
+    """
+
+    place: tuple[str, str]
+    id: object
+    media: str | None
+    turns: list[tuple[str, str]]
+    objects: list[dict[int, object]]
+    size: tuple[int, int] | None
+    type: str
+
+
+def read_samples(paths, media=None):
+    """Data files -> a sequence of Sample, parsed when asked for (structure only; media and masks are read by the dataset).
+
+    paths: one path or several, each a JSON array or JSONL. media: the folder that media paths are relative to (default: each
+    file's own folder). Only byte offsets are kept, so that files of many gigabytes cost little memory.
+    Raises DataError here where a file as a whole cannot be read, and on access where a sample is wrong.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    return Samples([(os.fspath(path), os.fspath(media) if media else os.path.dirname(path)) for path in paths])
+
+
+class Samples:
+    """The sequence that read_samples returns; safe to hand to worker processes: each access opens the file anew."""
+
+    def __init__(self, files):
+        self.files = files
+        spans = [_index_file(path) for path, _ in files]
+        self.spans = np.concatenate(spans)  # (samples, 2): first and last byte + 1
+        self.first = np.cumsum([0] + [len(s) for s in spans])  # the number of each file's first sample
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        number = int(np.searchsorted(self.first, i, side="right")) - 1
+        path, media = self.files[number]
+        start, end = map(int, self.spans[i])
+        with open(path, "rb") as file:
+            file.seek(start)
+            entry = _DECODER.decode(file.read(end - start).decode())
+        position = i - int(self.first[number])
+        name = f"sample {position}"
+        if isinstance(entry, dict) and "id" in entry:
+            name += f" (id {entry['id']!r})"
+        with within(path, name):
+            return parse_sample(entry, (path, name), media, position)
+
+
+def _refuse_constant(name):
+    raise DataError(f"expected numbers that JSON knows, found {name}")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _index_file(path):
+    """(samples, 2) int64: where each element of a JSON array, or each line of a JSONL file, begins and ends, in bytes.
+
+    The whole file is parsed once, element by element, so that a syntax error is reported before training starts.
+    """
+    with within(path):
+        try:
+            with open(path, "rb") as file:
+                text = file.read().decode("utf-8-sig")
+            spans = list(_array_spans(text) if text.lstrip().startswith("[") else _line_spans(text))
+        except OSError as error:
+            raise DataError(f"expected a readable file, found: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at {error.start}") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+        except RecursionError:
+            raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse") from None
+        expect(spans, "at least one sample", text[:40])
+    # Character positions become byte positions by encoding the text between them, each piece once.
+    edges = np.array(spans, dtype=np.int64)
+    if not text.isascii():
+        flat = [0, *edges.flatten().tolist()]
+        edges = np.cumsum([len(text[a:b].encode()) for a, b in zip(flat, flat[1:])]).reshape(-1, 2)
+    with open(path, "rb") as file:
+        return edges + (3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # the byte order mark that utf-8-sig dropped
+
+
+def _array_spans(text):
+    position = _SPACE.match(text, text.index("[") + 1).end()
+    while text[position : position + 1] != "]":
+        _, end = _DECODER.raw_decode(text, position)
+        yield position, end
+        position = _SPACE.match(text, end).end()
+        if text[position : position + 1] == ",":
+            position = _SPACE.match(text, position + 1).end()
+            if text[position : position + 1] == "]":
+                raise json.JSONDecodeError("Expecting a value after ','", text, position)
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+    if _SPACE.match(text, position + 1).end() != len(text):
+        raise json.JSONDecodeError("Extra data after ']'", text, position + 1)
+
+
+def _line_spans(text):
+    for line in re.finditer(r"[^\n]*\S[^\n]*", text):
+        try:
+            _DECODER.decode(line.group())
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(error.msg, text, line.start() + error.pos) from None
+        yield line.span()
+
+
+def parse_sample(entry, place, media, position):
+    """One JSON value -> Sample, or DataError. place: (file, sample name); media: folder; position: the id if it has none."""
+    expect(isinstance(entry, dict), "a JSON object", entry)
+    path = _media_path(entry, media)
+    with within("conversations"):
+        turns = _parse_turns(entry.get("conversations"), has_media=path is not None)
+    objects = _parse_objects(entry)
+    tags = sum(question.count(REGION_TAG) for question, _ in turns)
+    expect(tags == len(objects), f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})", tags)
+    if objects and path is None:
+        raise DataError("expected a video or image for the annotated objects, found neither key")
+    size = None
+    if entry.get("height") is not None or entry.get("width") is not None:
+        size = (entry.get("height"), entry.get("width"))
+        valid = all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in size)
+        expect(valid and size[0] * size[1] <= MAX_MASK_AREA, "height and width: two positive integers", size)
+    kind = entry.get("type", "")
+    expect(isinstance(kind, str), "type: a string", kind)
+    return Sample(place, entry.get("id", position), path, turns, objects, size, kind)
+
+
+def _media_path(entry, media):
+    found = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
+    expect(len(found) <= 1, "a video or an image, not both", found)
+    for key, name in found.items():
+        if isinstance(name, list) and len(name) == 1:  # the later files write ["a.mp4"]
+            name = name[0]
+        expect(isinstance(name, str) and name and "\0" not in name, f"{key}: one path", name)
+        return os.path.join(media, name)
+    return None
+
+
+def _parse_turns(conversations, has_media):
+    expect(isinstance(conversations, list) and conversations, "a list of turns", conversations)
+    turns = []
+    for number, turn in enumerate(conversations):
+        with within(f"turn {number}"):
+            expect(isinstance(turn, dict), "an object with from and value", turn)
+            speaker, value = turn.get("from"), turn.get("value")
+            expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
+            expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
+            turns.append((speaker, value))
+    while turns and turns[0][0] == "gpt":  # an answer to nothing teaches nothing; the media stay
+        turns.pop(0)
+    expect(len(turns) >= 2, "a human turn with its gpt answer (without one there is no supervised token)", conversations)
+    for number, (speaker, value) in enumerate(turns):
+        wanted = ("human", "gpt")[number % 2]
+        expect(speaker == wanted, f"human and gpt in turn, {wanted} as turn {number + len(conversations) - len(turns)}", speaker)
+        if number > 0:
+            expect(not MEDIA_TAG.search(value), "a media tag only in the first human turn", value)
+        if speaker == "gpt":
+            expect(REGION_TAG not in value, f"no {REGION_TAG} in an answer (a model cannot write one)", value)
+    expect(len(turns) % 2 == 0, "a gpt answer to the last human turn", turns[-1])
+    first = turns[0][1]
+    tags = len(MEDIA_TAG.findall(first))
+    expect(tags <= 1, "one media tag", first)
+    expect(has_media or not tags, "a video or image key for the media tag", first)
+    if has_media and not tags:
+        turns[0] = ("human", "<video>\n" + first)
+    return [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+
+
+def _parse_objects(entry):
+    """The objects' masks under either key: `annotation` {"36": {"segmentation": SEG}} or the later `masks` {"36": SEG}."""
+    keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
+    expect(len(keys) <= 1, "annotation or masks, not both", keys)
+    if not keys:
+        return []
+    with within(keys[0]):
+        listed = entry[keys[0]]
+        expect(isinstance(listed, list), "a list with one entry an object", listed)
+        objects = []
+        for number, frames in enumerate(listed):
+            with within(f"object {number}"):
+                if keys[0] == "masks" and (isinstance(frames, list) or isinstance(frames, dict) and "counts" in frames):
+                    frames = {"0": frames}  # an image: the segmentation itself
+                expect(isinstance(frames, dict), "frame index -> mask", frames)
+                objects.append(_parse_frames(frames, wrapped=keys[0] == "annotation"))
+    return objects
+
+
+def _parse_frames(frames, wrapped):
+    parsed = {}
+    for key, mask in frames.items():
+        with within(f"frame {key!r}"):
+            expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
+            expect(int(key) not in parsed, "each frame once", key)
+            if wrapped and mask is not None:
+                expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
+                mask = mask.get("segmentation")
+            if mask is not None:  # null or absent: the object is hidden on this frame
+                parsed[int(key)] = mask
+    expect(parsed, "a mask on at least one frame", sorted(frames))
+    return parsed
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+def check_segmentation(segmentation):
+    """Raises DataError unless segmentation is COCO RLE, compressed or not, or one or more polygons.
+
+    pycocotools decodes an RLE whose runs fall short of h*w into stale memory, without an error, and hangs on a polygon with
+    NaN or 1e30, so everything is checked before it is called.
+    """
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        valid = isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)
+        expect(valid and size[0] * size[1] <= MAX_MASK_AREA, f"size: [height, width] of at most {MAX_MASK_AREA} pixels", size)
+        expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
+        runs = _rle_runs(counts) if isinstance(counts, str) else counts
+        expect(all(type(run) is int and run >= 0 for run in runs), "counts: run lengths, whole numbers from 0", counts)
+        total = size[0] * size[1]
+        expect(sum(runs) == total, f"run lengths that sum to {size[0]} * {size[1]} = {total}", sum(runs))
+        return
+    expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
+    for polygon in _polygons(segmentation):
+        expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
+        expect(len(polygon) >= 6 and len(polygon) % 2 == 0, "at least 3 points, an even count of numbers", polygon)
+        numbers = all(type(x) in (int, float) for x in polygon)
+        expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)  # NaN fails as well
+
+
+def _polygons(segmentation):
+    return [segmentation] if isinstance(segmentation[0], (int, float)) else segmentation
+
+
+def _rle_runs(counts):
+    """The run lengths inside a compressed RLE string (COCO's rleFrString).
+
+    A number is little-endian groups of 5 bits, one character each (offset 48; 0x20: more follow; 0x10 in the last: negative);
+    from the fourth run on it is the difference to the run two before.
+    """
+    runs, value, shift = [], 0, 0
+    for char in counts:
+        bits = ord(char) - 48
+        expect(0 <= bits < 64 and shift < 40, "counts: a compressed RLE string", counts)
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            if bits & 0x10:
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value, shift = 0, 0
+    expect(shift == 0, "counts: a compressed RLE string that ends with a whole number", counts)
+    return runs
+
+
+def decode_mask(segmentation, height, width):
+    """COCO RLE (compressed or a list of runs), or one or more polygons -> uint8 (H, W) of 0 and 1.
+
+    height, width: the frame, in pixels. Polygons are drawn on it. RLE carries its own size, which may be another resolution
+    of the same shape; the mask comes back at that size. Raises DataError for malformed or differently shaped masks.
+    """
+    check_segmentation(segmentation)
+    if isinstance(segmentation, dict):
+        h, w = segmentation["size"]
+        _same_shape((h, w), (height, width), "mask")
+        rle = segmentation
+        if isinstance(segmentation["counts"], list):
+            rle = coco_mask.frPyObjects(segmentation, h, w)
+        return coco_mask.decode(rle)
+    polygons = _polygons(segmentation)
+    inside = all(-width <= x <= 2 * width for p in polygons for x in p[0::2]) and all(
+        -height <= y <= 2 * height for p in polygons for y in p[1::2]
+    )
+    expect(inside, f"polygon points (x, y) near the {width}x{height} frame", segmentation)
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+
+
+def _same_shape(size, frame, what):
+    """Two (height, width) of one aspect ratio, up to rounding by a pixel of the smaller picture."""
+    (h, w), (frame_h, frame_w) = size, frame
+    same = abs(w * frame_h - h * frame_w) <= max(frame_h, frame_w)
+    expect(same, f"a {what} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
+
+
+def coverage(mask, gh, gw):
+    """uint8 (H, W) of 0 and 1 -> float32 (gh, gw): the share of each cell that lies inside the mask, in [0, 1].
+
+    Exact for every H, W, gh, gw: cell borders that cut through a pixel take their share of it. It does not depend on the
+    mask's resolution, and an object of one pixel still has a coverage above 0.
+    """
+    height, width = mask.shape
+    cells = _integrate(_integrate(mask, gh).T, gw).T
+    return np.clip(cells * (gh * gw / (height * width)), 0, 1).astype(np.float32)
+
+
+def _integrate(rows, cells):
+    """(L, M) -> float64 (cells, M): the integral over each of `cells` equal stretches of axis 0."""
+    length = len(rows)
+    below = np.zeros((length + 1, rows.shape[1]), dtype=np.uint32 if rows.dtype == np.uint8 else np.float64)
+    np.cumsum(rows, axis=0, out=below[1:])
+    edges = np.arange(cells + 1) * length / cells
+    whole = np.minimum(edges.astype(int), length - 1)
+    return np.diff(below[whole] + (edges - whole)[:, None] * rows[whole], axis=0)
+
+
+def mask_box(mask):
+    """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture in [0, 1]."""
+    height, width = mask.shape
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, right, top, bottom = xs[0] / width, (xs[-1] + 1) / width, ys[0] / height, (ys[-1] + 1) / height
+    return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+
+
+#@@FRAMES-BEGIN
+
+from dataclasses import dataclass as _dc
+import av
+@_dc(frozen=True)
+class MediaInfo:
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    is_image: bool
+def media_info(path):
+    if path.endswith((".jpg",".png")):
+        im=Image.open(path); return MediaInfo(1,1.0,im.height,im.width,True)
+    with av.open(path) as c:
+        st=c.streams.video[0]; n=sum(1 for p in c.demux(st) if p.size)
+        return MediaInfo(n,float(st.average_rate),st.height,st.width,False)
+def read_frames(path, indices):
+    if path.endswith((".jpg",".png")):
+        return np.stack([np.asarray(Image.open(path).convert("RGB"))]*len(indices))
+    out={}; want=set(indices)
+    with av.open(path) as c:
+        c.streams.video[0].thread_count=1
+        for i,f in enumerate(c.decode(video=0)):
+            if i in want: out[i]=f.to_ndarray(format="rgb24")
+            if i>=max(want): break
+    return np.stack([out[i] for i in indices])
+#@@FRAMES-END
+
+
+# ------------------------------------------------------------------------------------------------ pixels, text, tokens
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How media become tokens. Saved beside a trained model, so that eval.py sees what training saw."""
+
+    num_frames: int = 8  # frames sampled evenly from a video
+    frame_pixels: int = 96 * 96  # at most so many pixels in each of them, after resizing
+    region_pixels: int = 96 * 96  # the same for stills: images, and the annotated frames that regions are pooled from
+    region_frames: int = 8  # annotated frames used of one object, evenly spread
+    region_tokens: int = 4  # tokens that one object becomes, at most (the paper's u)
+    max_length: int = 4096  # tokens of a sample; a longer one is an error, never cut
+
+
+# What the backbone families do differently in the prompt. Everything else is read from the checkpoint's own files.
+# timestamps: each pair of frames is announced as "<1.5 seconds>" (Qwen3-VL), or time goes into the position ids (Qwen2.5-VL).
+FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False}}
+
+
+class Processor:
+    """What turns a conversation and frames into a checkpoint's token ids and patches: tokenizer, template, patch geometry.
+
+    It stands in for transformers' AutoProcessor, whose video half needs torchvision, and is tested to give the same result.
+    """
+
+    def __init__(self, tokenizer, image_processor, config, settings):
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"expected a backbone of one of the families {sorted(FAMILIES)}, found {config.model_type!r}")
+        self.tokenizer, self.image_processor, self.settings = tokenizer, image_processor, settings
+        self.timestamps = FAMILIES[config.model_type]["timestamps"]
+        self.patch_size = config.vision_config.patch_size
+        self.temporal_patch_size = config.vision_config.temporal_patch_size
+        self.merge_size = config.vision_config.spatial_merge_size
+        self.min_pixels = image_processor.size["shortest_edge"]
+        self.max_pixels = image_processor.size["longest_edge"]
+        self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokenizer.convert_ids_to_tokens(
+            [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+        )
+        tokenizer.add_tokens([REGION_PAD], special_tokens=True)  # does nothing where it is known already
+        self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_PAD)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = re.compile("|".join(map(re.escape, special)))
+
+    @classmethod
+    def from_pretrained(cls, path, settings):
+        """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template:  # where older checkpoints keep their processor's template, which knows images and videos
+            with open(template) as file:
+                tokenizer.chat_template = json.load(file)["chat_template"]
+        return cls(tokenizer, AutoImageProcessor.from_pretrained(path), AutoConfig.from_pretrained(path), settings)
+
+    def save_pretrained(self, folder):
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def still_size(self, height, width):
+        """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
+        limit = min(self.max_pixels, self.settings.region_pixels)
+        return self._smart_resize(height, width, min(self.min_pixels, limit), limit)
+
+    def frame_size(self, height, width):
+        """The (height, width) that a video's sampled frames are resized to."""
+        return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
+
+    @property
+    def factor(self):
+        """Pixels along the side of a cell."""
+        return self.patch_size * self.merge_size
+
+    def _smart_resize(self, height, width, min_pixels, max_pixels):
+        expect(max(height, width) <= 200 * min(height, width), "a picture at most 200 times as long as wide", (height, width))
+        return smart_resize(height, width, self.factor, min_pixels, max_pixels)
+
+    def still_patches(self, picture):
+        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch); the model repeats it along the temporal patch."""
+        sides = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
+        return rearrange(picture, "(gh m ph) (gw n pw) c -> (gh gw m n) (c ph pw)", **sides)
+
+    def video_patches(self, frames):
+        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch); an odd last frame is paired with itself."""
+        missing = -len(frames) % self.temporal_patch_size
+        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+        sides = dict(a=self.temporal_patch_size, m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
+        return rearrange(frames, "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)", **sides)
+
+    def image_prompt(self, cells):
+        """The text that stands for an image of so many cells."""
+        return self.image_pad * cells
+
+    def video_prompt(self, indices, fps, cells):
+        """The text that stands for a video: indices are the sampled frames, cells the visual tokens of one pair of frames."""
+        indices = list(indices) + [indices[-1]] * (-len(indices) % self.temporal_patch_size)
+        pairs = range(0, len(indices), self.temporal_patch_size)
+        if not self.timestamps:
+            return self.video_pad * (cells * len(pairs))
+        times = [(indices[i] + indices[i + self.temporal_patch_size - 1]) / 2 / fps for i in pairs]
+        return "".join(f"<{t:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}" for t in times)
+
+    def encode(self, turns, media, media_prompt, region_tokens, for_generation=False):
+        """A conversation -> (input_ids, labels): int64 arrays (L,); labels are IGNORE but for answers and their end token.
+
+        media: "image", "video" or None. media_prompt: what its placeholder becomes. region_tokens: per `<region>` tag, how many
+        placeholder tokens it becomes. for_generation: stop where the last answer would begin.
+        """
+        for text in (text for turn in turns for text in turn):
+            found = self.control_tokens.search(text)
+            expect(not found, "text without the tokenizer's control tokens", found and found.group())
+        messages = []
+        for question, answer in turns:
+            messages.append({"role": "user", "content": self._content(question, media)})
+            messages.append({"role": "assistant", "content": answer})
+        counts = iter(region_tokens)
+        pad = self.image_pad if media == "image" else self.video_pad
+        ids, labels, done = [], [], ""
+        for last in range(1, len(messages), 2):
+            prompt = self.tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
+            whole = self.tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
+            if not (prompt.startswith(done) and whole.startswith(prompt)):
+                raise ValueError("expected a chat template that only ever appends, found one that rewrites earlier turns")
+            text = prompt[len(done) :].replace(pad, media_prompt, 1) if media and last == 1 else prompt[len(done) :]
+            text = re.sub(REGION_TAG, lambda _: REGION_PAD * next(counts), text)
+            new = self.tokenizer.encode(text, add_special_tokens=False)
+            ids += new
+            labels += [IGNORE] * len(new)
+            if for_generation and last + 1 == len(messages):
+                break
+            new = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+            end = len(new) - new[::-1].index(self.tokenizer.eos_token_id)  # what follows the end of turn is not the answer
+            ids += new
+            labels += new[:end] + [IGNORE] * (len(new) - end)
+            done = whole
+        limit = self.settings.max_length
+        visual = sum(ids.count(self.tokenizer.convert_tokens_to_ids(t)) for t in (self.image_pad, self.video_pad))
+        if len(ids) > limit:
+            raise DataError(f"expected at most --max-length {limit} tokens, found {len(ids)} ({visual} of them visual)")
+        return np.array(ids), np.array(labels)
+
+    def _content(self, question, media):
+        """A question -> the parts of a chat message; the media tag, with the line break beside it, becomes a part."""
+        content = []
+        for number, text in enumerate(MEDIA_TAG.split(question)):
+            content += [{"type": media}] * (number > 0) + [{"type": "text", "text": text}] * (text != "")
+        return content
+
+
+# ------------------------------------------------------------------------------------------------ data set and batches
+
+
+def region_token_count(num_frames, limit):
+    """How many tokens an object with so many usable frames becomes: the one rule for placeholders and features alike."""
+    return min(num_frames, limit)
+
+
+class ReferringDataset(torch.utils.data.Dataset):
+    """Samples as encoded conversations with their patches and regions. Keys are (epoch, number) pairs.
+
+    dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks. A sample that cannot
+    be used comes back as its DataError, not raised, because an exception would end the worker: the caller decides.
+    control: "none"; "full" replaces every mask by the whole frame; "shuffle" by the masks of another sample's object.
+    """
+
+    def __init__(self, samples, processor, single_frame=0.0, seed=0, control="none", cache_bytes=64 << 20):
+        self.samples, self.processor, self.settings = samples, processor, processor.settings
+        self.single_frame, self.seed, self.control = single_frame, seed, control
+        self.cache = FrameCache(cache_bytes)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        try:
+            sample = self.samples[number]
+            rng = np.random.default_rng((self.seed, epoch, number))
+            with within(*sample.place):
+                return self.encode(sample, rng)
+        except DataError as error:
+            return error
+
+    def question(self, number, turn):
+        """What a model is asked in one turn of a sample: the conversation up to there, its answer left out (eval.py)."""
+        sample = self.samples[number]
+        turns = sample.turns[: turn + 1]
+        objects = sample.objects[: sum(question.count(REGION_TAG) for question, _ in turns)]
+        with within(*sample.place):
+            return self.encode(replace(sample, turns=turns, objects=objects), np.random.default_rng((self.seed, number)), True)
+
+    def encode(self, sample, rng, for_generation=False):
+        """Sample -> dict of arrays, those that collate joins."""
+        info = kind = prompt = None
+        if sample.media is not None:
+            info = self._info(sample)
+            kind = "image" if info.is_image else "video"
+        objects = [self._masks(sample, number, info, rng) for number in range(len(sample.objects))]
+        encoded = {"id": sample.id, "type": sample.type, "kind": kind, **_NO_MEDIA}
+        if kind is not None:
+            prompt = self._add_media(encoded, sample, info, sorted({frame for masks in objects for frame in masks}))
+        frames = [(number, frame) for number, masks in enumerate(objects) for frame in sorted(masks)]
+        grid = [side // self.processor.merge_size for side in encoded["still_grid"]]
+        tokens = [region_token_count(len(masks), self.settings.region_tokens) for masks in objects]
+        input_ids, labels = self.processor.encode(sample.turns, kind, prompt, tokens, for_generation)
+        return encoded | {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": np.ones_like(input_ids),
+            "coverage": [coverage(objects[number][frame], *grid).ravel() for number, frame in frames],
+            "where": [(*mask_box(objects[number][frame]), frame / max(info.num_frames - 1, 1)) for number, frame in frames],
+            "region_still": [encoded["still_frames"].index(frame) for _, frame in frames],
+            "object_frames": [len(masks) for masks in objects],
+            "region_tokens": tokens,
+        }
+
+    def _info(self, sample):
+        info = self.cache.get(sample.media) or self.cache.put(sample.media, media_info(sample.media))
+        if sample.size is not None:
+            _same_shape(sample.size, (info.height, info.width), "height and width")
+        return info
+
+    def _add_media(self, encoded, sample, info, annotated):
+        """Adds patches and their grids to `encoded` and returns the text that stands for the media in the prompt."""
+        processor = self.processor
+        size, patch, pair = (info.height, info.width), processor.patch_size, processor.temporal_patch_size
+        stills, sampled = annotated, []
+        if info.is_image:
+            stills = [0]  # the image itself is the one still, with or without regions
+        else:
+            count = min(self.settings.num_frames, info.num_frames)
+            sampled = np.linspace(0, info.num_frames - 1, count).round().astype(int).tolist()
+        still_size, frame_size = processor.still_size(*size), processor.frame_size(*size)
+        wanted = [(frame, still_size) for frame in stills] + [(frame, frame_size) for frame in sampled]
+        pictures = self._pictures(sample.media, wanted)
+        encoded["still_frames"] = stills
+        encoded["still_patches"] = [processor.still_patches(picture) for picture in pictures[: len(stills)]]
+        encoded["still_grid"] = tuple(side // patch for side in still_size)
+        if info.is_image:
+            return processor.image_prompt(math.prod(encoded["still_grid"]) // processor.merge_size**2)
+        encoded["video_patches"] = processor.video_patches(np.stack(pictures[len(stills) :]))
+        encoded["video_grid"] = (math.ceil(len(sampled) / pair), frame_size[0] // patch, frame_size[1] // patch)
+        # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
+        encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
+        cells = math.prod(encoded["video_grid"][1:]) // processor.merge_size**2
+        return processor.video_prompt(sampled, info.fps, cells)
+
+    def _masks(self, sample, number, info, rng):
+        """The masks used of one object: {frame: uint8 (H, W)}, none empty, at most region_frames, evenly spread in time."""
+        height, width = sample.size or (info.height, info.width)
+        segmentations = sample.objects[number]
+
+        def decode(frames):
+            masks = {}
+            for frame in frames:
+                with within(f"object {number}", f"frame {frame}"):
+                    expect(frame < info.num_frames, f"a frame index below {info.num_frames}, the frames there are", frame)
+                    masks[frame] = decode_mask(segmentations[frame], height, width)
+            return masks
+
+        def choose(frames):
+            if rng.random() < self.single_frame:  # the paper trains on a mix of single-frame and multi-frame regions
+                return [frames[rng.integers(len(frames))]]
+            count = min(len(frames), self.settings.region_frames)
+            return [frames[i] for i in np.linspace(0, len(frames) - 1, count).round().astype(int)]
+
+        masks = decode(choose(sorted(segmentations)))
+        if not all(mask.any() for mask in masks.values()):  # an empty mask: hidden there; choose among the frames that are left
+            usable = {frame: mask for frame, mask in decode(sorted(segmentations)).items() if mask.any()}
+            with within(f"object {number}"):
+                expect(usable, "a mask that is not empty on at least one frame", sorted(segmentations))
+            masks = {frame: usable[frame] for frame in choose(sorted(usable))}
+        if self.control == "full":
+            return {frame: np.ones((1, 1), dtype=np.uint8) for frame in masks}
+        if self.control == "shuffle":
+            others = self._other_masks(sample, rng)
+            return {frame: others[i % len(others)] for i, frame in enumerate(sorted(masks))}
+        return masks
+
+    def _other_masks(self, sample, rng):
+        """The masks of a random object of a random sample on other media, in order of time (for the control "shuffle")."""
+        for number in rng.permutation(len(self.samples)).tolist():
+            other = self.samples[number]
+            if other.objects and other.media != sample.media:
+                plain = ReferringDataset(self.samples, self.processor)
+                plain.cache = self.cache
+                masks = plain._masks(other, int(rng.integers(len(other.objects))), self._info(other), rng)
+                return [masks[frame] for frame in sorted(masks)]
+        raise DataError("expected a sample with regions on other media to take masks from, found none")
+
+    def _pictures(self, path, wanted):
+        """[(frame, (height, width))] -> list of uint8 (height, width, 3); what the cache lacks is decoded in one pass."""
+        pictures = {key: self.cache.get((path, key)) for key in wanted}
+        missing = [key for key, picture in pictures.items() if picture is None]
+        indices = sorted({frame for frame, _ in missing})
+        frames = dict(zip(indices, read_frames(path, indices))) if indices else {}
+        for frame, (height, width) in missing:
+            picture = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
+            pictures[frame, (height, width)] = self.cache.put((path, (frame, (height, width))), np.asarray(picture))
+        return [pictures[key] for key in wanted]
+
+
+_NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+
+
+class FrameCache:
+    """The most recently used resized frames of one worker, so that a small data set is decoded once and not every epoch."""
+
+    def __init__(self, limit):
+        self.limit, self.used, self.entries = limit, 0, OrderedDict()  # bytes, bytes, key -> value
+
+    def get(self, key):
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        return self.entries.get(key)
+
+    def put(self, key, value):
+        """Keeps value (an array, or something small), dropping the least recently used; returns it."""
+        self.entries[key] = value
+        self.used += self._size(value)
+        while self.used > self.limit:
+            self.used -= self._size(self.entries.popitem(last=False)[1])
+        return value
+
+    @staticmethod
+    def _size(value):
+        return getattr(value, "nbytes", 0) + 200  # about what a key and a small value weigh
+
+
+def collate(samples, pad_token_id, pad_left=False):
+    """Encoded samples -> one batch (dict). B samples, L tokens, S stills, R region frames, O objects, M cells of all regions.
+
+    input_ids, attention_mask, labels: int64 (B, L), padded on the right (left for generation).
+    still_patches: uint8 (P, 3 * patch * patch), still_grid_thw: int64 (S, 3) in patches: the images that stand in prompts
+    (prompt_images of them) first, then the annotated frames. video_patches: uint8 (Q, 3 * temporal * patch * patch),
+    video_grid_thw: int64 (V, 3), seconds_per_pair: float32 (V,).
+    coverage: float32 (M,), the grids of all region frames one after another; coverage_start: int64 (R + 1,), where each begins;
+    region_still: int64 (R,), its still; where: float32 (R, 5), (cx, cy, w, h, t) of its mask in [0, 1]; region frames are
+    ordered by object, then time. object_frames, region_tokens: int64 (O,), region frames and placeholder tokens per object.
+    ids, types: lists. Media that no sample of the batch has give tensors of length 0.
+    """
+    length = max(len(s["input_ids"]) for s in samples)
+
+    def pad(name, value):
+        rows = np.full((len(samples), length), value)
+        for row, s in zip(rows, samples):
+            size = len(s[name])
+            row[length - size if pad_left else 0 :][:size] = s[name]
+        return torch.from_numpy(rows)
+
+    first_still, prompt_images, stills, grids = {}, 0, [], []
+    for b in sorted(range(len(samples)), key=lambda b: samples[b]["kind"] != "image"):  # stable: prompt images come first
+        first_still[b] = len(stills)
+        prompt_images += samples[b]["kind"] == "image"
+        stills += samples[b]["still_patches"]
+        grids += [(1, *samples[b]["still_grid"])] * len(samples[b]["still_patches"])
+    videos = [s for s in samples if s["video_patches"] is not None]
+    weights = [grid for s in samples for grid in s["coverage"]]
+
+    def join(arrays, dtype):
+        return torch.from_numpy(np.concatenate([np.zeros((0, *arrays[0].shape[1:]) if arrays else 0, dtype=dtype), *arrays]))
+
+    def table(rows, dtype, *width):
+        return torch.tensor(rows, dtype=dtype).view(-1, *width)
+
+    return {
+        "ids": [s["id"] for s in samples],
+        "types": [s["type"] for s in samples],
+        "input_ids": pad("input_ids", pad_token_id),
+        "labels": pad("labels", IGNORE),
+        "attention_mask": pad("attention_mask", 0),
+        "still_patches": join(stills, np.uint8),
+        "still_grid_thw": table(grids, torch.long, 3),
+        "prompt_images": prompt_images,
+        "video_patches": join([s["video_patches"] for s in videos], np.uint8),
+        "video_grid_thw": table([s["video_grid"] for s in videos], torch.long, 3),
+        "seconds_per_pair": table([s["seconds_per_pair"] for s in videos], torch.float32),
+        "coverage": join(weights, np.float32),
+        "coverage_start": torch.tensor(np.cumsum([0] + [len(w) for w in weights])),
+        "region_still": table([first_still[b] + i for b, s in enumerate(samples) for i in s["region_still"]], torch.long),
+        "where": table([w for s in samples for w in s["where"]], torch.float32, 5),
+        "object_frames": table([n for s in samples for n in s["object_frames"]], torch.long),
+        "region_tokens": table([n for s in samples for n in s["region_tokens"]], torch.long),
+    }
