@@ -18,14 +18,19 @@ import json
 import math
 import os
 import re
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -393,34 +398,254 @@ def mask_box(mask):
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
 
-#@@FRAMES-BEGIN
+# ------------------------------------------------------------------------------------------------ media: frames of the source
 
-from dataclasses import dataclass as _dc
-import av
-@_dc(frozen=True)
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+# Demuxers that may open a file. FFmpeg has more: one draws a .txt as a film of its letters, playlists fetch URLs.
+VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
+# The codecs where a packet is one shown frame and a keyframe starts anew. Not VP8: its hidden frames are packets too.
+INDEXED_CODECS = {"h264", "hevc", "vp9", "av1"}
+UNKNOWN_FPS = 24.0   # a folder of images has no clock; 24 is what Qwen3-VL's processor assumes for frames without one
+REORDER = 16         # the most frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
+
+
+@dataclass(frozen=True)
 class MediaInfo:
     num_frames: int
-    fps: float
-    height: int
+    fps: float          # frames a second, averaged over the file
+    height: int         # pixels, as displayed: a phone's portrait video is higher than wide
     width: int
     is_image: bool
+
+
 def media_info(path):
-    if path.endswith((".jpg",".png")):
-        im=Image.open(path); return MediaInfo(1,1.0,im.height,im.width,True)
-    with av.open(path) as c:
-        st=c.streams.video[0]; n=sum(1 for p in c.demux(st) if p.size)
-        return MediaInfo(n,float(st.average_rate),st.height,st.width,False)
+    """-> MediaInfo. Decodes one picture at most where packets tell the frames apart (see read_frames), else all of them."""
+    return read_media(path, lambda info: [])[0]
+
+
 def read_frames(path, indices):
-    if path.endswith((".jpg",".png")):
-        return np.stack([np.asarray(Image.open(path).convert("RGB"))]*len(indices))
-    out={}; want=set(indices)
-    with av.open(path) as c:
-        c.streams.video[0].thread_count=1
-        for i,f in enumerate(c.decode(video=0)):
-            if i in want: out[i]=f.to_ndarray(format="rgb24")
-            if i>=max(want): break
-    return np.stack([out[i] for i in indices])
-#@@FRAMES-END
+    """-> uint8 (len(indices), H, W, 3) RGB: the frames with these 0-based numbers, in the order asked, repeats allowed.
+
+    Frame k is the k-th shown, in any video, GIF, folder of images or image; H and W are as displayed. Never another frame
+    than the one asked for: DataError if it can't be had. Nothing stays open, so any forked or spawned worker may call it.
+
+    Videos are read with PyAV. decord 0.6.0 returns wrong frames in silence: after a seek, in open-GOP H.264/HEVC and MPEG-4
+    AVI; even forward from 0, in MPEG-TS (first GOP lost) and past an edit list (last frame repeated). It refuses AV1, hangs
+    in workers forked after it was used, and forward it pays for every frame. PyAV can be exact, at the same speed.
+    A frame is known by its pts (presentation time): packets are listed without decoding, and decoding starts at the last
+    keyframe with a pts at or before the wanted one. So frames shown before a keyframe but stored after it, which decord gets
+    wrong, start from the keyframe before. Where packets have no reliable pts, frames are decoded from 0 and counted.
+    """
+    return read_media(path, lambda info: indices)[1]
+
+
+def read_media(path, choose):
+    """-> (MediaInfo, uint8 (n, H, W, 3) RGB) of the frames that choose(MediaInfo) lists; the file is indexed only once."""
+    path = Path(path)
+    if path.is_dir():
+        files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
+        if not files:
+            raise DataError(f"{path}: expected a folder of images, found none in it")
+        return _read_images(path, sorted(files, key=_natural_order), choose, is_image=False)
+    if not path.is_file():
+        raise DataError(f"{path}: expected a media file or a folder of images, found no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: expected a media file, found an empty one")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return _read_images(path, [path], choose, is_image=True)
+    return _read_video(path, choose)
+
+
+def _check_indices(path, indices, num_frames):
+    """-> list of int, or DataError."""
+    indices = list(indices)
+    for k in indices:
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k < num_frames:
+            raise DataError(f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}")
+    return [int(k) for k in indices]
+
+
+def _natural_order(file):
+    """Sort key that puts img2 before img10; the name itself decides between img2 and img02."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)], file.name
+
+
+def _read_images(path, files, choose, is_image):
+    height, width, _ = _load_image(files[0]).shape
+    info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
+    indices = _check_indices(path, choose(info), len(files))
+    return info, _stack(info, indices, {k: _load_image(files[k]) for k in set(indices)}, name=lambda k: files[k])
+
+
+def _load_image(file):
+    """-> uint8 (H, W, 3) RGB, turned as EXIF says, like Hugging Face's load_image; an animation gives its first picture."""
+    try:
+        with Image.open(file) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # what PIL raises on bad files
+        raise DataError(f"{file}: expected an image, found one that does not decode: {error}") from error
+
+
+def _stack(info, indices, pictures, name):
+    """-> uint8 (len(indices), H, W, 3). name(k) says in an error which picture it was."""
+    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+    for row, k in enumerate(indices):
+        if pictures[k].shape != frames.shape[1:]:
+            raise DataError(f"{name(k)}: expected the first frame's height and width {frames.shape[1:3]}, "
+                            f"found {pictures[k].shape[:2]}")
+        frames[row] = pictures[k]
+    return frames
+
+
+def _open_video(path):
+    # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
+    return av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS})
+
+
+def _video_stream(path, container):
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        raise DataError(f"{path}: expected a video stream, found only {[s.type for s in container.streams]} (or cover art)")
+    streams[0].thread_count = 1      # a DataLoader runs a process a core; and one thread is the exact, deterministic way
+    return streams[0]
+
+
+def _to_rgb(frame, reformatter):
+    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in the masks."""
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return np.rot90(rgb, round(frame.rotation / 90))     # both count counterclockwise
+
+
+def _read_video(path, choose):
+    try:
+        _check_whole(path)
+        info, times, keyframes = _index_video(path)
+        indices = _check_indices(path, choose(info), info.num_frames)
+        wanted = sorted(set(indices))
+        try:
+            pictures = _decode(path, times, keyframes, wanted)
+        except av.error.FFmpegError:                     # some files refuse to be sought in
+            pictures = {}
+        if len(pictures) < len(wanted):                  # some lead astray: decode again, from the first packet
+            pictures = _decode(path, times, [0], wanted)
+    except (av.error.FFmpegError, OSError) as error:
+        raise DataError(f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
+                        f"video): {error.strerror}") from error
+    missing = [k for k in wanted if k not in pictures]
+    if missing:
+        raise DataError(f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded")
+    return info, _stack(info, indices, pictures, name=lambda k: f"{path}, frame {k}")
+
+
+def _check_whole(path):
+    """DataError if a Matroska or WebM file is shorter than its header says: FFmpeg reads a cut one without a complaint."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head.startswith(b"\x1a\x45\xdf\xa3"):        # EBML: an id, a size, that many bytes; then the Segment, alike
+        return
+
+    def read_size(at):                                   # a size's leading zero bits tell how many bytes it takes
+        num_bytes = 9 - int.from_bytes(head[at:at + 1], "big").bit_length()
+        unknown = (1 << 7 * num_bytes) - 1               # all ones: a live recording, written before its size was known
+        size = int.from_bytes(head[at:at + num_bytes], "big") & unknown
+        return at + num_bytes, 0 if size == unknown else size
+
+    at, size = read_size(4)
+    at, size = read_size(at + size + 4)
+    if path.stat().st_size < at + size:
+        raise DataError(f"{path}: expected {at + size} bytes, as its header says, found {path.stat().st_size}: it is cut off")
+
+
+def _index_video(path, count=False):
+    """List a video's frames, from the packets alone where they can tell; `count`: by decoding all of them.
+
+    -> (MediaInfo, times: pts of frame 0, 1, 2, ... or None: count frames as they decode,
+        keyframes: numbers of the frames where decoding can start, rising, the first is 0)
+    """
+    pts, keyframe_pts, first = [], [], None
+    with _open_video(path) as container:
+        stream = _video_stream(path, container)
+        # MP4/MOV and Matroska/WebM store a pts with every packet. For AVI and the rest FFmpeg has to guess.
+        count = count or not (stream.codec.canonical_name in INDEXED_CODECS
+                              and container.format.name.startswith(("mov,", "matroska,")))
+        for num_packets, packet in enumerate(container.demux(stream)):   # the last one is empty: it flushes the decoder
+            if packet.is_corrupt:
+                raise DataError(f"{path}: expected whole packets, found packet {num_packets} cut short")
+            if first is None or count:
+                frames = packet.decode()
+                first = first or next(iter(frames), None)
+            if count:
+                pts += [frame.pts for frame in frames]
+            elif packet.size and not packet.is_discard:  # an edit list discards what it cuts off
+                pts.append(packet.pts)
+            if packet.is_keyframe:
+                keyframe_pts.append(packet.pts)
+        indexed = len(stream.index_entries)              # not the header's nb_frames: edit lists make the packets fewer
+        if not count and num_packets < indexed:
+            raise DataError(f"{path}: expected {indexed} packets, as its index says, found {num_packets}: it is cut off")
+        fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
+    if first is None:
+        raise DataError(f"{path}: expected at least one frame, found none that decodes")
+    if not count and (None in pts or len(set(pts)) < len(pts)):
+        return _index_video(path, count=True)
+    if None not in pts and max(pts) > min(pts):          # measured: Matroska's header claims a steady rate for any video
+        fps = (len(pts) - 1) / ((max(pts) - min(pts)) * time_base)
+    lies_down = round(first.rotation / 90) % 2
+    height, width = (first.width, first.height) if lies_down else (first.height, first.width)
+    info = MediaInfo(len(pts), float(fps), height, width, is_image=False)
+    if count:
+        return info, None, [0]
+    times = sorted(pts)
+    return info, times, sorted({0} | {bisect_left(times, t) for t in keyframe_pts if t <= times[-1]})
+
+
+def _decode(path, times, keyframes, wanted):
+    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if anything is odd."""
+    runs, previous = [(0, [])], 0                        # (keyframe to start at, frames to fetch in one go from there)
+    for k in wanted:
+        keyframe = keyframes[bisect_right(keyframes, k) - 1]
+        if keyframe > previous + REORDER:                # nearer by, decoding on costs no more than starting anew
+            runs.append((keyframe, []))
+        runs[-1][1].append(k)
+        previous = k
+    number, asked = {t: k for k, t in enumerate(times or [])}, set(wanted)
+    pictures, reformatter = {}, VideoReformatter()
+    with _open_video(path) as container:
+        stream = _video_stream(path, container)
+        for keyframe, group in (run for run in runs if run[1]):
+            expected, start = None, times[keyframe] if keyframe else None
+            for count, frame in enumerate(_frames_from(container, stream, start)):
+                k = number.get(frame.pts) if times else count
+                if k is None or expected not in (None, k) or frame.is_corrupt and k in asked:
+                    break                                # a gap: here packets and frames do not go together one to one
+                if k in asked:
+                    pictures[k] = _to_rgb(frame, reformatter)
+                if k >= group[-1]:
+                    break
+                expected = k + 1
+    return pictures
+
+
+def _frames_from(container, stream, time):
+    """Yield frames from the keyframe with pts `time` on, or from an earlier one where the container's own index leads there;
+    None: from the first packet. Yields nothing where that is not safe.
+
+    The keyframe itself must come out first. H.264 with intra refresh has none: it flags packets where a gradual refresh
+    begins, and what FFmpeg puts out before the refresh is over was seen to be grey in places.
+    """
+    if time is not None:
+        container.seek(time, stream=stream)
+    packets = container.demux(stream)
+    start = next(packets)
+    frames = (frame for packet in chain([start], packets) for frame in packet.decode())
+    if time is not None:
+        if not start.is_keyframe or start.pts > time:
+            return
+        first = next(frames, None)
+        if first is None or first.pts != start.pts:
+            return
+        yield first
+    yield from frames
 
 
 # ------------------------------------------------------------------------------------------------ pixels, text, tokens
@@ -725,6 +950,11 @@ class ReferringDataset(torch.utils.data.Dataset):
 
 
 _NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+
+# What a rank computes on when none of its samples can be used: one token, nothing supervised.
+EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **_NO_MEDIA, "input_ids": np.zeros(1, int), "labels": np.full(1, IGNORE)}
+EMPTY_SAMPLE |= {"attention_mask": np.ones(1, int)} | {name: [] for name in ("coverage", "where", "region_still")}
+EMPTY_SAMPLE |= {"object_frames": [], "region_tokens": []}
 
 
 class FrameCache:

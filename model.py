@@ -285,10 +285,11 @@ def build_tiny():
     byte_level.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token=names[2], pad_token=names[0])
     tokenizer.add_tokens(names, special_tokens=True)
+    tokenizer.add_tokens(["user", "assistant", " seconds"])  # words of every prompt: one token each, not one a letter
     tokenizer.chat_template = TINY_TEMPLATE
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
     text = Qwen3VLTextConfig(
-        vocab_size=272,  # 256 bytes, 7 control tokens, room for the region placeholder
+        vocab_size=272,  # 256 bytes, 7 control tokens, 3 words, room for the region placeholder
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,

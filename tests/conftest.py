@@ -1,0 +1,8 @@
+import os
+import sys
+
+# The modules lie at the top level, helpers beside the tests; tests never reach for the network.
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(here), here]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,257 @@
+"""A toy world: clips of moving coloured shapes, and questions that only the mask can answer.
+
+    python tests/shapes.py DIR      # writes DIR/videos, DIR/images, DIR/train.json, DIR/test.json, DIR/bench_q.json
+
+Every clip shows four objects, one of each colour, one of each shape and one of each direction of motion, dealt at random; so the
+picture as a whole says nothing about any question, and whoever ignores the mask is right one time in four. Train and test use
+different clips. The sides of the world: all five kinds of sample, text only, and masks in every accepted form (compressed and
+uncompressed RLE, one polygon, several polygons, another resolution, null and absent frames, `annotation` and `masks`).
+"""
+
+import argparse
+import json
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+SIDE, FRAMES, FPS = 96, 8, 4
+ANNOTATED = (0, 3, 7)  # frames with masks
+COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (240, 220, 40)}
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+BACKGROUNDS = {"black": (10, 10, 10), "grey": (120, 120, 120), "white": (240, 240, 240)}
+SPEED = 3.5  # pixels a frame
+RADIUS = (11, 15)
+
+
+def outline(shape, x, y, r):
+    """The polygon of a shape around (x, y), as a list of (x, y) points."""
+    if shape == "circle":
+        return [(x + r * math.cos(a * math.pi / 12), y + r * math.sin(a * math.pi / 12)) for a in range(24)]
+    if shape == "square":
+        return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+    if shape == "triangle":
+        return [(x, y - r), (x + r, y + r), (x, y + r), (x - r, y + r)]
+    a = r / 3
+    steps = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
+    return [(x + dx, y + dy) for dx, dy in steps]
+
+
+def deal(rng):
+    """Four objects whose paths keep apart and inside the picture: dicts with colour, shape, direction, r, path [(x, y)]."""
+    while True:
+        colours, shapes, directions = (rng.sample(list(names), 4) for names in (COLOURS, SHAPES, DIRECTIONS))
+        objects = []
+        for colour, shape, direction in zip(colours, shapes, directions):
+            for _ in range(30):
+                r = rng.uniform(*RADIUS)
+                dx, dy = (SPEED * d for d in DIRECTIONS[direction])
+                x, y = rng.uniform(r, SIDE - r), rng.uniform(r, SIDE - r)
+                path = [(x + dx * t, y + dy * t) for t in range(FRAMES)]
+                if all(r <= c <= SIDE - r for c in path[-1]) and all(_apart(path, r, o["path"], o["r"]) for o in objects):
+                    objects.append({"colour": colour, "shape": shape, "direction": direction, "r": r, "path": path})
+                    break
+        if len(objects) == 4:
+            return objects
+
+
+def _apart(path, r, other_path, other_r):
+    return all(max(abs(p[0] - q[0]), abs(p[1] - q[1])) > r + other_r + 1 for p, q in zip(path, other_path))
+
+
+def draw(objects, background, frame):
+    """uint8 (SIDE, SIDE, 3): one frame, drawn four times as large and averaged down."""
+    picture = Image.new("RGB", (SIDE * 4, SIDE * 4), BACKGROUNDS[background])
+    pen = ImageDraw.Draw(picture)
+    for o in objects:
+        pen.polygon([(4 * x, 4 * y) for x, y in outline(o["shape"], *o["path"][frame], o["r"])], fill=COLOURS[o["colour"]])
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def write_video(path, frames):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "16", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# ------------------------------------------------------------------------------------------------ masks in every form
+
+
+def segmentation(obj, frame, form):
+    """One object's mask on one frame in one of the forms that a data file may hold."""
+    points = outline(obj["shape"], *obj["path"][frame], obj["r"])
+    flat = lambda pts, scale=1: [round(c * scale, 2) for p in pts for c in p]
+    if form == "polygon":
+        return flat(points)
+    if form == "polygons":  # two halves
+        middle = len(points) // 2
+        return [flat(points[: middle + 1]), flat(points[middle:] + points[:1])]
+    scale = 2 if form == "rle2x" else 1  # a mask drawn at twice the resolution
+    rle = coco_mask.merge(coco_mask.frPyObjects([flat(points, scale)], SIDE * scale, SIDE * scale))
+    if form == "runs":
+        pixels = coco_mask.decode(rle).T.ravel()
+        changes = np.flatnonzero(np.diff(pixels)) + 1
+        runs = np.diff(np.concatenate([[0], changes, [len(pixels)]])).tolist()
+        return {"size": [SIDE, SIDE], "counts": [0, *runs] if pixels[0] else runs}
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+FORMS = ("rle", "runs", "polygon", "polygons", "rle2x")
+
+
+def masks(rng, obj, frames):
+    """{"0": {"segmentation": ...}, ...}, now and then with frames on which the object is said to be hidden."""
+    entry = {str(f): {"segmentation": segmentation(obj, f, rng.choice(FORMS))} for f in frames}
+    if rng.random() < 0.2:
+        entry |= {"1": {"segmentation": None}, "2": {}}
+    return entry
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+ASK = {
+    "colour": "What colour is <region>?",
+    "shape": "What shape is <region>?",
+    "direction": "Which way does <region> move?",
+    "relation": "Where is <region> from <region>?",
+}
+
+
+def relation(a, b, frames):
+    """Where a is, seen from b, if one axis clearly decides on all frames: left, right, above, below or None."""
+    answers = set()
+    for f in frames:
+        dx, dy = (a["path"][f][i] - b["path"][f][i] for i in (0, 1))
+        if abs(abs(dx) - abs(dy)) < 8:
+            return None
+        answers.add(("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below"))
+    return answers.pop() if len(answers) == 1 else None
+
+
+def questions(rng, objects, frames, kinds):
+    """[(kind, question, answer, objects asked about)], `kinds` in turn, on random objects; relation only where it is clear."""
+    asked = []
+    for kind in kinds:
+        if kind != "relation":
+            obj = rng.choice(objects)
+            asked.append((kind, ASK[kind], obj[kind], [obj]))
+            continue
+        pairs = [(a, b) for a in objects for b in objects if a is not b and relation(a, b, frames)]
+        if pairs:
+            a, b = rng.choice(pairs)
+            asked.append((kind, ASK[kind], relation(a, b, frames), [a, b]))
+    return asked
+
+
+def entry(rng, media, asked, frames, later_format=False):
+    """One sample of the data file. media: ("video" or "image", path)."""
+    key, path = media
+    turns = []
+    for number, (_, question, answer, _) in enumerate(asked):
+        tag = f"<{key}>\n" if number == 0 else ""
+        turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+    sample = {key: path, "conversations": turns}
+    regions = [masks(rng, obj, frames) for _, _, _, pointed in asked for obj in pointed]
+    if regions and later_format:
+        plain = [{f: m["segmentation"] for f, m in region.items() if m.get("segmentation")} for region in regions]
+        sample["masks"] = [region["0"] for region in plain] if key == "image" else plain
+    elif regions:
+        sample["annotation"] = regions
+    if rng.random() < 0.5:
+        sample |= {"height": SIDE, "width": SIDE}
+    return sample
+
+
+def bench_q_entry(rng, clip, question):
+    """One multiple-choice question in the format of VideoRefer-Bench-Q.json."""
+    kind, text, answer, pointed = question
+    wrong = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "relation": ("left", "right", "above", "below")}[kind]
+    options = rng.sample(list(wrong), 4)
+    lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", options)]
+    for number in range(len(pointed)):
+        text = text.replace("<region>", f"<object{number}><REGION>", 1)
+    return {
+        "video": clip["video"],
+        "Question": text.replace("<REGION>", "<region>"),
+        "type": kind,
+        "options": lettered,
+        "Answer": lettered[options.index(answer)],
+        "frame_idx": str(ANNOTATED[1]),
+        "annotation": [masks(rng, obj, ANNOTATED) for obj in pointed],
+    }
+
+
+def write_clip(rng, folder, name):
+    """Writes videos/NAME.mp4 and images/NAME.png (its frame 0); -> dict(objects, background, video, image)."""
+    objects, background = deal(rng), rng.choice(list(BACKGROUNDS))
+    frames = [draw(objects, background, f) for f in range(FRAMES)]
+    clip = {"objects": objects, "background": background, "video": f"videos/{name}.mp4", "image": f"images/{name}.png"}
+    write_video(folder / clip["video"], frames)
+    Image.fromarray(frames[0]).save(folder / clip["image"])
+    return clip
+
+
+def train_samples(rng, clip):
+    """Two samples of one clip: a video with regions on three frames, and one of the other kinds."""
+    objects, video, image = clip["objects"], ("video", clip["video"]), ("image", clip["image"])
+    kinds = ["shape", "shape", "colour", "direction", "direction", "relation"]
+    rng.shuffle(kinds)
+    yield entry(rng, video, questions(rng, objects, ANNOTATED, kinds), ANNOTATED, rng.random() < 0.2)
+    still = ["shape", "colour", "shape", "relation"]
+    background = [("background", "What colour is the background?", clip["background"], [])]
+    choice = rng.random()
+    if choice < 0.45:
+        frame = (rng.choice(ANNOTATED),)
+        yield entry(rng, video, questions(rng, objects, frame, still), frame)
+    elif choice < 0.8:
+        yield entry(rng, image, questions(rng, objects, (0,), still), (0,), rng.random() < 0.2)
+    elif choice < 0.86:
+        yield entry(rng, image, background, ())
+    elif choice < 0.96:
+        yield entry(rng, video, background, ())
+    else:
+        word = rng.choice(list(COLOURS) + list(SHAPES))
+        yield {"conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]}
+
+
+def write_world(folder, train_clips, test_clips, seed=0):
+    rng, folder = random.Random(seed), Path(folder)
+    for name in ("videos", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    train = [sample for i in range(train_clips) for sample in train_samples(rng, write_clip(rng, folder, f"train{i:04}"))]
+    test, bench = [], []
+    for i in range(test_clips):
+        clip = write_clip(rng, folder, f"test{i:04}")
+        for question in questions(rng, clip["objects"], ANNOTATED, ["colour", "shape", "direction", "relation"] * 2):
+            test.append(entry(rng, ("video", clip["video"]), [question], ANNOTATED) | {"type": question[0]})
+            bench.append(bench_q_entry(rng, clip, question))
+        background = ("background", "What colour is the background?", clip["background"], [])
+        test.append(entry(rng, ("video", clip["video"]), [background], ()) | {"type": "background"})
+    rng.shuffle(train)
+    for name, samples in (("train", train), ("test", test), ("bench_q", bench)):
+        numbered = [{"id": number} | sample for number, sample in enumerate(samples)]
+        (folder / f"{name}.json").write_text(json.dumps(numbered))
+    print(f"{folder}: {train_clips} + {test_clips} clips, {len(train)} training samples, {len(test)} test questions")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--train-clips", type=int, default=600)
+    parser.add_argument("--test-clips", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_world(args.folder, args.train_clips, args.test_clips, args.seed)
+
+
+if __name__ == "__main__":
+    main()

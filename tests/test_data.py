@@ -1,0 +1,347 @@
+"""Parsing, masks and coverage, each against an independent truth; and every kind of bad input, which must name its place."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+import data
+from data import DataError
+
+H, W = 24, 32
+
+
+def square(x0, y0, x1, y1):
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def compressed(mask):
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def uncompressed(mask):
+    """COCO's list of runs, down the columns, beginning with zeros: written out one pixel at a time."""
+    runs, current = [0], 0
+    for pixel in mask.T.ravel().tolist():
+        if pixel != current:
+            runs.append(0)
+            current = pixel
+        runs[-1] += 1
+    return {"size": list(mask.shape), "counts": runs}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (H, W, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "clip").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (H, W, 3), dtype=np.uint8)).save(tmp_path / "clip" / f"f{i}.png")
+    return tmp_path
+
+
+def good():
+    """A sample with two objects and two turns, which the tests below spoil one field at a time."""
+    return {
+        "id": 7,
+        "video": "clip",
+        "conversations": [
+            {"from": "human", "value": "<video>\nWhat is <region>?"},
+            {"from": "gpt", "value": "A dog."},
+            {"from": "human", "value": "And <region>?"},
+            {"from": "gpt", "value": "A cat."},
+        ],
+        "annotation": [
+            {"1": {"segmentation": [square(4, 4, 12, 12)]}, "10": {"segmentation": square(6, 6, 12, 12)}},
+            {"3": {"segmentation": compressed(np.eye(H, W))}, "4": {"segmentation": None}, "5": {}},
+        ],
+    }
+
+
+def write(folder, entries, name="data.json"):
+    path = folder / name
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def read_one(folder, entry):
+    return data.read_samples(write(folder, [entry]))[0]
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_array_and_lines_and_several_files_read_alike(folder):
+    entries = [good() | {"id": i, "note": "ünï\n{[\"" * i} for i in range(5)]
+    array = write(folder, entries)
+    pretty = write(folder, "\ufeff" + json.dumps(entries, indent=2, ensure_ascii=False), "pretty.json")
+    lines = write(folder, "\n\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n", "data.jsonl")
+    expected = [data.read_samples(array)[i] for i in range(5)]
+    assert [s.id for s in expected] == list(range(5))
+    for path in (pretty, lines):
+        samples = data.read_samples(path)
+        assert [(s.id, s.turns, s.objects, s.media) for s in (samples[i] for i in range(len(samples)))] == [
+            (s.id, s.turns, s.objects, s.media) for s in expected
+        ]
+    both = data.read_samples([array, lines])
+    assert len(both) == 10 and both[7].id == 2 and both[7].place[0] == str(lines)
+
+
+@pytest.mark.parametrize(
+    "text, line, column",
+    [
+        ('[{"id": 1},\n {"id": 2,, }]', 2, 11),
+        ('[{"id": 1}\n {"id": 2}]', 2, 2),
+        ('[{"id": 1}, ]', 1, 13),
+        ('[{"id": 1}', 1, 11),
+        ('[{"id": 1}] []', 1, 12),
+        ('{"id": 1}\n{"id": }\n', 2, 8),
+        ('[{"a": "unfinished}]', 1, 8),
+    ],
+)
+def test_json_that_does_not_parse_names_line_and_column(folder, text, line, column):
+    path = write(folder, text)
+    with pytest.raises(DataError, match=f"data.json: line {line}, column {column}: "):
+        data.read_samples(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[NaN]", "[" * 100_000, "3"])
+def test_files_without_samples_are_refused(folder, text):
+    with pytest.raises(DataError, match="data.json"):
+        data.read_samples(write(folder, text))[0]
+
+
+def test_missing_and_undecodable_files_are_refused(folder):
+    with pytest.raises(DataError, match="No such file"):
+        data.read_samples(folder / "absent.json")
+    (folder / "latin.json").write_bytes(b'[{"id": "\xe9"}]')
+    with pytest.raises(DataError, match="UTF-8"):
+        data.read_samples(folder / "latin.json")
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def test_each_region_is_bound_to_its_object_in_order(folder):
+    sample = read_one(folder, good())
+    assert sample.turns == [("<video>\nWhat is <region>?", "A dog."), ("And <region>?", "A cat.")]
+    assert [sorted(frames) for frames in sample.objects] == [[1, 10], [3]]
+    assert sample.media == str(folder / "clip") and sample.id == 7
+
+
+def test_masks_key_means_what_annotation_means(folder):
+    entry = good()
+    expected = read_one(folder, entry).objects
+    frames = entry.pop("annotation")
+    entry["masks"] = [{f: m.get("segmentation") for f, m in obj.items()} for obj in frames]
+    entry["video"] = ["clip"]
+    assert read_one(folder, entry).objects == expected
+
+    image = {"image": "a.png", "conversations": good()["conversations"], "masks": [square(1, 1, 9, 9), compressed(np.eye(H, W))]}
+    image["conversations"][0]["value"] = "<image>\nWhat is <region>?"
+    assert [list(o) for o in read_one(folder, image).objects] == [[0], [0]]
+
+
+def test_media_tag_may_stand_anywhere_in_the_first_question_or_be_missing(folder):
+    for value, expected in [
+        ("What is <region> in <video>?", "What is <region> in <video>?"),
+        ("What is <region>?\n<video>", "What is <region>?\n<video>"),
+        ("What is <region>?", "<video>\nWhat is <region>?"),
+    ]:
+        entry = good()
+        entry["conversations"][0]["value"] = value
+        assert read_one(folder, entry).turns[0][0] == expected
+
+
+def test_leading_answers_are_dropped_and_the_media_stay(folder):
+    entry = good()
+    entry["conversations"] = [{"from": "gpt", "value": "Hello."}, {"from": "gpt", "value": "<video>"}] + entry["conversations"]
+    entry["conversations"][2]["value"] = "What is <region>?"
+    sample = read_one(folder, entry)
+    assert sample.turns[0][0] == "<video>\nWhat is <region>?" and sample.media
+
+
+def spoil(path, value):
+    """-> a function that sets one field (a path of keys) of a sample; value ... deletes it."""
+
+    def change(entry):
+        *parents, last = path
+        for key in parents:
+            entry = entry[key]
+        if value is ...:
+            del entry[last]
+        else:
+            entry[last] = value
+
+    return change
+
+
+C, A = "conversations", "annotation"
+BAD_SAMPLES = {
+    "not an object": (lambda e: e.clear(), "conversations"),
+    "no turns": (spoil([C], []), "conversations.*list of turns"),
+    "turns of another type": (spoil([C], "hi"), "conversations.*list of turns.*'hi'"),
+    "turn of another type": (spoil([C, 1], "hi"), "turn 1.*'hi'"),
+    "unknown speaker": (spoil([C, 0, "from"], "user"), "turn 0.*human or gpt.*'user'"),
+    "text of another type": (spoil([C, 0, "value"], 3), "turn 0.*value.*3"),
+    "empty answer": (spoil([C, 1, "value"], " "), "turn 1.*not empty"),
+    "two human turns": (spoil([C, 1, "from"], "human"), "gpt as turn 1, found 'human'"),
+    "no answer": (spoil([C], [{"from": "human", "value": "<region> <region>"}]), "supervised token"),
+    "only answers": (spoil([C], [{"from": "gpt", "value": "x"}]), "supervised token"),
+    "unanswered end": (spoil([C, 3], ...), "gpt answer to the last"),
+    "too few tags": (spoil([C, 2, "value"], "And?"), r"as many <region> tags .*\(2\), found 1"),
+    "too many tags": (spoil([C, 2, "value"], "<region><region>"), r"as many <region> tags .*\(2\), found 3"),
+    "tag in an answer": (spoil([C, 1, "value"], "A <region>."), "turn 1|no <region> in an answer"),
+    "media tag too late": (spoil([C, 2, "value"], "<video> <region>"), "only in the first human turn"),
+    "two media tags": (spoil([C, 0, "value"], "<video><image><region>"), "one media tag"),
+    "tag without media": (spoil(["video"], ...), "key for the media tag"),
+    "video and image": (spoil(["image"], "a.png"), "not both"),
+    "video of another type": (spoil(["video"], 5), "video: one path, found 5"),
+    "several videos": (spoil(["video"], ["a", "b"]), "video: one path"),
+    "both mask keys": (spoil(["masks"], []), "annotation or masks, not both"),
+    "objects of another type": (spoil([A], {"1": {}}), "annotation.*one entry an object"),
+    "object of another type": (spoil([A, 1], 5), "annotation: object 1.*5"),
+    "object without a mask": (spoil([A, 1], {"3": {"segmentation": None}}), "object 1.*at least one frame"),
+    "negative frame": (spoil([A, 0, "-1"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '-1'.*whole number from 0"),
+    "frame not a number": (spoil([A, 0, "1.5"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '1.5'"),
+    "the same frame twice": (spoil([A, 0, "01"], {"segmentation": square(1, 1, 9, 9)}), "each frame once"),
+    "mask not wrapped": (spoil([A, 0, "1"], square(1, 1, 9, 9)), "object 0.*frame '1'.*segmentation"),
+    "size of another type": (spoil(["height"], "24"), "height and width"),
+    "half a size": (spoil(["width"], 32), "height and width"),
+    "type of another type": (spoil(["type"], 3), "type: a string"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_a_wrong_sample_gets_one_error_with_its_place(folder, name):
+    change, message = BAD_SAMPLES[name]
+    entry = good()
+    change(entry)
+    with pytest.raises(DataError, match=message) as caught:
+        read_one(folder, entry)
+    assert "data.json: sample 0" in str(caught.value) and "found" in str(caught.value)
+    assert read_one(folder, good()).id == 7  # the sample that was spoilt is right
+
+
+def test_errors_survive_the_way_between_processes(folder):
+    import pickle
+
+    entry = good()
+    entry["conversations"][0]["from"] = "user"
+    with pytest.raises(DataError) as caught:
+        read_one(folder, entry)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+def random_masks():
+    rng = np.random.default_rng(1)
+    yield np.zeros((H, W), np.uint8)
+    yield np.ones((H, W), np.uint8)
+    for share in (0.02, 0.5, 0.9):
+        yield (rng.random((H, W)) < share).astype(np.uint8)
+    blob = np.zeros((130, 70), np.uint8)
+    blob[20:110, 5:66] = 1  # long runs: several characters a number, negative differences
+    yield blob
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_rle_in_both_forms_gives_the_pixels(number):
+    mask = list(random_masks())[number]
+    for form in (compressed(mask), uncompressed(mask)):
+        decoded = data.decode_mask(form, *mask.shape)
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, mask)
+
+
+def test_polygons_cover_their_inside():
+    one = data.decode_mask(square(4, 6, 20, 16), H, W)
+    expected = np.zeros((H, W), np.uint8)
+    expected[6:16, 4:20] = 1
+    np.testing.assert_array_equal(one, expected)
+    two = data.decode_mask([square(4, 6, 10, 16), square(10, 6, 20, 16)], H, W)
+    np.testing.assert_array_equal(two, expected)
+
+
+def test_mask_of_another_resolution_of_the_same_shape_keeps_its_size():
+    small = np.ones((12, 16), np.uint8)
+    assert data.decode_mask(compressed(small), 720, 960).shape == (12, 16)
+    odd = np.ones((480, 854), np.uint8)  # 480p of a 720p film: the width is rounded
+    assert data.decode_mask(compressed(odd), 720, 1280).shape == (480, 854)
+
+
+BAD_MASKS = {
+    "runs too short": ({"size": [4, 4], "counts": [3, 4]}, "sum to 4 . 4 = 16, found 7"),
+    "runs too long": ({"size": [4, 4], "counts": [3, 14]}, "sum to 4 . 4 = 16, found 17"),
+    "negative run": ({"size": [4, 4], "counts": [20, -4]}, "whole numbers"),
+    "run not whole": ({"size": [4, 4], "counts": [8.0, 8]}, "whole numbers"),
+    "boolean run": ({"size": [4, 4], "counts": [True, 15]}, "whole numbers"),
+    "compressed runs too short": ({"size": [4, 5], "counts": compressed(np.eye(4))["counts"]}, "sum to 4 . 5 = 20, found 16"),
+    "compressed, cut": ({"size": [130, 70], "counts": compressed(np.eye(130, 70))["counts"][:3]}, "counts|sum"),
+    "compressed, other characters": ({"size": [4, 4], "counts": "\u00e9~ "}, "compressed RLE string"),
+    "compressed, unfinished number": ({"size": [4, 4], "counts": "P" * 3}, "compressed RLE string"),
+    "compressed, endless number": ({"size": [4, 4], "counts": "P" * 99 + "0"}, "compressed RLE string"),
+    "no size": ({"counts": [16]}, "size"),
+    "size zero": ({"size": [0, 4], "counts": []}, "size"),
+    "size absurd": ({"size": [10**9, 10**9], "counts": [10**18]}, "size"),
+    "counts of another type": ({"size": [4, 4], "counts": 16}, "counts"),
+    "empty": ([], "RLE or polygons"),
+    "a string": ("mja", "RLE or polygons"),
+    "two points": ([1, 1, 3, 3], "3 points"),
+    "odd": ([1, 1, 3, 3, 5, 1, 9], "even count"),
+    "NaN": ([1, 1, 3, float("nan"), 5, 1], "coordinates in pixels"),
+    "infinite": ([1, 1, 3, float("inf"), 5, 1], "coordinates in pixels"),
+    "absurd": ([1, 1, 3, 1e30, 5, 1], "coordinates in pixels"),
+    "far outside": ([1, 1, 3, 3, 900, 1], "near the 4x4 frame"),
+    "text for a number": ([1, 1, "3", 3, 5, 1], "coordinates in pixels"),
+    "polygon in a polygon": ([[[1, 1, 3, 3, 5, 1]]], "polygon|coordinates|points"),
+    "boxes mixed": ([1, 1, 3, 3, 5, [1]], "coordinates in pixels"),
+    "another shape": (compressed(np.ones((4, 8))), "frame's shape, 4x4"),
+    "transposed": (compressed(np.ones((8, 4))), "frame's shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_a_wrong_mask_is_refused_before_pycocotools_sees_it(name):
+    segmentation, message = BAD_MASKS[name]
+    with pytest.raises(DataError, match=message):
+        data.decode_mask(segmentation, 4, 4)
+
+
+# ------------------------------------------------------------------------------------------------ coverage
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (7, 5), (24, 32), (27, 27), (50, 3)])
+def test_coverage_is_the_exact_share_of_each_cell(grid):
+    """Truth: every pixel is split into gh x gw equal parts, so that each cell is a whole number of parts, in float64."""
+    gh, gw = grid
+    for mask in list(random_masks())[:5]:
+        parts = np.kron(mask.astype(np.float64), np.ones((gh, gw)))
+        expected = parts.reshape(gh, H, gw, W).mean(axis=(1, 3))
+        found = data.coverage(mask, gh, gw)
+        assert found.dtype == np.float32 and found.shape == grid
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_coverage_does_not_depend_on_the_resolution_and_never_rounds_to_nothing():
+    mask = list(random_masks())[3]
+    np.testing.assert_allclose(data.coverage(np.kron(mask, np.ones((3, 3), np.uint8)), 5, 7), data.coverage(mask, 5, 7), atol=1e-6)
+    pixel = np.zeros((720, 1280), np.uint8)
+    pixel[411, 997] = 1
+    found = data.coverage(pixel, 27, 27)
+    assert (found > 0).sum() == 1 and found[411 * 27 // 720, 997 * 27 // 1280] > 0
+    assert data.coverage(np.ones((7, 9), np.uint8), 4, 4).min() == pytest.approx(1) and data.coverage(pixel, 27, 27).max() <= 1
+
+
+def test_mask_box_is_the_bounding_box_in_fractions():
+    mask = np.zeros((20, 40), np.uint8)
+    mask[5:10, 10:30] = 1
+    assert data.mask_box(mask) == pytest.approx((0.5, 0.375, 0.5, 0.25))
+
+

@@ -1,0 +1,389 @@
+"""Is the frame that read_frames returns the one that was asked for? Every clip's frames carry their numbers (clips.py)."""
+import os
+import random
+import struct
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from clips import VIDEOS, VPX, X264, X265, draw_number, read_number, remux, write_silence, write_video
+from data import DataError, MediaInfo, media_info, read_frames, read_media
+
+SHORT_GOP = {"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"}
+# Containers or codecs whose packets don't tell the frames apart; and streams with no keyframe but the first.
+COUNTED = {"h264 mpeg-ts", "h264 avi", "mpeg4 avi B-frames", "mpeg4 mp4 B-frames", "mpeg2 mpg", "vp8 webm", "gif"}
+NO_KEYFRAMES = {"h264 intra refresh", "hevc intra refresh", "av1 open GOP mkv"}
+SEEKABLE = [name for name in VIDEOS if name not in COUNTED | NO_KEYFRAMES]
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """{name: path} of every clip in VIDEOS, encoded once."""
+    paths = {}
+    for k, (name, (file, settings)) in enumerate(VIDEOS.items()):
+        paths[name] = write_video(tmp_path_factory.mktemp(f"clip{k}") / file, **settings)
+    return paths
+
+
+@pytest.fixture
+def clip(videos):
+    return videos["h264 open GOP"]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the frames that the decoder puts out: a list of one count per stretch, one stretch per seek or start."""
+    counts, frames_from = [], data._frames_from
+
+    def counted(*args):
+        counts.append(0)
+        for frame in frames_from(*args):
+            counts[-1] += 1
+            yield frame
+
+    monkeypatch.setattr(data, "_frames_from", counted)
+    return counts
+
+
+def numbers(path, indices):
+    return [read_number(frame) for frame in read_frames(path, indices)]
+
+
+def forward(path):
+    """Every frame by the plainest decoding there is: one thread, from the start, no seek. uint8 (n, H, W, 3)."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_count = 1
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_video_frames_are_the_ones_asked_for(videos, name):
+    path, first = videos[name], 30 if name == "h264 negative start" else 0   # 30 frames lie before time 0: never shown
+    info, n = media_info(path), 72 - first
+    assert (info.num_frames, info.height, info.width, info.is_image) == (n, 64, 128, False)
+    assert info.fps == pytest.approx(8 if name == "h264 variable rate" else 24, rel=1e-3)
+    truth = forward(path)
+    assert [read_number(frame) for frame in truth] == list(range(first, 72))
+
+    frames = read_frames(path, range(n))
+    assert frames.dtype == np.uint8 and frames.shape == (n, 64, 128, 3)
+    assert (frames == truth).all()
+    shuffled = random.Random(0)
+    for size in (1, 3, 10):
+        indices = shuffled.choices(range(n), k=size) * 2                      # out of order, some twice
+        assert (read_frames(path, indices) == truth[indices]).all(), indices
+    for k in range(0, n, 7 if name in COUNTED else 1):                        # each frame as the target of its own seek
+        assert (read_frames(path, [k])[0] == truth[k]).all(), k
+    assert numbers(path, [n - 1]) == [71]
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_decord_agrees(videos, name):
+    """A second decoder with an FFmpeg of its own; forward from frame 0, the way in which it is exact."""
+    decord = pytest.importorskip("decord")
+    if name in ("h264 negative start", "h264 mpeg-ts"):
+        pytest.skip("decord repeats the last frame for each that the edit list cut off, and for the first GOP, which it loses")
+    try:
+        reader = decord.VideoReader(str(videos[name]), num_threads=1)
+    except decord.DECORDError:
+        pytest.skip("decord does not open it")
+    theirs = np.stack([reader.next().asnumpy() for _ in range(len(reader))])
+    ours = read_frames(videos[name], range(72))
+    assert theirs.shape == ours.shape
+    assert np.abs(theirs.astype(int) - ours).mean(axis=(1, 2, 3)).max() < 3
+
+
+@pytest.mark.parametrize("name", SEEKABLE)
+def test_seeks_save_decoding(videos, name, decoded):
+    n = media_info(videos[name]).num_frames
+    read_frames(videos[name], [n - 5])
+    assert len(decoded) == 1 and decoded[0] < n - 10, decoded                 # one stretch, much shorter than the file
+
+
+def test_one_pass_serves_near_frames_and_far_ones_get_seeks(tmp_path, decoded):
+    path = write_video(tmp_path / "long.mp4", num_frames=250, options=SHORT_GOP)
+    assert numbers(path, [245, 2, 120, 122, 120]) == [245, 2, 120, 122, 120]
+    assert len(decoded) == 3 and sum(decoded) < 50, decoded
+    decoded.clear()
+    assert numbers(path, range(250)) == list(range(250))
+    assert decoded == [250]                                                   # no seek where every frame is wanted
+
+
+def test_a_seek_that_goes_astray_falls_back_to_the_start(clip, decoded, monkeypatch):
+    """Some files' index leads to a later keyframe. The frame must still come, or DataError: never a neighbour."""
+    truth, frames_from = forward(clip), data._frames_from
+
+    def astray(container, stream, time):
+        return frames_from(container, stream, None if time is None else time + 24 * 512)     # two keyframes too late
+
+    monkeypatch.setattr(data, "_frames_from", astray)
+    assert (read_frames(clip, [40])[0] == truth[40]).all()
+    assert decoded[-1] == 41                                                  # from the start up to it
+
+
+class BadSeek:
+    """A container whose seek leads `miss` frames past the keyframe, as a bad index may, or fails (None)."""
+
+    def __init__(self, container, miss):
+        self.container, self.miss = container, miss
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def seek(self, time, stream):
+        if self.miss is None:
+            raise av.error.PermissionError(1, "Operation not permitted")
+        self.container.seek(time + round(self.miss / 24 / stream.time_base), stream=stream, any_frame=True)
+
+
+@pytest.mark.parametrize("miss", [-5, 5, None])
+@pytest.mark.parametrize("name", ["h264 closed GOP", "hevc open GOP", "vp9 mkv", "av1 mp4"])
+def test_a_bad_seek_falls_back_to_the_start(videos, name, miss, monkeypatch):
+    truth, frames_from = forward(videos[name]), data._frames_from
+    if miss is not None:
+        _, times, keyframes = data._index_video(videos[name])
+        with av.open(str(videos[name])) as container:
+            assert not list(frames_from(BadSeek(container, miss), container.streams.video[0], times[keyframes[2]]))
+    monkeypatch.setattr(data, "_frames_from", lambda container, stream, time: frames_from(
+        BadSeek(container, miss), stream, time))
+    for k in range(20, 72, 3):
+        assert (read_frames(videos[name], [k])[0] == truth[k]).all(), k
+
+
+def test_packets_that_show_nothing_are_not_frames(tmp_path):
+    """VP8's hidden reference frames are packets of their own."""
+    def hide(k, packet):
+        return bytes([packet[0] & ~0x10]) + packet[1:] if k == 27 else packet     # RFC 6386, 9.1: the show_frame bit
+
+    path = remux(write_video(tmp_path / "a.webm", "libvpx", VPX), tmp_path / "hidden.webm", hide)
+    assert numbers(path, range(media_info(path).num_frames)) == [k for k in range(72) if k != 27]
+
+
+def test_packet_without_a_frame_is_an_error_not_a_shift(tmp_path):
+    def blank(k, packet):
+        return b"\0\0\0\3\x46\1\x50" if k == 30 else packet                   # an access unit delimiter, and no picture
+
+    source = write_video(tmp_path / "a.mp4", "libx265", {"x265-params": X265 + "keyint=48:bframes=1:b-pyramid=0"})
+    path, shown = remux(source, tmp_path / "hole.mp4", blank), forward(tmp_path / "a.mp4")
+    left = [read_number(frame) for frame in forward(path)]
+    hole, = set(range(72)) - set(left)
+    assert (read_frames(path, [hole - 1, 60]) == shown[[hole - 1, 60]]).all()
+    for k in (hole, hole + 1):
+        with pytest.raises(DataError, match=rf"hole.mp4: expected 72 frames.*\[{k}\]"):
+            read_frames(path, [hole - 1, k])
+
+
+def test_equal_times_are_counted(tmp_path):
+    """At 3000 frames a second Matroska's milliseconds give three frames the same pts: nothing to tell them apart by."""
+    path = write_video(tmp_path / "fast.mkv", options={"x264-params": X264 + "keyint=24:bframes=0"}, rate=3000)
+    assert numbers(path, [71, 40, 41, 42]) == [71, 40, 41, 42]
+
+
+# What a player does: QuickTime's matrix sends the stored pixel (x, y) to (a x + c y, b x + d y), y down, then moves the
+# picture back to the origin. The phone's "portrait" is (0, 1, -1, 0).
+@pytest.mark.parametrize("a, b, c, d", [(0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1)])
+def test_display_rotation(tmp_path, a, b, c, d):
+    stored = np.zeros((64, 128, 3), np.uint8)
+    stored[:32, :64], stored[:32, 64:], stored[32:, :64] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    path = write_video(tmp_path / "a.mp4", pictures=[stored] * 3, options={"crf": 5})
+    content = bytearray(path.read_bytes())
+    matrix = content.find(b"tkhd") + 4 + 40
+    assert struct.unpack_from(">9i", content, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">5i", content, matrix, a << 16, b << 16, 0, c << 16, d << 16)
+    path.write_bytes(content)
+
+    frame, info = read_frames(path, [1])[0], media_info(path)
+    assert frame.shape == (info.height, info.width, 3) == ((128, 64, 3) if a == 0 else (64, 128, 3))
+    y, x = np.mgrid[:64, :128]
+    shown_x, shown_y = a * x + c * y, b * x + d * y
+    shown = np.empty_like(frame)
+    shown[shown_y - shown_y.min(), shown_x - shown_x.min()] = stored
+    assert np.abs(frame.astype(int) - shown).mean() < 12                      # the 4 quarters differ by far more
+
+
+@pytest.mark.parametrize("color_range", [1, 2])
+def test_colors(tmp_path, color_range):
+    """RGB, not BGR; and black is 16 in a limited-range video, 0 in a full-range one, which VP9 says in a flag only."""
+    picture = np.full((64, 128, 3), (200, 30, 90), np.uint8)
+    path = write_video(tmp_path / "a.webm", "libvpx-vp9", pictures=[picture] * 3, color_range=color_range, options={"crf": 5})
+    assert np.abs(read_frames(path, [1])[0].astype(int) - picture).max() <= 4
+
+
+def test_folder_of_images(tmp_path):
+    for k in (2, 10, 1, 33):
+        Image.fromarray(draw_number(k)).save(tmp_path / f"img{k}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    (tmp_path / ".img0.png").write_bytes(b"a dot file")
+    assert media_info(tmp_path) == MediaInfo(4, 24.0, 64, 128, is_image=False)
+    assert numbers(tmp_path, [3, 0, 1, 2, 2]) == [33, 1, 2, 10, 10]
+    Image.fromarray(draw_number(5, 60, 128)).save(tmp_path / "img5.png")
+    with pytest.raises(DataError, match=r"img5.png: expected.*\(64, 128\), found \(60, 128\)"):
+        read_frames(tmp_path, [0, 2])
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("RGB", "webp"),
+                                          ("CMYK", "jpg")])
+def test_single_image(tmp_path, mode, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(draw_number(77)).convert(mode).save(path)
+    assert media_info(path) == MediaInfo(1, 24.0, 64, 128, is_image=True)
+    assert numbers(path, [0, 0]) == [77, 77]
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                          # stored lying down: turn by 90 degrees clockwise
+    Image.fromarray(draw_number(77)).rotate(90, expand=True).save(tmp_path / "a.jpg", exif=exif)
+    assert numbers(tmp_path / "a.jpg", [0]) == [77]
+    assert media_info(tmp_path / "a.jpg").height == 64
+
+
+def test_gif_matches_pillow(videos):
+    frames = read_frames(videos["gif"], [5, 70])
+    with Image.open(videos["gif"]) as gif:
+        for frame, k in zip(frames, [5, 70]):
+            gif.seek(k)
+            assert (frame == np.asarray(gif.convert("RGB"))).all()
+
+
+def test_one_index_serves_choosing_and_reading(clip):
+    info, frames = read_media(clip, lambda info: np.linspace(0, info.num_frames - 1, 4).round().astype(int))
+    assert info.num_frames == 72 and [read_number(f) for f in frames] == [0, 24, 47, 71]
+    assert read_frames(clip, []).shape == (0, 64, 128, 3)
+    assert numbers(clip, (k for k in (3, 4))) == [3, 4]
+
+
+def test_odd_names(tmp_path, monkeypatch):
+    """FFmpeg takes what stands before a colon for a protocol, and %d for a series of images."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("scene:01.mp4", "50%d.mp4", "a b#?é.mp4"):
+        assert numbers(write_video(tmp_path / "a.mp4", num_frames=5).rename(name), [3]) == [3]
+
+
+def test_nothing_stays_open(videos, tmp_path):
+    (tmp_path / "bad.mp4").write_text("text")
+    before = os.listdir("/proc/self/fd")
+    for path in videos.values():
+        read_frames(path, [40, 3])
+    for path, indices in ((tmp_path / "bad.mp4", [0]), (videos["vp9 mkv"], [1000])):
+        with pytest.raises(DataError):
+            read_frames(path, indices)
+    assert os.listdir("/proc/self/fd") == before
+
+
+class Frames(torch.utils.data.Dataset):
+    def __init__(self, paths):
+        self.items = [(path, k) for path in paths for k in (70, 5, 40)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        path, k = self.items[i]
+        return k, torch.from_numpy(read_frames(path, [k])[0])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers(videos, start):
+    paths = [videos[name] for name in ("h264 open GOP", "hevc open GOP", "vp9 webm", "av1 mp4", "gif")]
+    dataset = Frames(paths)
+    dataset[0]                                           # the parent reads first: after that, decord hangs in forked workers
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2 if start == "fork" else 1,
+                                         multiprocessing_context=start, timeout=60)
+    assert [(k, read_number(frame.numpy())) for k, frame in loader] == [(k, k) for k in (70, 5, 40)] * len(paths)
+
+
+@pytest.mark.parametrize("k", [-1, 72, 10**12, 1.0, "3", None, True])
+def test_bad_index(clip, k):
+    with pytest.raises(DataError, match=r"a.mp4: expected frame numbers from 0 to 71.*found"):
+        read_frames(clip, [0, k])
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+    return path
+
+
+@pytest.mark.parametrize("suffix, settings", [
+    (".mp4", dict(options=SHORT_GOP, container_options={"movflags": "faststart"})),
+    (".mp4", dict(options=SHORT_GOP, container_options={"movflags": "frag_keyframe+empty_moov"})),
+    (".mkv", dict(options=SHORT_GOP)),
+    (".webm", dict(codec="libvpx-vp9", options=VPX)),
+    (".avi", dict(codec="mpeg4"))])
+@pytest.mark.parametrize("share", [.3, .6, .9])
+def test_truncated_video(tmp_path, suffix, settings, share):
+    path = write_video(tmp_path / f"a{suffix}", **settings)
+    cut(path, int(path.stat().st_size * share))
+    with pytest.raises(DataError, match=rf"a{suffix}: expected"):
+        media_info(path)
+
+
+def test_truncated_between_packets(tmp_path):
+    path = write_video(tmp_path / "a.mp4", options=SHORT_GOP, container_options={"movflags": "faststart"})
+    with av.open(str(path)) as container:
+        end = sorted(p.pos + p.size for p in container.demux(video=0) if p.size)[50]
+    with pytest.raises(DataError, match="a.mp4: expected"):
+        media_info(cut(path, end))
+
+
+def test_audio_may_outlast_the_video(tmp_path):
+    for suffix in ("mp4", "mkv"):
+        assert numbers(write_video(tmp_path / f"a.{suffix}", with_audio_seconds=5), [71]) == [71]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_damage_in_the_middle(tmp_path, suffix):
+    path = write_video(tmp_path / f"a{suffix}", options=SHORT_GOP)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2:len(content) // 2 + 300] = bytes(300)
+    path.write_bytes(content)
+    assert numbers(path, [0, 5]) == [0, 5]
+    with pytest.raises(DataError, match=f"a{suffix}: expected"):
+        read_frames(path, range(media_info(path).num_frames))
+
+
+def not_video(folder):
+    """Fill `folder` with what a user's typo or broken download may point at."""
+    write_video(folder / "moov.mp4")
+    cut(folder / "moov.mp4", (folder / "moov.mp4").read_bytes().find(b"moov"))
+    for name in ("text.mp4", "text.txt", "text.png", "text"):
+        (folder / name).write_text("hello\n" * 100)
+    for name in ("empty.mp4", "empty.png", "ebml.mkv"):
+        (folder / name).write_bytes(b"\x1a\x45\xdf\xa3" if name == "ebml.mkv" else b"")
+    for name in ("cut.png", "cut.jpg", "cut.webp"):
+        Image.fromarray(draw_number(3)).save(folder / name)
+        cut(folder / name, (folder / name).stat().st_size * 2 // 3)
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        write_silence(container, container.add_stream("aac", rate=16000), 1)
+    with av.open(str(folder / "cover.mp4"), "w") as container:
+        audio, picture = container.add_stream("aac", rate=16000), container.add_stream("png", rate=1)
+        picture.height, picture.width, picture.pix_fmt = 64, 128, "rgb24"
+        picture.disposition = av.stream.Disposition.attached_pic
+        frame = av.VideoFrame.from_ndarray(draw_number(3), format="rgb24")
+        container.mux(picture.encode(frame) + picture.encode())
+        write_silence(container, audio, 1)
+    (folder / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
+    (folder / "no images").mkdir()
+    (folder / "no images" / "a.txt").write_text("")
+
+
+@pytest.mark.parametrize("name, found", [
+    ("missing.mp4", "no such file"), ("empty.mp4", "an empty one"), ("empty.png", "an empty one"), ("no images", "none"),
+    ("moov.mp4", "FFmpeg can't open"), ("text.mp4", "FFmpeg can't open"), ("text.txt", "FFmpeg can't open"), ("text", "FFmpeg can't open"),
+    ("list.m3u8", "FFmpeg can't open"), ("ebml.mkv", "cut off"), ("audio.mp4", "only ..audio"), ("cover.mp4", "cover art"),
+    ("text.png", "cannot identify"), ("cut.png", "does not decode"), ("cut.jpg", "truncated"), ("cut.webp", "does not decode")])
+def test_not_media(tmp_path, name, found):
+    not_video(tmp_path)
+    with pytest.raises(DataError, match=rf"{name}: expected .*found.*{found}"):
+        read_frames(tmp_path / name, [0])
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    Image.fromarray(draw_number(3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match="a.png: expected an image.*exceeds limit"):
+        read_frames(tmp_path / "a.png", [0])

@@ -1,0 +1,423 @@
+"""The model against transformers itself: the same pixels, tokens and logits where there is no region; and what regions add."""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.processing_utils import ProcessorMixin
+
+import data
+import model as models
+from checkpoints import FAMILIES, make_checkpoint
+
+SETTINGS = data.Settings(num_frames=5, frame_pixels=100 * 100, region_pixels=150 * 150, region_frames=8, region_tokens=2)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def loaded(checkpoint):
+    processor = data.Processor.from_pretrained(checkpoint, SETTINGS)
+    return models.ReferringVideoLLM.from_pretrained(checkpoint, processor.region_token_id).eval(), processor
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Media, and a data file with each kind of sample: text, image, video, and regions on one frame and on several."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "clip").mkdir()
+    for i in range(9):
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "clip" / f"{i}.png")
+    box = lambda x, y: [x, y, x + 30, y, x + 30, y + 25, x, y + 25]
+
+    def talk(*turns):
+        return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+
+    samples = [
+        talk("Say the other thing.", "Never."),
+        {"image": "a.png"} | talk("<image>\nWhat is on the image?", "Noise in the picture."),
+        {"video": "clip"} | talk("Describe <video> then.", "More noise.", "And the rest?", "The same."),
+        {"video": "clip", "annotation": [{"3": {"segmentation": box(5, 5)}}]} | talk("<video>\nWhat is <region>?", "The one."),
+        {"video": "clip", "annotation": [{str(f): {"segmentation": box(f, 2 * f)} for f in (8, 0, 2, 5)}, {"2": {"segmentation": box(40, 30)}}]}
+        | talk("<video>\nIs <region> left of <region>?", "On the left."),
+        {"image": "a.png", "annotation": [{"0": {"segmentation": box(50, 40)}}]} | talk("What is <region>?", "A box."),
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(samples))
+    return data.ReferringDataset(data.read_samples(path), None), tmp_path
+
+
+def dataset(world, processor, **options):
+    return data.ReferringDataset(world[0].samples, processor, **options)
+
+
+def batch_of(world, processor, numbers, **options):
+    return data.collate([dataset(world, processor)[0, i] for i in numbers], processor.tokenizer.pad_token_id, **options)
+
+
+# ------------------------------------------------------------------------------------------------ transformers' own inputs
+
+
+def theirs(checkpoint, world, number):
+    """The inputs that transformers' own classes make for a sample without regions: dict for the plain backbone."""
+    sample, folder = world[0].samples[number], world[1]
+    tokenizer, images = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    kind = {1: "image", 2: "video"}.get(number)
+    messages = []
+    for question, answer in sample.turns:
+        before, _, after = question.partition(f"<{kind}>")
+        parts = [{"type": "text", "text": before}, {"type": kind}, {"type": "text", "text": after.removeprefix("\n")}]
+        if not after:
+            parts = [{"type": "text", "text": question}]
+        messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    inputs = {}
+    namespace = SimpleNamespace(
+        image_token="<|image_pad|>", video_token="<|video_pad|>", all_special_multimodal_tokens=["<|image_pad|>", "<|video_pad|>"]
+    )
+    replacements = {"images_replacements": [], "videos_replacements": [], "audio_replacements": []}
+    if kind == "image":
+        size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": SETTINGS.region_pixels}
+        inputs = dict(images(Image.open(folder / "a.png"), size=size, return_tensors="pt"))
+        cells = int(inputs["image_grid_thw"].prod()) // images.merge_size**2
+        replacements["images_replacements"] = ["<|image_pad|>" * cells]
+    if kind == "video":
+        frames = np.stack([np.asarray(Image.open(folder / "clip" / f"{i}.png")) for i in (0, 2, 4, 6, 8)])
+        # Each frame resized and normalised as an image of the same budget; then transformers' own video patches.
+        size = {"shortest_edge": (images.patch_size * 2) ** 2, "longest_edge": SETTINGS.frame_pixels}
+        singles = images(list(frames), size=size, return_tensors="pt", patch_size=images.patch_size)
+        _, gh, gw = singles["image_grid_thw"][0].tolist()
+        p, m = images.patch_size, images.merge_size
+        pictures = singles["pixel_values"].view(5, gh // m, gw // m, m, m, 3, 2, p, p)[:, :, :, :, :, :, 0]
+        pictures = pictures.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(1, 5, 3, gh * p, gw * p)
+        patches, *grid = Qwen3VLVideoProcessor.patchify(None, pictures, p, m, 2)
+        inputs = {"pixel_values_videos": patches[0], "video_grid_thw": torch.tensor([grid])}
+        cells = gh * gw // m**2
+        if "qwen3" in str(checkpoint):
+            namespace.video_processor = SimpleNamespace(merge_size=m, temporal_patch_size=2)
+            namespace.vision_start_token, namespace.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+            namespace._calculate_timestamps = partial(Qwen3VLProcessor._calculate_timestamps, None)
+            metadata = SimpleNamespace(fps=24.0, frames_indices=[0, 2, 4, 6, 8])
+            described = {"video_grid_thw": inputs["video_grid_thw"], "video_metadata": [metadata]}
+            replacements["videos_replacements"] = [Qwen3VLProcessor.replace_video_token(namespace, described, 0)]
+        else:
+            replacements["videos_replacements"] = ["<|video_pad|>" * (3 * cells)]
+            # transformers' VideoMetadata.sampled_fps: sampled frames / all frames * fps; two frames a step of the grid.
+            inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 9 * 24.0)])
+    (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    return inputs | {"input_ids": ids, "mm_token_type_ids": (ids == image_id).int() + 2 * (ids == video_id).int()}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_pixels_tokens_and_logits_equal_those_of_transformers(checkpoint, loaded, world, number):
+    model, processor = loaded
+    batch, expected = batch_of(world, processor, [number]), theirs(checkpoint, world, number)
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    if number == 1:
+        assert torch.equal(model._pixels(batch["still_patches"], repeat=True), expected["pixel_values"])
+        assert torch.equal(batch["still_grid_thw"], expected["image_grid_thw"])
+    if number == 2:
+        assert torch.equal(model._pixels(batch["video_patches"]), expected["pixel_values_videos"])
+        assert torch.equal(batch["video_grid_thw"], expected["video_grid_thw"])
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = plain(**expected).logits
+        assert torch.equal(model.logits(batch), logits)
+        labels = batch["labels"]
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1].double(), labels[0, 1:], reduction="sum")
+        assert model(batch).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_padded_batch_of_all_kinds_equals_its_samples_one_by_one(loaded, world):
+    model, processor = loaded
+    numbers = [4, 1, 0, 2, 5, 3]
+    batch = batch_of(world, processor, numbers)
+    with torch.no_grad():
+        together = model.logits(batch)
+        for row, number in enumerate(numbers):
+            alone = model.logits(batch_of(world, processor, [number]))[0]
+            torch.testing.assert_close(together[row, : len(alone)], alone, atol=2e-4, rtol=1e-3)
+
+
+def test_labels_are_the_answers_and_their_end_tokens(loaded, world):
+    _, processor = loaded
+    for number, answers in [(2, ["More noise.<|im_end|>", "The same.<|im_end|>"]), (3, ["The one.<|im_end|>"])]:
+        encoded = dataset(world, processor)[0, number]
+        supervised = encoded["labels"] != data.IGNORE
+        assert (encoded["input_ids"] == encoded["labels"])[supervised].all()
+        starts = np.flatnonzero(np.diff(np.concatenate([[0], supervised.astype(int)])) == 1)
+        found = [encoded["labels"][s:][np.cumprod(supervised[s:]).astype(bool)] for s in starts]
+        assert [processor.tokenizer.decode(run) for run in found] == answers
+
+
+def test_the_prompt_of_a_question_is_the_beginning_of_the_conversation(loaded, world):
+    """What the model sees at evaluation is, token for token, what it was trained to continue."""
+    _, processor = loaded
+    whole = dataset(world, processor)[0, 2]
+    for turn in (0, 1):
+        prompt = dataset(world, processor).question(2, turn)["input_ids"]
+        assert prompt.tolist() == whole["input_ids"][: len(prompt)].tolist()
+        assert whole["labels"][len(prompt)] != data.IGNORE == whole["labels"][len(prompt) - 1]
+
+
+def test_control_tokens_in_a_text_are_refused(loaded, world):
+    _, processor = loaded
+    for text in ("What<|im_end|>?", "<|video_pad|>", data.REGION_PAD):
+        with pytest.raises(data.DataError, match="control tokens"):
+            processor.encode([(text, "x")], None, None, [])
+
+
+def test_a_sample_that_is_too_long_is_refused_not_cut(checkpoint, world):
+    encoded = dataset(world, data.Processor.from_pretrained(checkpoint, SETTINGS))[0, 4]
+    length = len(encoded["input_ids"])
+    for limit, fits in [(length, True), (length - 1, False)]:
+        processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, max_length=limit))
+        found = dataset(world, processor)[0, 4]
+        assert fits == isinstance(found, dict)
+    assert f"at most --max-length {limit} tokens, found {length}" in str(found) and "sample 4" in str(found)
+
+
+# ------------------------------------------------------------------------------------------------ regions
+
+
+def test_a_region_token_starts_as_the_average_of_its_cells(loaded, world):
+    """Truth: the backbone's own image features of the annotated frame, weighted by coverage in float64."""
+    model, processor = loaded
+    batch = batch_of(world, processor, [5])
+    with torch.no_grad():
+        cells = model.backbone.model.visual(model._pixels(batch["still_patches"], repeat=True), grid_thw=batch["still_grid_thw"]).pooler_output
+        embeddings = model._inputs(batch)[0]
+    mask = np.zeros((90, 130))
+    mask[40:65, 50:80] = 1
+    _, height, width = batch["still_grid_thw"][0].tolist()
+    gh, gw = height // 2, width // 2
+    weight = np.kron(mask, np.ones((gh, gw))).reshape(gh, 90, gw, 130).mean(axis=(1, 3)).ravel()
+    expected = weight @ cells.double().numpy() / weight.sum()
+    found = embeddings[0][batch["input_ids"][0] == processor.region_token_id]
+    assert found.shape[0] == 1
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
+
+
+def test_each_placeholder_gets_its_own_object(loaded, world):
+    """Swapping the two objects of a sample swaps their tokens and touches nothing else."""
+    model, processor = loaded
+    ds = dataset(world, processor)
+    sample = ds.samples[4]
+    encode = lambda objects: ds.encode(data.replace(sample, objects=objects), np.random.default_rng(0))
+    one, two = encode(sample.objects), encode(sample.objects[::-1])
+    assert one["region_tokens"] == [2, 1] and two["region_tokens"] == [1, 2]
+    region = processor.region_token_id
+    tokens = {}
+    for name, encoded in (("one", one), ("two", two)):
+        batch = data.collate([encoded], processor.tokenizer.pad_token_id)
+        with torch.no_grad():
+            tokens[name] = model._inputs(batch)[0][0][batch["input_ids"][0] == region]
+    torch.testing.assert_close(tokens["one"][[2, 0, 1]], tokens["two"])
+    assert not torch.allclose(tokens["one"][0], tokens["one"][2])
+
+
+def test_a_faulty_neighbour_never_shifts_regions(loaded, world):
+    """In the reference code, too few tags hand the rest of a sample's features to the next sample of the batch."""
+    model, processor = loaded
+    ds = dataset(world, processor)
+    broken = data.replace(ds.samples[4], turns=[("<video>\nIs <region> left?", "Yes.")])
+    with pytest.raises(AssertionError, match="2 placeholders for 3 rows|placeholders"):
+        encoded = ds.encode(broken, np.random.default_rng(0))
+        model(data.collate([encoded, ds[0, 3]], processor.tokenizer.pad_token_id))
+
+
+def merged_by_hand(pooled, where, counts, keep):
+    """VideoRefer section 3.2.2 in plain Python and float64: join the n - u most similar adjacent pairs, average each run."""
+    rows, places, start = [], [], 0
+    for n, u in zip(counts, keep):
+        x, w = pooled[start : start + n].astype(np.float64), where[start : start + n].astype(np.float64)
+        start += n
+        cosine = [x[i] @ x[i + 1] / (np.linalg.norm(x[i]) * np.linalg.norm(x[i + 1])) for i in range(n - 1)]
+        joined = set(sorted(range(n - 1), key=lambda i: (-round(cosine[i], 6), i))[: n - u])
+        run = [0]
+        for i in range(1, n + 1):
+            if i < n and i - 1 in joined:
+                run.append(i)
+                continue
+            rows.append(x[run].mean(axis=0))
+            places.append(w[run].mean(axis=0))
+            run = [i]
+    return np.array(rows), np.array(places)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_temporal_merge_equals_the_rule_written_out(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 9, size=rng.integers(1, 6))
+    keep = np.minimum(counts, rng.integers(1, 5))
+    pooled = rng.normal(size=(counts.sum(), 6)).astype(np.float32)
+    if seed % 2:  # ties: a few distinct vectors, so that many cosines are equal
+        pooled = np.eye(6, dtype=np.float32)[rng.integers(0, 2, size=counts.sum())]
+    where = rng.random((counts.sum(), 5)).astype(np.float32)
+    expected = merged_by_hand(pooled, where, counts, keep)
+    found = models.temporal_merge(*(torch.tensor(x) for x in (pooled, where, counts, keep)))
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a.numpy(), b, atol=1e-5)
+
+
+def test_frames_are_merged_in_order_of_time_whatever_the_order_in_the_file(loaded, world):
+    encoded = dataset(world, loaded[1])[0, 4]
+    times = [w[4] for w in encoded["where"]]
+    assert times == [0, 2 / 8, 5 / 8, 1, 2 / 8] and encoded["object_frames"] == [4, 1]
+
+
+def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
+    processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, region_frames=3))
+    assert dataset(world, processor)[0, 4]["object_frames"] == [3, 1]
+    always = dataset(world, processor, single_frame=1.0)
+    seen = {always[epoch, 4]["where"][0][4] for epoch in range(40)}
+    assert seen == {0, 2 / 8, 5 / 8, 1}
+    half = dataset(world, processor, single_frame=0.5)
+    cut = sum(half[epoch, 4]["object_frames"][0] == 1 for epoch in range(200))
+    assert 70 < cut < 130
+    assert half[3, 4]["where"] == half[3, 4]["where"]
+
+
+def test_controls_replace_the_masks_and_nothing_else(loaded, world):
+    _, processor = loaded
+    plain, full = dataset(world, processor)[0, 4], dataset(world, processor, control="full")[0, 4]
+    assert full["input_ids"].tolist() == plain["input_ids"].tolist() and full["region_still"] == plain["region_still"]
+    assert all((grid == 1).all() for grid in full["coverage"]) and all(w[:4] == (0.5, 0.5, 1, 1) for w in full["where"])
+    shuffled = dataset(world, processor, control="shuffle")[0, 4]
+    other = dataset(world, processor)[0, 5]["where"][0][:4]  # the only object on other media
+    assert all(w[:4] == pytest.approx(other) for w in shuffled["where"])
+    assert [w[4] for w in shuffled["where"]] == [w[4] for w in plain["where"]]
+
+
+# ------------------------------------------------------------------------------------------------ answers, files, gradients
+
+
+def give_regions_weight(model):
+    """The region encoder's last layers start at zero; random ones make every input matter."""
+    torch.manual_seed(1)
+    for p in model.region_encoder.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+
+
+def test_generate_equals_argmax_step_by_step_without_a_cache(loaded, world):
+    model, processor = loaded
+    give_regions_weight(model)
+    ds = dataset(world, processor)
+    turns = [(4, 0), (1, 0), (0, 0), (2, 1), (5, 0), (3, 0)]
+    questions = [ds.question(*turn) for turn in turns]
+    end = processor.tokenizer.eos_token_id
+    together = model.generate(data.collate(questions, 0, pad_left=True), end, max_new_tokens=12)
+    for question, found in zip(questions, together):
+        batch = data.collate([question], 0)
+        expected = []
+        for _ in range(12):
+            with torch.no_grad():
+                scores = model.logits(batch)[0, -1]
+            scores[processor.region_token_id] = -torch.inf
+            token = int(scores.argmax())
+            if token == end:
+                break
+            expected.append(token)
+            batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([[token]])], dim=1)
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        assert found == expected
+    assert any(together) and len({tuple(answer) for answer in together}) > 1
+
+
+def test_generate_stops_at_the_end_token(loaded, world):
+    model, processor = loaded
+    question = dataset(world, processor).question(0, 0)
+    batch = data.collate([question], 0, pad_left=True)
+    free = model.generate(batch, end_token_id=-1, max_new_tokens=8)[0]
+    end = free[3]
+    assert model.generate(batch, end, max_new_tokens=8)[0] == free[: free.index(end)]
+
+
+def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transformers_alone(loaded, world, tmp_path):
+    model, processor = loaded
+    give_regions_weight(model)
+    model.save_pretrained(tmp_path / "saved", {"num_frames": 5})
+    processor.save_pretrained(tmp_path / "saved")
+    again = data.Processor.from_pretrained(tmp_path / "saved", SETTINGS)
+    assert again.region_token_id == processor.region_token_id
+    other = models.ReferringVideoLLM.from_pretrained(tmp_path / "saved", again.region_token_id).eval()
+    numbers = range(6)
+    with torch.no_grad():
+        assert torch.equal(other.logits(batch_of(world, again, numbers)), model.logits(batch_of(world, processor, numbers)))
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+        ids = batch_of(world, processor, [0])["input_ids"]
+        assert torch.equal(plain(input_ids=ids).logits, model.logits(batch_of(world, processor, [0])))
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "region"])
+def test_loading_is_strict(loaded, tmp_path, fault):
+    model, processor = loaded
+    model.save_pretrained(tmp_path, {})
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / ("region_encoder.safetensors" if fault == "region" else "model.safetensors")
+    weights = load_file(file)
+    name = next(n for n in weights if "norm" in n or "mlp" in n)
+    if fault == "left over":
+        weights["model.language_model.extra.weight"] = torch.zeros(3)
+    else:
+        del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="extra" if fault == "left over" else name.split(".")[-2]):
+        models.ReferringVideoLLM.from_pretrained(tmp_path, processor.region_token_id)
+
+
+def test_embeddings_grow_only_where_the_tokenizer_leaves_no_row(tmp_path):
+    for spare, rows in [(8, 0), (0, 1)]:
+        folder = make_checkpoint(tmp_path / str(spare), "qwen3_vl", spare_rows=spare)
+        processor = data.Processor.from_pretrained(folder, SETTINGS)
+        before = AutoModelForImageTextToText.from_pretrained(folder).get_input_embeddings().num_embeddings
+        model = models.ReferringVideoLLM.from_pretrained(folder, processor.region_token_id)
+        assert model.backbone.get_input_embeddings().num_embeddings == before + rows
+        assert model.backbone.lm_head.out_features == before + rows
+
+
+def test_parameter_groups_hold_every_parameter_once(loaded):
+    model, _ = loaded
+    groups = model.parameter_groups()
+    ids = [id(p) for group in groups.values() for p in group]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("merger" in names[id(p)] for p in groups["projector"])
+    assert not any("merger" in names[id(p)] for name in ("vision", "llm", "region") for p in groups[name])
+
+
+@pytest.mark.parametrize("numbers", [[0], [1], [2], [3], []])
+def test_every_parameter_gets_a_gradient_from_every_kind_of_batch(loaded, world, numbers):
+    """Without it, DistributedDataParallel waits for ever when one rank's batch has no region or no media."""
+    model, processor = loaded
+    model.train()
+    ds = dataset(world, processor)
+    samples = [ds[0, i] for i in numbers] or [data.EMPTY_SAMPLE]
+    loss = model(data.collate(samples, processor.tokenizer.pad_token_id))
+    loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == [] and torch.isfinite(loss)
+
+
+def test_an_unknown_family_is_refused(checkpoint, tmp_path):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = "qwen2_vl"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="qwen2_5_vl.*qwen3_vl.*qwen2_vl"):
+        data.Processor.from_pretrained(tmp_path, SETTINGS)

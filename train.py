@@ -1,0 +1,332 @@
+"""Training: one plain loop over torch.distributed.
+
+    python train.py --data data.json                                                # the tiny model, from scratch, on this machine
+    torchrun --nproc_per_node 8 train.py --data data.json --model Qwen/Qwen3-VL-2B-Instruct --train region --out stage1
+    torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm --out stage2
+
+    samples --order(seed, epoch)--> each rank's micro-batches --DataLoader--> loss summed over supervised tokens --backward--.
+        one step: all micro-batches of all ranks; gradients divided once by the step's number of supervised tokens  <---------'
+
+Writes OUT/metrics.jsonl (one line a logged step), OUT/bad_samples.jsonl (what could not be used, and why) and OUT/final (the
+model; eval.py --model OUT/final). Whatever the number of ranks and the size of the micro-batch, the same step sees the same
+samples and takes the same gradient.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import model as models
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """The command line is made from this: one field, one option. None: chosen by the model, as the help says."""
+
+    data: list[str] = option(None, "data files: JSON arrays or JSONL")
+    media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
+    model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
+    out: str = option("out", "folder for metrics.jsonl, bad_samples.jsonl and final/; must not hold an earlier run")
+    train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
+    steps: int = option(None, "optimizer steps (default: as --epochs says)")
+    epochs: float = option(20, "passes over the data, where --steps is not given")
+    batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 32, or all where there are fewer)")
+    micro_batch: int = option(None, "samples of one forward pass on one rank (default: the rank's whole share)")
+    lr: float = option(None, "peak learning rate of projector, llm and vision (default: 1e-3 for tiny, 2e-5 for a pretrained model)")
+    region_lr: float = option(1e-3, "peak learning rate of the region encoder")
+    warmup: int = option(20, "steps of linear warm-up; a cosine to 0 follows")
+    clip: float = option(1.0, "the gradient is scaled down to this norm")
+    num_frames: int = option(8, "frames sampled evenly from a video")
+    frame_pixels: int = option(None, "pixels of each at most (default: 48*48 for tiny, 384*384 for a pretrained model)")
+    region_pixels: int = option(None, "the same for images and the annotated frames that regions are pooled from (default: 96*96, 384*384)")
+    region_frames: int = option(8, "annotated frames used of one object at most, evenly spread")
+    region_tokens: int = option(4, "tokens one object becomes at most: its most alike neighbours in time are joined")
+    single_frame: float = option(0.5, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)")
+    max_length: int = option(4096, "tokens of a sample at most; a longer one is refused, never cut")
+    max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
+    workers: int = option(2, "processes that load data, on each rank")
+    seed: int = option(0, "of the weights, the order and every random choice")
+    log_every: int = option(10, "steps between two lines of metrics.jsonl")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = dict(nargs="+", required=True) if f.name == "data" else dict(type=f.type, default=f.default)
+        shown = "" if f.default is None else f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args):
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, args)))
+
+
+def init_distributed(device):
+    """Joins the ranks that torchrun started, if it did; -> this rank's device."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device(device)
+
+
+def sum_over_ranks(values, device):
+    """A list of numbers -> their sums over all ranks, as floats."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# ------------------------------------------------------------------------------------------------ the order of samples
+
+
+class Order:
+    """For each micro-batch of this rank, over the whole run, the (epoch, number) keys of its samples.
+
+    All samples of all epochs stand in one long row, each epoch shuffled by (seed, epoch); step s takes the s-th batch_size of them.
+    Each rank takes an equal stretch of a step, in micro-batches.
+    """
+
+    def __init__(self, samples, batch_size, micro_batch, steps, seed, rank, world):
+        self.samples, self.batch_size, self.micro_batch, self.steps, self.seed = samples, batch_size, micro_batch, steps, seed
+        self.rank, self.share = rank, batch_size // world
+
+    def __len__(self):
+        return self.steps * self.micro_batches
+
+    @property
+    def micro_batches(self):
+        """Micro-batches of one rank in one step."""
+        return math.ceil(self.share / self.micro_batch)
+
+    def __iter__(self):
+        epoch, shuffled = -1, None
+        for step in range(self.steps):
+            first = step * self.batch_size + self.rank * self.share
+            keys = []
+            for position in range(first, first + self.share):
+                if position // self.samples != epoch:
+                    epoch = position // self.samples
+                    shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
+                keys.append((epoch, int(shuffled[position % self.samples])))
+            for start in range(0, self.share, self.micro_batch):
+                yield keys[start : start + self.micro_batch]
+
+
+def collate(samples, pad_token_id):
+    """-> (batch, the DataErrors of the samples that it had to leave out)."""
+    usable = [s for s in samples if not isinstance(s, data.DataError)]
+    errors = [s for s in samples if isinstance(s, data.DataError)]
+    return data.collate(usable or [data.EMPTY_SAMPLE], pad_token_id), errors
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def build(config):
+    """-> (model, processor), with the choices of config that are None made by what the model is."""
+    tiny = config.model == "tiny"
+    defaults = dict(train="region,projector,llm,vision", lr=1e-3, frame_pixels=48 * 48, region_pixels=96 * 96)
+    if not tiny:
+        defaults = dict(train="region", lr=2e-5, frame_pixels=384 * 384, region_pixels=384 * 384)
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    settings = data.Settings(**{f.name: getattr(config, f.name) for f in fields(data.Settings)})
+    torch.manual_seed(config.seed)
+    if tiny:
+        backbone, tokenizer, image_processor = models.build_tiny()
+        processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
+        mean, std = image_processor.image_mean, image_processor.image_std
+        print0("model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)")
+        return models.ReferringVideoLLM(backbone, processor.region_token_id, mean, std), processor
+    processor = data.Processor.from_pretrained(config.model, settings)
+    print0(f"model: {config.model}")
+    return models.ReferringVideoLLM.from_pretrained(config.model, processor.region_token_id), processor
+
+
+def choose_parameters(model, config):
+    """Freezes what --train does not name -> AdamW's parameter groups, each with its peak learning rate."""
+    groups, chosen = model.parameter_groups(), config.train.split(",")
+    covered = sum(p.numel() for group in groups.values() for p in group)
+    assert covered == sum(p.numel() for p in model.parameters()), "the parameter groups must cover the model, each weight once"
+    if not set(chosen) <= set(groups):
+        raise SystemExit(f"--train: expected names out of {','.join(groups)}, found {config.train}")
+    model.requires_grad_(False)
+    optimized = []
+    for name in chosen:
+        for p in groups[name]:
+            p.requires_grad_(True)
+        optimized.append({"params": groups[name], "peak": config.region_lr if name == "region" else config.lr})
+    counts = ", ".join(f"{name} {sum(p.numel() for p in group) / 1e6:.2f} M{'' if name in chosen else ' (frozen)'}" for name, group in groups.items())
+    print0(f"parameters: {counts}")
+    return optimized
+
+
+def schedule(step, config):
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine to 0."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+
+
+class BadSamples:
+    """The samples that could not be used: each named once in OUT/bad_samples.jsonl; too many of them end the run."""
+
+    def __init__(self, config, count):
+        self.path, self.limit, self.seen = os.path.join(config.out, "bad_samples.jsonl"), config.max_bad * count, set()
+
+    def add(self, errors):
+        """errors: those of this rank; every rank must call it, so that all stop together."""
+        everyone = [errors]
+        if world_size() > 1:
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, errors)
+        for error in (error for errors in everyone for error in errors if str(error) not in self.seen):
+            self.seen.add(str(error))
+            print0(f"left out: {error}")
+            if rank() == 0:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"places": error.args[1:], "reason": error.args[0]}) + "\n")
+        if len(self.seen) > self.limit:
+            raise SystemExit(f"stopped: {len(self.seen)} samples cannot be used, --max-bad allows {self.limit:g}; see {self.path}")
+
+
+def write_whole(folder, write):
+    """write(path) fills a new folder aside, which then takes its name at once: it appears whole or not at all."""
+    aside = f"{folder}.{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    write(aside)
+    os.rename(aside, folder)
+
+
+def train(config):
+    device = init_distributed(config.device)
+    if os.path.exists(os.path.join(config.out, "metrics.jsonl")):
+        raise SystemExit(f"--out {config.out}: holds an earlier run; name another folder, or remove it")
+    samples = data.read_samples(config.data, config.media)
+    model, processor = build(config)
+    optimized = choose_parameters(model, config)
+    model.to(device).train()
+
+    config.batch_size = config.batch_size or min(32, len(samples) - len(samples) % world_size())
+    if config.batch_size < 1 or config.batch_size % world_size():
+        raise SystemExit(f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}")
+    config.micro_batch = config.micro_batch or config.batch_size // world_size()
+    config.steps = config.steps or math.ceil(config.epochs * len(samples) / config.batch_size)
+    order = Order(len(samples), config.batch_size, config.micro_batch, config.steps, config.seed, rank(), world_size())
+    loader = DataLoader(
+        data.ReferringDataset(samples, processor, config.single_frame, config.seed),
+        batch_sampler=order,
+        num_workers=config.workers,
+        collate_fn=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
+    )
+    print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
+
+    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if rank() == 0:
+        os.makedirs(config.out, exist_ok=True)
+    bad, batches = BadSamples(config, len(samples)), iter(loader)
+    tokens_seen, samples_seen, clock = 0, 0, time.time()
+    bar = tqdm(range(config.steps), disable=rank() > 0, unit="step")
+    for step in bar:
+        micro = [next(batches) for _ in range(order.micro_batches)]
+        errors = [error for _, found in micro for error in found]
+        supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch, _ in micro)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch, _ in micro)
+        total, tokens, bad_count = sum_over_ranks([supervised, tokens, len(errors)], device)
+        if bad_count:
+            bad.add(errors)
+
+        loss_sum = torch.zeros((), device=device)
+        for number, (batch, _) in enumerate(micro):
+            batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+            last = number + 1 == len(micro)
+            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = wrapped(batch)
+                # DDP averages gradients over ranks; the loss is their sum over the step's tokens, hence the world size.
+                (loss * world_size() / max(total, 1)).backward()
+            loss_sum += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        (loss_sum,) = sum_over_ranks([loss_sum.item()], device)
+        if not math.isfinite(loss_sum) or not torch.isfinite(norm):
+            ids = [i for batch, _ in micro for i in batch["ids"]]
+            raise SystemExit(f"stopped at step {step}: loss {loss_sum / max(total, 1)}, gradient norm {norm}; rank {rank()} had samples {ids}")
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens_seen, samples_seen = tokens_seen + tokens, samples_seen + config.batch_size - bad_count
+        if rank() == 0 and (step % config.log_every == 0 or step + 1 == config.steps):
+            elapsed = time.time() - clock
+            line = {
+                "step": step,
+                "epoch": step * config.batch_size / len(samples),
+                "loss": loss_sum / max(total, 1),
+                "lr": optimizer.param_groups[-1]["lr"],
+                "grad_norm": norm.item(),
+                "supervised_tokens": int(total),
+                "tokens_per_s": tokens_seen / elapsed,
+                "samples_per_s": samples_seen / elapsed,
+            }
+            with open(os.path.join(config.out, "metrics.jsonl"), "a") as file:
+                file.write(json.dumps(line) + "\n")
+            bar.set_postfix(loss=f"{line['loss']:.4f}")
+            tokens_seen, samples_seen, clock = 0, 0, time.time()
+
+    if rank() == 0:
+        write_whole(os.path.join(config.out, "final"), lambda folder: save(model, processor, folder))
+        print0(f"saved {os.path.join(config.out, 'final')}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def save(model, processor, folder):
+    model.save_pretrained(folder, asdict(processor.settings))
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    try:
+        train(parse())
+    except data.DataError as error:
+        raise SystemExit(f"data error: {error}") from None
