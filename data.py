@@ -40,6 +40,7 @@ IGNORE = -100  # the label of a token that is not supervised (torch's cross_entr
 REGION_TAG = "<region>"  # what a question writes where an object is meant
 REGION_PAD = "<|region_pad|>"  # the placeholder token that the model replaces by a region's features
 MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
+ANSWER_MARK = "\ue000"  # stands for an answer while a chat template is rendered: a character of the private use area
 MAX_MASK_AREA = 1 << 26  # pixels; above it, a "size" is a typing error or an attack, not a mask
 
 
@@ -690,7 +691,7 @@ class Processor:
         tokenizer.add_tokens([REGION_PAD], special_tokens=True)  # does nothing where it is known already
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_PAD)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = re.compile("|".join(map(re.escape, special)))
+        self.control_tokens = re.compile("|".join(map(re.escape, [*special, ANSWER_MARK])))
 
     @classmethod
     def from_pretrained(cls, path, settings):
@@ -758,30 +759,27 @@ class Processor:
         for text in (text for turn in turns for text in turn):
             found = self.control_tokens.search(text)
             expect(not found, "text without the tokenizer's control tokens", found and found.group())
+        # The template is rendered once, with a mark for each answer: what stands between the marks is the prompt.
         messages = []
-        for question, answer in turns:
+        for question, _ in turns:
             messages.append({"role": "user", "content": self._content(question, media)})
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": ANSWER_MARK})
+        prompts = self.tokenizer.apply_chat_template(messages, tokenize=False).split(ANSWER_MARK)
+        end = self.tokenizer.eos_token
+        if len(prompts) != len(turns) + 1 or not all(prompt.startswith(end) for prompt in prompts[1:]):
+            raise ValueError(f"expected a chat template that shows every answer once and ends it with {end}, found {prompts}")
+        if media:
+            pad = self.image_pad if media == "image" else self.video_pad
+            prompts[0] = prompts[0].replace(pad, media_prompt, 1)
         counts = iter(region_tokens)
-        pad = self.image_pad if media == "image" else self.video_pad
-        ids, labels, done = [], [], ""
-        for last in range(1, len(messages), 2):
-            prompt = self.tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
-            whole = self.tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
-            if not (prompt.startswith(done) and whole.startswith(prompt)):
-                raise ValueError("expected a chat template that only ever appends, found one that rewrites earlier turns")
-            text = prompt[len(done) :].replace(pad, media_prompt, 1) if media and last == 1 else prompt[len(done) :]
-            text = re.sub(REGION_TAG, lambda _: REGION_PAD * next(counts), text)
-            new = self.tokenizer.encode(text, add_special_tokens=False)
-            ids += new
-            labels += [IGNORE] * len(new)
-            if for_generation and last + 1 == len(messages):
-                break
-            new = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
-            end = len(new) - new[::-1].index(self.tokenizer.eos_token_id)  # what follows the end of turn is not the answer
-            ids += new
-            labels += new[:end] + [IGNORE] * (len(new) - end)
-            done = whole
+        texts = []
+        for prompt, (_, answer) in zip(prompts, turns):
+            prompt = re.sub(REGION_TAG, lambda _: REGION_PAD * next(counts), prompt.removeprefix(end))
+            texts += [prompt, answer + end]
+        texts = texts[:-1] if for_generation else [*texts, prompts[-1].removeprefix(end)]
+        pieces = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [token for piece in pieces for token in piece]
+        labels = [token if number % 2 else IGNORE for number, piece in enumerate(pieces) for token in piece]
         limit = self.settings.max_length
         visual = sum(ids.count(self.tokenizer.convert_tokens_to_ids(t)) for t in (self.image_pad, self.video_pad))
         if len(ids) > limit:
@@ -845,6 +843,8 @@ class ReferringDataset(torch.utils.data.Dataset):
             info = self._info(sample)
             kind = "image" if info.is_image else "video"
         objects = [self._masks(sample, number, info, rng) for number in range(len(sample.objects))]
+        if self.control != "none":
+            objects = [self._replace(masks, sample, rng) for masks in objects]
         encoded = {"id": sample.id, "type": sample.type, "kind": kind, **_NO_MEDIA}
         if kind is not None:
             prompt = self._add_media(encoded, sample, info, sorted({frame for masks in objects for frame in masks}))
@@ -919,23 +919,19 @@ class ReferringDataset(torch.utils.data.Dataset):
             with within(f"object {number}"):
                 expect(usable, "a mask that is not empty on at least one frame", sorted(segmentations))
             masks = {frame: usable[frame] for frame in choose(sorted(usable))}
-        if self.control == "full":
-            return {frame: np.ones((1, 1), dtype=np.uint8) for frame in masks}
-        if self.control == "shuffle":
-            others = self._other_masks(sample, rng)
-            return {frame: others[i % len(others)] for i, frame in enumerate(sorted(masks))}
         return masks
 
-    def _other_masks(self, sample, rng):
-        """The masks of a random object of a random sample on other media, in order of time (for the control "shuffle")."""
+    def _replace(self, masks, sample, rng):
+        """The control: the same frames with the whole picture for a mask, or with the masks of a random object on other media."""
+        if self.control == "full":
+            return {frame: np.ones((1, 1), dtype=np.uint8) for frame in masks}
         for number in rng.permutation(len(self.samples)).tolist():
             other = self.samples[number]
             if other.objects and other.media != sample.media:
-                plain = ReferringDataset(self.samples, self.processor)
-                plain.cache = self.cache
-                masks = plain._masks(other, int(rng.integers(len(other.objects))), self._info(other), rng)
-                return [masks[frame] for frame in sorted(masks)]
-        raise DataError("expected a sample with regions on other media to take masks from, found none")
+                found = self._masks(other, int(rng.integers(len(other.objects))), self._info(other), rng)
+                others = [found[frame] for frame in sorted(found)]
+                return {frame: others[i % len(others)] for i, frame in enumerate(sorted(masks))}
+        raise DataError("expected a sample with regions on other media to take masks from (--control shuffle), found none")
 
     def _pictures(self, path, wanted):
         """[(frame, (height, width))] -> list of uint8 (height, width, 3); what the cache lacks is decoded in one pass."""

@@ -34,60 +34,46 @@ def load(path, device):
     return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id).to(device).eval(), processor
 
 
-class Questions(torch.utils.data.Dataset):
-    """Each answer of each sample as a question to the model; turns: the (sample, turn) numbers."""
+class Questions(data.ReferringDataset):
+    """The same samples, one answer at a time: keys are (number, turn) pairs."""
 
-    def __init__(self, dataset, turns):
-        self.dataset, self.turns = dataset, turns
-
-    def __len__(self):
-        return len(self.turns)
-
-    def __getitem__(self, i):
-        return self.dataset.question(*self.turns[i])
+    def __getitem__(self, key):
+        try:
+            return self.question(*key)
+        except data.DataError as error:
+            return error
 
 
-def batches(dataset, collate, args, device):
-    """Batches on the device, in order, with a progress bar."""
-    loader = DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate, num_workers=args.workers)
+def collate(samples, **options):
+    """A batch, or the first DataError among the samples: raised here, in a worker, it would lose its shape."""
+    errors = [s for s in samples if isinstance(s, data.DataError)]
+    return errors[0] if errors else data.collate(samples, **options)
+
+
+def batches(dataset, keys, args, **options):
+    """Batches of dataset[key] on the device, in order, with a progress bar. A sample that cannot be used ends the evaluation."""
+    joined = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id, **options)
+    loader = DataLoader(dataset, args.batch_size, sampler=keys, collate_fn=joined, num_workers=args.workers)
     for batch in tqdm(loader, unit="batch", leave=False):
-        yield {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        if isinstance(batch, data.DataError):
+            raise batch
+        yield {name: value.to(args.device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def predict(model, processor, samples, turns, control, args):
-    """-> the model's answer to each (sample, turn), as text."""
-    questions = Questions(data.ReferringDataset(samples, processor, control=control), turns)
-    collate = partial(data.collate, pad_token_id=processor.tokenizer.pad_token_id, pad_left=True)
+def predict(model, processor, samples, keys, control, args):
+    """-> the model's answer to each (number, turn), as text."""
     answers = []
-    for batch in batches(questions, collate, args, args.device):
+    for batch in batches(Questions(samples, processor, control=control), keys, args, pad_left=True):
         tokens = model.generate(batch, processor.tokenizer.eos_token_id, args.max_new_tokens)
         answers += [processor.tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
     return answers
 
 
-class Conversations(torch.utils.data.Dataset):
-    """Whole samples, with labels; a sample that cannot be used ends the evaluation."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, i):
-        encoded = self.dataset[0, i]
-        if isinstance(encoded, data.DataError):
-            raise encoded
-        return encoded
-
-
 @torch.no_grad()
 def mean_loss(model, processor, samples, args):
     """Cross-entropy of the right answers: a sum over all supervised tokens, divided once by their number."""
-    conversations = Conversations(data.ReferringDataset(samples, processor))
-    collate = partial(data.collate, pad_token_id=processor.tokenizer.pad_token_id)
     total, tokens = 0.0, 0
-    for batch in batches(conversations, collate, args, args.device):
+    for batch in batches(data.ReferringDataset(samples, processor), [(0, i) for i in range(len(samples))], args):
         total += model(batch).item()
         tokens += int((batch["labels"][:, 1:] != data.IGNORE).sum())
     return total / tokens
@@ -106,7 +92,7 @@ def table_rows(questions):
 
 def report(questions, columns, rows, loss, out):
     """Prints the table: a row a type of question; its questions, the share answered exactly (up to white space at the ends), the
-    same under each control, and the share that the best constant answer would get. Writes it all to out, if given.
+    same under each control, and the share that the best constant answer to each type would get. Writes it all to out, if given.
 
     columns: {"exact" or a control: {number of the question: prediction}}; a control has no entry where there is no region.
     """
@@ -117,7 +103,10 @@ def report(questions, columns, rows, loss, out):
         for name, predictions in columns.items():
             asked = [i for i in members if i in predictions]
             counts[name] = {"right": sum(predictions[i] == questions[i]["answer"] for i in asked), "asked": len(asked)}
-        counts["constant"] = Counter(questions[i]["answer"] for i in members).most_common(1)[0][1]
+        answers = defaultdict(Counter)  # type -> how often each answer is the right one
+        for i in members:
+            answers[questions[i]["type"]][questions[i]["answer"]] += 1
+        counts["constant"] = sum(counter.most_common(1)[0][1] for counter in answers.values())
         scores["rows"][row] = counts
         shares = [f"{100 * c['right'] / c['asked']:.1f} %" if c["asked"] else "-" for c in (counts[name] for name in columns)]
         shares.append(f"{100 * counts['constant'] / len(members):.1f} %")

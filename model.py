@@ -21,7 +21,9 @@ import os
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -69,12 +71,12 @@ class RegionEncoder(nn.Module):
     raw and as sinusoids: with the sinusoids alone, the direction of a motion takes several times as long to learn.
     """
 
-    FREQUENCIES = 6  # sinusoids of 1/2, 1, 2, ... 16 periods over the picture or the video
+    FREQUENCIES = 4  # sinusoids of 1/2, 1, 2 and 4 periods over the picture or the video
 
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.position = nn.Sequential(nn.Linear(5 * (1 + 2 * self.FREQUENCIES), dim), nn.GELU(), nn.Linear(dim, dim))
+        self.position = nn.Sequential(nn.Linear(5 * (2 + 2 * self.FREQUENCIES), dim), nn.GELU(), nn.Linear(dim, dim))
         for last in (self.mlp[-1], self.position[-1]):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -85,7 +87,8 @@ class RegionEncoder(nn.Module):
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)
         merged, where = temporal_merge(pooled, where, object_frames, region_tokens)
         angles = torch.pi * where[:, :, None] * 2 ** torch.arange(self.FREQUENCIES, device=where.device)
-        place = torch.cat([where, angles.sin().flatten(1), angles.cos().flatten(1)], dim=1).to(merged.dtype)
+        raw = 2 * where - 1
+        place = torch.cat([raw, raw * raw[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)], dim=1).to(merged.dtype)
         return merged + self.mlp(merged) + self.position(place)
 
 
@@ -272,41 +275,45 @@ TINY_TEMPLATE = (
 )
 
 
-def build_tiny():
-    """A small Qwen3-VL with random weights, and its byte-level tokenizer and image processor: any text, no download.
+def build_tiny(texts):
+    """A small Qwen3-VL with random weights, with a tokenizer and image processor: no download.
 
-    It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those take.
-    -> (backbone, tokenizer, image_processor)
+    It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those take. The tokenizer
+    is byte-level BPE, its merges learned from texts (an iterable of str): their frequent words become one token each, and any other
+    text still has its bytes. -> (backbone, tokenizer, image_processor)
     """
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_level = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    byte_level = Tokenizer(tokenizer_models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    byte_level.train_from_iterator(texts, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token=names[2], pad_token=names[0])
     tokenizer.add_tokens(names, special_tokens=True)
-    tokenizer.add_tokens(["user", "assistant", " seconds"])  # words of every prompt: one token each, not one a letter
+    tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
     text = Qwen3VLTextConfig(
-        vocab_size=272,  # 256 bytes, 7 control tokens, 3 words, room for the region placeholder
+        vocab_size=512,  # at most 500 for the texts, 7 control tokens, 3 words, room for the region placeholder
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=32,
+        initializer_range=0.06,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
     )
     vision = Qwen3VLVisionConfig(
-        depth=3,
-        hidden_size=96,
-        intermediate_size=288,
-        num_heads=3,
+        depth=2,
+        hidden_size=64,
+        intermediate_size=192,
+        initializer_range=0.06,
+        num_heads=2,
         patch_size=8,
         out_hidden_size=128,
         num_position_embeddings=144,
-        deepstack_visual_indexes=[1],
+        deepstack_visual_indexes=[0],
     )
     config = Qwen3VLConfig(
         text_config=text.to_dict(),

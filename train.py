@@ -156,7 +156,14 @@ def collate(samples, pad_token_id):
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def build(config):
+def sample_texts(samples, limit=10_000):
+    """The questions and answers of the first samples, from which the tiny model's tokenizer learns its words."""
+    for number in range(min(limit, len(samples))):
+        with contextlib.suppress(data.DataError):  # reported when the sample is trained on
+            yield from (text for turn in samples[number].turns for text in turn)
+
+
+def build(config, samples):
     """-> (model, processor), with the choices of config that are None made by what the model is."""
     tiny = config.model == "tiny"
     defaults = dict(train="region,projector,llm,vision", lr=1e-3, frame_pixels=48 * 48, region_pixels=96 * 96)
@@ -168,7 +175,7 @@ def build(config):
     settings = data.Settings(**{f.name: getattr(config, f.name) for f in fields(data.Settings)})
     torch.manual_seed(config.seed)
     if tiny:
-        backbone, tokenizer, image_processor = models.build_tiny()
+        backbone, tokenizer, image_processor = models.build_tiny(sample_texts(samples))
         processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
         mean, std = image_processor.image_mean, image_processor.image_std
         print0("model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)")
@@ -239,7 +246,7 @@ def train(config):
     if os.path.exists(os.path.join(config.out, "metrics.jsonl")):
         raise SystemExit(f"--out {config.out}: holds an earlier run; name another folder, or remove it")
     samples = data.read_samples(config.data, config.media)
-    model, processor = build(config)
+    model, processor = build(config, samples)
     optimized = choose_parameters(model, config)
     model.to(device).train()
 

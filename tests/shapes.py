@@ -25,9 +25,9 @@ ANNOTATED = (0, 3, 7)  # frames with masks
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (240, 220, 40)}
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-BACKGROUNDS = {"black": (10, 10, 10), "grey": (120, 120, 120), "white": (240, 240, 240)}
-SPEED = 3.5  # pixels a frame
-RADIUS = (11, 15)
+BACKGROUNDS = {"black": (0, 0, 0), "brown": (90, 50, 20), "navy": (20, 25, 100)}
+SPEED = 5  # pixels a frame
+RADIUS = (12, 15)
 
 
 def outline(shape, x, y, r):
@@ -139,10 +139,11 @@ def relation(a, b, frames):
 
 def questions(rng, objects, frames, kinds):
     """[(kind, question, answer, objects asked about)], `kinds` in turn, on random objects; relation only where it is clear."""
-    asked = []
+    asked, left = [], {}
     for kind in kinds:
         if kind != "relation":
-            obj = rng.choice(objects)
+            left[kind] = left.get(kind) or rng.sample(objects, 4)  # every object once before one comes again
+            obj = left[kind].pop()
             asked.append((kind, ASK[kind], obj[kind], [obj]))
             continue
         pairs = [(a, b) for a in objects for b in objects if a is not b and relation(a, b, frames)]
@@ -203,24 +204,27 @@ def write_clip(rng, folder, name):
 def train_samples(rng, clip):
     """Two samples of one clip: a video with regions on three frames, and one of the other kinds."""
     objects, video, image = clip["objects"], ("video", clip["video"]), ("image", clip["image"])
-    kinds = ["shape", "shape", "colour", "direction", "direction", "relation"]
-    rng.shuffle(kinds)
-    yield entry(rng, video, questions(rng, objects, ANNOTATED, kinds), ANNOTATED, rng.random() < 0.2)
-    still = ["shape", "colour", "shape", "relation"]
-    background = [("background", "What colour is the background?", clip["background"], [])]
+    background = ("background", "What colour is the background?", clip["background"], [])
+    moving = questions(rng, objects, ANNOTATED, ["direction"] * 4 + ["relation"] * 2 + ["shape", "colour"]) + [background]
+    yield entry(rng, video, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
+    kinds = ["shape"] * 4 + ["relation", "colour"]
     choice = rng.random()
-    if choice < 0.45:
+    if choice < 0.6:
+        yield entry(rng, image, _shuffled(rng, questions(rng, objects, (0,), kinds)), (0,), rng.random() < 0.2)
+    elif choice < 0.85:
         frame = (rng.choice(ANNOTATED),)
-        yield entry(rng, video, questions(rng, objects, frame, still), frame)
-    elif choice < 0.8:
-        yield entry(rng, image, questions(rng, objects, (0,), still), (0,), rng.random() < 0.2)
-    elif choice < 0.86:
-        yield entry(rng, image, background, ())
-    elif choice < 0.96:
-        yield entry(rng, video, background, ())
+        yield entry(rng, video, _shuffled(rng, questions(rng, objects, frame, kinds)), frame)
+    elif choice < 0.9:
+        yield entry(rng, image, [background], ())
+    elif choice < 0.95:
+        yield entry(rng, video, [background], ())
     else:
         word = rng.choice(list(COLOURS) + list(SHAPES))
         yield {"conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]}
+
+
+def _shuffled(rng, items):
+    return rng.sample(items, len(items))
 
 
 def write_world(folder, train_clips, test_clips, seed=0):

@@ -56,11 +56,11 @@ def world(tmp_path):
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(samples))
-    return data.ReferringDataset(data.read_samples(path), None), tmp_path
+    return data.read_samples(path), tmp_path
 
 
 def dataset(world, processor, **options):
-    return data.ReferringDataset(world[0].samples, processor, **options)
+    return data.ReferringDataset(world[0], processor, **options)
 
 
 def batch_of(world, processor, numbers, **options):
@@ -72,7 +72,7 @@ def batch_of(world, processor, numbers, **options):
 
 def theirs(checkpoint, world, number):
     """The inputs that transformers' own classes make for a sample without regions: dict for the plain backbone."""
-    sample, folder = world[0].samples[number], world[1]
+    sample, folder = world[0][number], world[1]
     tokenizer, images = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
     kind = {1: "image", 2: "video"}.get(number)
     messages = []

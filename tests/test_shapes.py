@@ -1,0 +1,83 @@
+"""The toy world is what it says: every form of mask shows the same pixels, and nothing but the mask can decide an answer."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import data
+import shapes
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    shapes.write_world(folder, train_clips=12, test_clips=6)
+    return folder
+
+
+def test_all_kinds_of_sample_and_all_forms_of_mask_occur(world):
+    entries = json.loads((world / "train.json").read_text())
+    samples = data.read_samples(world / "train.json")
+    kinds = Counter()
+    for entry, sample in zip(entries, (samples[i] for i in range(len(samples)))):
+        media = "text" if sample.media is None else data.media_info(sample.media).is_image and "image" or "video"
+        frames = max((len(o) for o in sample.objects), default=0)
+        kinds[media, min(frames, 2)] += 1
+    assert {("video", 2), ("video", 1), ("image", 1)} <= set(kinds)
+    text = json.dumps(entries)
+    assert '"masks"' in text and '"annotation"' in text and '"segmentation": null' in text and '"height"' in text
+    forms = {type(m.get("counts", None)) if isinstance(m, dict) else type(m[0]) for m in _segmentations(entries)}
+    assert forms == {str, list, float} or forms == {str, list, float, int}
+    assert {tuple(m["size"]) for m in _segmentations(entries) if isinstance(m, dict)} == {(96, 96), (192, 192)}
+
+
+def _segmentations(entries):
+    for entry in entries:
+        for frames in entry.get("annotation", []):
+            yield from (m["segmentation"] for m in frames.values() if m.get("segmentation"))
+
+
+@pytest.mark.parametrize("form", shapes.FORMS)
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_every_form_of_mask_lies_over_the_drawn_object(shape, form):
+    """Truth: the pixels that carry the object's colour in the picture."""
+    obj = {"colour": "red", "shape": shape, "r": 13.3, "path": [(40.2, 51.7)]}
+    drawn = (shapes.draw([obj], "black", 0)[:, :, 0] > 115).astype(np.uint8)
+    mask = data.decode_mask(shapes.segmentation(obj, 0, form), 96, 96)
+    inside, outside = data.coverage(mask, 96, 96)[drawn == 1], data.coverage(mask, 96, 96)[drawn == 0]
+    assert inside.sum() > 0.93 * drawn.sum() and outside.sum() < 0.12 * drawn.sum()
+
+
+def test_the_picture_without_the_mask_decides_nothing(world):
+    """Each clip shows each colour, shape and direction exactly once, and train and test share no clip."""
+    import random
+
+    rng = random.Random(5)
+    for _ in range(5):
+        objects = shapes.deal(rng)
+        for name, values in (("colour", shapes.COLOURS), ("shape", shapes.SHAPES), ("direction", shapes.DIRECTIONS)):
+            assert sorted(o[name] for o in objects) == sorted(values)
+    media = [{e.get("video") or e.get("image") for e in json.loads((world / f).read_text())} - {None} for f in ("train.json", "test.json")]
+    assert not media[0] & media[1]
+
+
+def test_relations_are_what_the_paths_say():
+    a, b = {"path": [(10, 50), (10, 50)]}, {"path": [(60, 52), (60, 48)]}
+    assert shapes.relation(a, b, (0, 1)) == "left" and shapes.relation(b, a, (0, 1)) == "right"
+    c = {"path": [(12, 10), (12, 10)]}
+    assert shapes.relation(c, a, (0, 1)) == "above" and shapes.relation(a, c, (0, 1)) == "below"
+    assert shapes.relation(a, {"path": [(60, 52), (-40, 50)]}, (0, 1)) is None  # it changes sides
+    assert shapes.relation(a, {"path": [(50, 92), (50, 92)]}, (0, 1)) is None  # neither axis decides
+
+
+def test_bench_q_entries_ask_what_the_test_file_asks(world):
+    bench, test = (json.loads((world / name).read_text()) for name in ("bench_q.json", "test.json"))
+    about_regions = [e for e in test if e["type"] != "background"]
+    assert len(bench) == len(about_regions)
+    for question, entry in zip(bench, about_regions):
+        assert question["type"] == entry["type"] and question["video"] == entry["video"]
+        assert question["Answer"][4:] == entry["conversations"][1]["value"] and question["Answer"] in question["options"]
+        assert len(question["annotation"]) == question["Question"].count("<region>") == len(entry["annotation"])
+        assert question["frame_idx"] in question["annotation"][0]

@@ -1,0 +1,188 @@
+"""The training loop: what one step does, whatever the ranks; what it writes; and that it learns."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import shapes
+import train
+
+TOP = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    shapes.write_world(folder, train_clips=6, test_clips=2)
+    return folder
+
+
+def run(*command, **environment):
+    """Runs a command at the top level; -> its output, both streams. Fails the test unless it exits with 0."""
+    done = launch(*command, **environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def launch(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=TOP,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+COMMON = ("--steps", 3, "--batch-size", 4, "--log-every", 1, "--workers", 0, "--warmup", 1)
+
+
+@pytest.fixture(scope="session")
+def mixed(toy):
+    """Four samples for one step: text alone, an image without regions, a video, and a video with many regions; in this order of
+    kinds, half of the ranks have no region and one has no media at all."""
+    samples = json.loads((toy / "train.json").read_text())
+    video = next(s for s in samples if "video" in s and ("annotation" in s or "masks" in s))
+    text = [{"from": "human", "value": "Say red."}, {"from": "gpt", "value": "red"}]
+    ask = [{"from": "human", "value": "What colour is the background?"}, {"from": "gpt", "value": "a very long answer"}]
+    chosen = [{"conversations": text}, {"image": "images/test0000.png", "conversations": ask}, {"video": video["video"], "conversations": ask}, video]
+    path = toy / "mixed.json"
+    path.write_text(json.dumps(chosen))
+    return path
+
+
+@pytest.fixture(scope="session")
+def one_process(mixed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    run("train.py", "--data", mixed, "--out", out, *COMMON)
+    return metrics(out)
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 1), (1, 3), (2, 2), (2, 1), (4, 1)])
+def test_ranks_and_micro_batches_do_not_change_the_losses(mixed, one_process, tmp_path, ranks, micro):
+    """One step's loss and gradient norm are sums over its supervised tokens divided once, however they are dealt out. With four
+    ranks of one sample each, one rank has no media and two have no region."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks) if ranks > 1 else ()
+    run(*launcher, "train.py", "--data", mixed, "--out", tmp_path / "run", "--micro-batch", micro, *COMMON)
+    found = metrics(tmp_path / "run")
+    assert [m["supervised_tokens"] for m in found] == [m["supervised_tokens"] for m in one_process]
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in found] == pytest.approx([m[name] for m in one_process], rel=2e-4), name
+
+
+def test_the_order_is_shared_out_without_gaps_or_repeats():
+    def keys(batch_size, micro, ranks):
+        orders = [list(train.Order(10, batch_size, micro, 5, seed=3, rank=r, world=ranks)) for r in range(ranks)]
+        per_step = len(orders[0]) // 5
+        assert all(len(o) == 5 * per_step == len(train.Order(10, batch_size, micro, 5, 3, 0, ranks)) for o in orders)
+        return [[key for o in orders for batch in o[s * per_step : (s + 1) * per_step] for key in batch] for s in range(5)]
+
+    plain = keys(4, 4, 1)
+    assert plain == keys(4, 1, 1) == keys(4, 2, 2) == keys(4, 3, 1) == keys(4, 1, 4)
+    row = [key for step in plain for key in step]
+    assert row[:10] == [(0, i) for _, i in row[:10]] and sorted(i for _, i in row[:10]) == list(range(10))
+    assert sorted(i for _, i in row[10:]) == list(range(10)) and {e for e, _ in row[10:]} == {1}
+    assert [i for _, i in row[:10]] != [i for _, i in row[10:]]
+
+
+def test_schedule_warms_up_and_follows_a_cosine_to_zero():
+    config = train.Config(steps=110, warmup=10)
+    assert [train.schedule(s, config) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert train.schedule(10, config) == 1 and train.schedule(60, config) == pytest.approx(0.5)
+    assert train.schedule(110, config) == pytest.approx(0) and train.schedule(35, config) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize("names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision"])
+def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
+    config = train.parse(["--data", str(mixed), "--train", names, "--out", str(tmp_path)])
+    samples = data.read_samples(mixed)
+    model, processor = train.build(config, samples)
+    groups = train.choose_parameters(model, config)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    torch.nn.init.normal_(model.region_encoder.mlp[-1].weight)  # so that gradients reach all of the region encoder at once
+    torch.nn.init.normal_(model.region_encoder.position[-1].weight)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    dataset = data.ReferringDataset(samples, processor)
+    model.train()(data.collate([dataset[0, i] for i in range(4)], 0)).backward()
+    optimizer.step()
+    group_of = {id(p): name for name, group in model.parameter_groups().items() for p in group}
+    for name, p in model.named_parameters():
+        moved, wanted = not torch.equal(p, before[name]), group_of[id(p)] in names.split(",")
+        assert moved == wanted == p.requires_grad, name
+
+
+def test_unknown_part_and_unfit_batch_size_are_refused(mixed, tmp_path):
+    done = launch("train.py", "--data", mixed, "--out", tmp_path / "a", "--train", "regions", *COMMON)
+    assert done.returncode == 1 and "--train: expected names out of region,projector,llm,vision, found regions" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_bad_data_ends_with_one_message_and_no_traceback(toy, tmp_path):
+    path = toy / "broken.json"
+    path.write_text('[{"id": 1},\n oops]')
+    done = launch("train.py", "--data", path, "--out", tmp_path / "run", *COMMON)
+    assert done.returncode == 1 and "broken.json: line 2, column 2" in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_bad_sample_is_left_out_recorded_and_never_replaced(mixed, tmp_path):
+    samples = json.loads(mixed.read_text())
+    samples[2]["video"] = "videos/absent.mp4"
+    path = mixed.parent / "one_bad.json"
+    path.write_text(json.dumps(samples))
+    done = launch("train.py", "--data", path, "--out", tmp_path / "strict", *COMMON)
+    assert done.returncode == 1 and "--max-bad" in done.stdout and "Traceback" not in done.stdout
+    out = tmp_path / "lenient"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4)
+    run(*launcher, "train.py", "--data", path, "--out", out, "--max-bad", 0.5, *COMMON)
+    (line,) = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert line["places"][1] == "sample 2" and "absent.mp4" in line["reason"]
+    assert all(math.isfinite(m["loss"]) for m in metrics(out)) and (out / "final" / "model.safetensors").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(mixed, tmp_path):
+    run("train.py", "--data", mixed, "--out", tmp_path / "run", *COMMON)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    done = launch("train.py", "--data", mixed, "--out", tmp_path / "run", *COMMON)
+    assert done.returncode == 1 and "holds an earlier run" in done.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def fails(folder):
+        Path(folder, "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.write_whole(str(tmp_path / "final"), fails)
+    assert not (tmp_path / "final").exists()
+    train.write_whole(str(tmp_path / "final"), lambda folder: Path(folder, "whole").write_text("x"))
+    assert os.listdir(tmp_path / "final") == ["whole"]
+
+
+def test_it_learns_four_samples_by_heart_and_eval_hears_them_back(mixed, tmp_path):
+    """The path of the quick start in small: train.py to a folder, eval.py from it."""
+    out = tmp_path / "run"
+    run("train.py", "--data", mixed, "--out", out, "--steps", 60, "--single-frame", 0, "--workers", 0, "--lr", 2e-3)
+    losses = [m["loss"] for m in metrics(out)]
+    assert losses[-1] < losses[0] / 10
+    table = run("eval.py", "--model", out / "final", "--data", mixed, "--workers", 0, "--out", tmp_path / "scores", "--control", "full")
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    answers = [json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()]
+    asked = sum(len(s["conversations"]) // 2 for s in json.loads(mixed.read_text()))
+    assert len(answers) == asked == scores["rows"]["all"]["questions"] and "about regions" in table
+    assert sum(a["exact"] == a["answer"] for a in answers) == scores["rows"]["all"]["exact"]["right"]
+    assert scores["rows"]["all"]["exact"]["right"] >= 0.8 * asked
+    assert all(("full" in a) == a["regions"] for a in answers)
