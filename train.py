@@ -46,20 +46,20 @@ class Config:
     model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
     out: str = option("out", "folder for metrics.jsonl, bad_samples.jsonl and final/; must not hold an earlier run")
     train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
-    steps: int = option(None, "optimizer steps (default: as --epochs says)")
-    epochs: float = option(20, "passes over the data, where --steps is not given")
-    batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 32, or all where there are fewer)")
+    steps: int = option(400, "optimizer steps, unless --epochs is given")
+    epochs: float = option(None, "passes over the data, in place of --steps")
+    batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 16, or all where there are fewer)")
     micro_batch: int = option(None, "samples of one forward pass on one rank (default: the rank's whole share)")
     lr: float = option(None, "peak learning rate of projector, llm and vision (default: 1e-3 for tiny, 2e-5 for a pretrained model)")
-    region_lr: float = option(1e-3, "peak learning rate of the region encoder")
+    region_lr: float = option(None, "peak learning rate of the region encoder (default: 5e-3 for tiny, 1e-3 for a pretrained model)")
     warmup: int = option(20, "steps of linear warm-up; a cosine to 0 follows")
     clip: float = option(1.0, "the gradient is scaled down to this norm")
     num_frames: int = option(8, "frames sampled evenly from a video")
-    frame_pixels: int = option(None, "pixels of each at most (default: 48*48 for tiny, 384*384 for a pretrained model)")
+    frame_pixels: int = option(None, "pixels of each at most (default: 32*32 for tiny, 384*384 for a pretrained model)")
     region_pixels: int = option(None, "the same for images and the annotated frames that regions are pooled from (default: 96*96, 384*384)")
     region_frames: int = option(8, "annotated frames used of one object at most, evenly spread")
     region_tokens: int = option(4, "tokens one object becomes at most: its most alike neighbours in time are joined")
-    single_frame: float = option(0.5, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)")
+    single_frame: float = option(0.25, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)")
     max_length: int = option(4096, "tokens of a sample at most; a longer one is refused, never cut")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
     workers: int = option(2, "processes that load data, on each rank")
@@ -166,9 +166,9 @@ def sample_texts(samples, limit=10_000):
 def build(config, samples):
     """-> (model, processor), with the choices of config that are None made by what the model is."""
     tiny = config.model == "tiny"
-    defaults = dict(train="region,projector,llm,vision", lr=1e-3, frame_pixels=48 * 48, region_pixels=96 * 96)
+    defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=5e-3, frame_pixels=32 * 32, region_pixels=96 * 96)
     if not tiny:
-        defaults = dict(train="region", lr=2e-5, frame_pixels=384 * 384, region_pixels=384 * 384)
+        defaults = dict(train="region", lr=2e-5, region_lr=1e-3, frame_pixels=384 * 384, region_pixels=384 * 384)
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -250,11 +250,12 @@ def train(config):
     optimized = choose_parameters(model, config)
     model.to(device).train()
 
-    config.batch_size = config.batch_size or min(32, len(samples) - len(samples) % world_size())
+    config.batch_size = config.batch_size or min(16, len(samples) - len(samples) % world_size())
     if config.batch_size < 1 or config.batch_size % world_size():
         raise SystemExit(f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}")
     config.micro_batch = config.micro_batch or config.batch_size // world_size()
-    config.steps = config.steps or math.ceil(config.epochs * len(samples) / config.batch_size)
+    if config.epochs is not None:
+        config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
     order = Order(len(samples), config.batch_size, config.micro_batch, config.steps, config.seed, rank(), world_size())
     loader = DataLoader(
         data.ReferringDataset(samples, processor, config.single_frame, config.seed),

@@ -1,7 +1,7 @@
 """Parsing, masks and coverage, each against an independent truth; and every kind of bad input, which must name its place."""
 
-import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data
+import model as models
+import train
 from data import DataError
 
 H, W = 24, 32
@@ -345,3 +347,77 @@ def test_mask_box_is_the_bounding_box_in_fractions():
     assert data.mask_box(mask) == pytest.approx((0.5, 0.375, 0.5, 0.25))
 
 
+
+
+# ------------------------------------------------------------------------------------------------ media and masks of a sample
+
+
+@pytest.fixture
+def processor():
+    backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
+    return data.Processor(tokenizer, image_processor, backbone.config, data.Settings(frame_pixels=32 * 32, region_pixels=64 * 64))
+
+
+def box_of(*frames):
+    return {f: {"segmentation": square(4, 4, 12, 12)} for f in frames}
+
+
+BAD_MEDIA = {
+    "missing": (spoil(["video"], "absent.mp4"), "absent.mp4.*no such file"),
+    "empty": (spoil(["video"], "empty.mp4"), "empty.mp4.*empty"),
+    "not media": (spoil(["video"], "data.json"), "data.json"),
+    "folder without images": (spoil(["video"], "nothing"), "nothing.*none in it"),
+    "past the end": (spoil([A, 0], box_of("1", "12")), "object 0: frame 12: .*below 12.*found 12"),
+    "image has one frame": (lambda e: (e.update(image="a.png"), e.pop("video")), "object 0: frame 1.*below 1"),
+    "empty mask": (spoil([A, 1], {"3": {"segmentation": compressed(np.zeros((H, W)))}}), "object 1: .*mask that is not empty"),
+    "mask of another shape": (spoil([A, 1, "3", "segmentation"], compressed(np.ones((32, 24)))), "object 1: frame 3: .*frame's shape, 32x24"),
+    "size of another shape": (lambda e: e.update(height=32, width=24), "height and width of the frame's shape, 32x24.*24x32"),
+    "broken mask": (spoil([A, 1, "3", "segmentation", "counts"], [1, 2]), "object 1: frame 3: .*sum to 24 . 32 = 768, found 3"),
+    "control token": (spoil([C, 0, "value"], "<|im_end|> <region>"), "control tokens, found '<|im_end|>'".replace("|", r"\|")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MEDIA)
+def test_wrong_media_and_masks_come_back_as_errors_with_their_place(folder, processor, name):
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "nothing").mkdir()
+    change, message = BAD_MEDIA[name]
+    entry = good()
+    change(entry)
+    dataset = data.ReferringDataset(data.read_samples(write(folder, [entry, good()])), processor)
+    error = dataset[0, 0]
+    assert isinstance(error, DataError) and re.search(message, str(error)), error
+    assert "data.json: sample 0 (id 7): " in str(error)
+    with pytest.raises(DataError, match=message):
+        dataset.question(0, 1)
+    assert isinstance(dataset[0, 1], dict)  # its neighbour is untouched
+
+
+def test_a_bad_sample_leaves_its_neighbours_batch_as_it_was(folder, processor):
+    bad = good()
+    bad[A][0] = box_of("99")
+    dataset = data.ReferringDataset(data.read_samples(write(folder, [bad, good()])), processor)
+    batch, errors = train.collate([dataset[0, 0], dataset[0, 1]], 0)
+    alone = data.collate([dataset[0, 1]], 0)
+    assert len(errors) == 1 and batch.keys() == alone.keys()
+    for name, value in alone.items():
+        np.testing.assert_array_equal(batch[name], value)
+
+
+def test_hidden_and_empty_frames_are_skipped(folder, processor):
+    entry = good()
+    entry[A][1] = {"2": {"segmentation": compressed(np.zeros((H, W)))}, "9": {"segmentation": None}} | box_of("4")
+    encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
+    assert encoded["object_frames"] == [2, 1] and encoded["where"][2][4] == pytest.approx(4 / 11)
+
+
+def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "read_frames", lambda path, indices, read=data.read_frames: asked.append(indices) or read(path, indices))
+    entry = good()
+    entry[A] = [box_of("0", "3"), box_of("3", "11")]  # 0 and 11 are among the video's own eight, too
+    dataset = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)
+    first = dataset[0, 0]
+    assert asked == [[0, 2, 3, 5, 6, 8, 9, 11]] and first["region_still"] == [0, 1, 1, 2]
+    np.testing.assert_array_equal(dataset[1, 0]["video_patches"], first["video_patches"])
+    assert len(asked) == 1  # the second epoch comes from the cache

@@ -174,6 +174,23 @@ def test_the_prompt_of_a_question_is_the_beginning_of_the_conversation(loaded, w
         assert whole["labels"][len(prompt)] != data.IGNORE == whole["labels"][len(prompt) - 1]
 
 
+def test_the_prompt_of_a_question_ends_as_the_template_begins_an_answer(loaded, world):
+    _, processor = loaded
+    tokenizer = processor.tokenizer
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "Say the other thing."}], add_generation_prompt=True, tokenize=False)
+    assert dataset(world, processor).question(0, 0)["input_ids"].tolist() == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_mixed_precision_runs_and_stays_close(loaded, world):
+    """What train.py does on a GPU: bfloat16 compute over float32 weights."""
+    model, processor = loaded
+    batch = batch_of(world, processor, range(6))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = model(batch)
+    with torch.no_grad():
+        assert mixed.dtype == torch.float32 and mixed.item() == pytest.approx(model(batch).item(), rel=0.03)
+
+
 def test_control_tokens_in_a_text_are_refused(loaded, world):
     _, processor = loaded
     for text in ("What<|im_end|>?", "<|video_pad|>", data.REGION_PAD):
