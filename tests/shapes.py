@@ -205,7 +205,7 @@ def train_samples(rng, clip):
     """Two samples of one clip: a video with regions on three frames, and one of the other kinds."""
     objects, video, image = clip["objects"], ("video", clip["video"]), ("image", clip["image"])
     background = ("background", "What colour is the background?", clip["background"], [])
-    moving = questions(rng, objects, ANNOTATED, ["shape"] * 3 + ["direction"] * 3 + ["relation"] * 2 + ["colour"]) + [background]
+    moving = questions(rng, objects, ANNOTATED, ["shape"] * 4 + ["direction"] * 3 + ["relation"] * 2 + ["colour"]) + [background]
     yield entry(rng, video, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
     kinds = ["shape"] * 4 + ["relation", "colour"]
     choice = rng.random()
