@@ -142,6 +142,19 @@ def test_pixels_tokens_and_logits_equal_those_of_transformers(checkpoint, loaded
         assert model(batch).item() == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("indices", [[0, 37, 74, 111, 149], [0, 50, 100, 149], [7]])
+def test_timestamps_of_a_longer_video_are_those_of_transformers(tmp_path, indices):
+    """The pairs' mean times, an odd last frame paired with itself: far enough apart that one decimal tells them from the first."""
+    folder = make_checkpoint(tmp_path, "qwen3_vl")
+    namespace = SimpleNamespace(video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
+    namespace.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    namespace._calculate_timestamps = partial(Qwen3VLProcessor._calculate_timestamps, None)
+    metadata = SimpleNamespace(fps=29.97, frames_indices=list(indices))
+    grid = torch.tensor([[(len(indices) + 1) // 2, 4, 6]])
+    expected = Qwen3VLProcessor.replace_video_token(namespace, {"video_grid_thw": grid, "video_metadata": [metadata]}, 0)
+    assert data.Processor.from_pretrained(folder, SETTINGS).video_prompt(indices, 29.97, 6) == expected
+
+
 def test_a_padded_batch_of_all_kinds_equals_its_samples_one_by_one(loaded, world):
     model, processor = loaded
     numbers = [4, 1, 0, 2, 5, 3]
