@@ -32,8 +32,8 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import cached_file
 
 IGNORE = -100  # the label of a token that is not supervised (torch's cross_entropy skips it)
@@ -701,7 +701,8 @@ class Processor:
         if template:  # where older checkpoints keep their processor's template, which knows images and videos
             with open(template) as file:
                 tokenizer.chat_template = json.load(file)["chat_template"]
-        return cls(tokenizer, AutoImageProcessor.from_pretrained(path), AutoConfig.from_pretrained(path), settings)
+        images = Qwen2VLImageProcessorPil.from_pretrained(path)  # both families'; AutoImageProcessor may ask for torchvision
+        return cls(tokenizer, images, AutoConfig.from_pretrained(path), settings)
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)

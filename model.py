@@ -26,7 +26,6 @@ from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     DynamicCache,
     PreTrainedTokenizerFast,
@@ -232,7 +231,7 @@ class ReferringVideoLLM(nn.Module):
         wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if wrong:
             raise ValueError(f"{path}: expected weights that fit the model exactly, found {wrong}")
-        image_processor = AutoImageProcessor.from_pretrained(path)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         model = cls(backbone, region_token_id, image_processor.image_mean, image_processor.image_std)
         if os.path.exists(os.path.join(path, "nanorefer.json")):
             model.region_encoder.load_state_dict(load_file(os.path.join(path, REGION_WEIGHTS)))

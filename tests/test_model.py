@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.processing_utils import ProcessorMixin
@@ -73,7 +74,7 @@ def batch_of(world, processor, numbers, **options):
 def theirs(checkpoint, world, number):
     """The inputs that transformers' own classes make for a sample without regions: dict for the plain backbone."""
     sample, folder = world[0][number], world[1]
-    tokenizer, images = AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+    tokenizer, images = AutoTokenizer.from_pretrained(checkpoint), Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
     kind = {1: "image", 2: "video"}.get(number)
     messages = []
     for question, answer in sample.turns:
