@@ -849,7 +849,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         encoded = {"id": sample.id, "type": sample.type, "kind": kind, **_NO_MEDIA}
         if kind is not None:
             prompt = self._add_media(encoded, sample, info, sorted({frame for masks in objects for frame in masks}))
-        frames = [(number, frame) for number, masks in enumerate(objects) for frame in sorted(masks)]
+        frames = [(number, frame) for number, masks in enumerate(objects) for frame in masks]  # in order of time, see _masks
         grid = [side // self.processor.merge_size for side in encoded["still_grid"]]
         tokens = [region_token_count(len(masks), self.settings.region_tokens) for masks in objects]
         input_ids, labels = self.processor.encode(sample.turns, kind, prompt, tokens, for_generation)

@@ -12,7 +12,7 @@ already understands (RegionEncoder adds zero to it on day one). Without regions 
 
     model = ReferringVideoLLM.from_pretrained("Qwen/Qwen3-VL-2B-Instruct", region_token_id)   # or a folder that train.py wrote
     loss = model(batch)                                                                     # summed over supervised tokens
-    tokens = model.generate(batch)                                                          # greedy, with a KV cache
+    tokens = model.generate(batch, end_token_id)                                            # greedy, with a KV cache
 """
 
 import json
