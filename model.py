@@ -300,8 +300,8 @@ def build_tiny(texts):
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=32,
-        initializer_range=0.06,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        initializer_range=0.16,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
     )
     vision = Qwen3VLVisionConfig(
         depth=2,

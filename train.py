@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 train.py --data data.json --model Qwen/Qwen3-VL-2B-Instruct --train region --out stage1
     torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm --out stage2
 
-    samples --order(seed, epoch)--> each rank's micro-batches --DataLoader--> loss summed over supervised tokens --backward--.
-        one step: all micro-batches of all ranks; gradients divided once by the step's number of supervised tokens  <---------'
+    samples --order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --> loss summed over supervised tokens --backward--.
+        one step: all micro-batches of all ranks; gradients divided once by the step's number of supervised tokens  <----------------'
 
 Writes OUT/metrics.jsonl (one line a logged step), OUT/bad_samples.jsonl (what could not be used, and why) and OUT/final (the
 model; eval.py --model OUT/final). Whatever the number of ranks and the size of the micro-batch, the same step sees the same
@@ -49,10 +49,10 @@ class Config:
     steps: int = option(400, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
     batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 16, or all where there are fewer)")
-    micro_batch: int = option(None, "samples of one forward pass on one rank (default: the rank's whole share)")
+    micro_batch: int = option(8, "samples of one forward pass on one rank at most; those of a step are grouped by length")
     lr: float = option(None, "peak learning rate of projector, llm and vision (default: 1e-3 for tiny, 2e-5 for a pretrained model)")
-    region_lr: float = option(None, "peak learning rate of the region encoder (default: 5e-3 for tiny, 1e-3 for a pretrained model)")
-    warmup: int = option(20, "steps of linear warm-up; a cosine to 0 follows")
+    region_lr: float = option(None, "peak learning rate of the region encoder (default: 3e-3 for tiny, 1e-3 for a pretrained model)")
+    warmup: int = option(10, "steps of linear warm-up; a cosine to 0 follows")
     clip: float = option(1.0, "the gradient is scaled down to this norm")
     num_frames: int = option(8, "frames sampled evenly from a video")
     frame_pixels: int = option(None, "pixels of each at most (default: 32*32 for tiny, 384*384 for a pretrained model)")
@@ -114,23 +114,18 @@ def sum_over_ranks(values, device):
 
 
 class Order:
-    """For each micro-batch of this rank, over the whole run, the (epoch, number) keys of its samples.
+    """For each step of the run, the (epoch, number) keys of this rank's samples.
 
-    All samples of all epochs stand in one long row, each epoch shuffled by (seed, epoch); step s takes the s-th batch_size of them.
-    Each rank takes an equal stretch of a step, in micro-batches.
+    All samples of all epochs stand in one long row, each epoch shuffled by (seed, epoch); step s takes the s-th batch_size of them,
+    and each rank an equal stretch of those.
     """
 
-    def __init__(self, samples, batch_size, micro_batch, steps, seed, rank, world):
-        self.samples, self.batch_size, self.micro_batch, self.steps, self.seed = samples, batch_size, micro_batch, steps, seed
+    def __init__(self, samples, batch_size, steps, seed, rank, world):
+        self.samples, self.batch_size, self.steps, self.seed = samples, batch_size, steps, seed
         self.rank, self.share = rank, batch_size // world
 
     def __len__(self):
-        return self.steps * self.micro_batches
-
-    @property
-    def micro_batches(self):
-        """Micro-batches of one rank in one step."""
-        return math.ceil(self.share / self.micro_batch)
+        return self.steps
 
     def __iter__(self):
         epoch, shuffled = -1, None
@@ -142,15 +137,19 @@ class Order:
                     epoch = position // self.samples
                     shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.samples)
                 keys.append((epoch, int(shuffled[position % self.samples])))
-            for start in range(0, self.share, self.micro_batch):
-                yield keys[start : start + self.micro_batch]
+            yield keys
 
 
-def collate(samples, pad_token_id):
-    """-> (batch, the DataErrors of the samples that it had to leave out)."""
-    usable = [s for s in samples if not isinstance(s, data.DataError)]
+def micro_batches(samples, micro_batch, pad_token_id):
+    """A rank's samples of one step -> (its micro-batches, the DataErrors of the samples that had to be left out).
+
+    Samples of like length go together, so that little is padded; the gradient of a step does not depend on it. Every rank makes
+    the same number of micro-batches, whatever it left out: ranks that run in step with each other wait for each forward pass.
+    """
     errors = [s for s in samples if isinstance(s, data.DataError)]
-    return data.collate(usable or [data.EMPTY_SAMPLE], pad_token_id), errors
+    usable = sorted((s for s in samples if not isinstance(s, data.DataError)), key=lambda s: len(s["input_ids"]))
+    groups = [usable[start : start + micro_batch] for start in range(0, len(samples), micro_batch)]
+    return [data.collate(group or [data.EMPTY_SAMPLE], pad_token_id) for group in groups], errors
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -166,7 +165,7 @@ def sample_texts(samples, limit=10_000):
 def build(config, samples):
     """-> (model, processor), with the choices of config that are None made by what the model is."""
     tiny = config.model == "tiny"
-    defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=5e-3, frame_pixels=32 * 32, region_pixels=96 * 96)
+    defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=3e-3, frame_pixels=32 * 32, region_pixels=96 * 96)
     if not tiny:
         defaults = dict(train="region", lr=2e-5, region_lr=1e-3, frame_pixels=384 * 384, region_pixels=384 * 384)
     for name, value in defaults.items():
@@ -253,15 +252,14 @@ def train(config):
     config.batch_size = config.batch_size or min(16, len(samples) - len(samples) % world_size())
     if config.batch_size < 1 or config.batch_size % world_size():
         raise SystemExit(f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}")
-    config.micro_batch = config.micro_batch or config.batch_size // world_size()
     if config.epochs is not None:
         config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
-    order = Order(len(samples), config.batch_size, config.micro_batch, config.steps, config.seed, rank(), world_size())
+    order = Order(len(samples), config.batch_size, config.steps, config.seed, rank(), world_size())
     loader = DataLoader(
         data.ReferringDataset(samples, processor, config.single_frame, config.seed),
         batch_sampler=order,
         num_workers=config.workers,
-        collate_fn=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
+        collate_fn=partial(micro_batches, micro_batch=config.micro_batch, pad_token_id=processor.tokenizer.pad_token_id),
     )
     print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
 
@@ -274,16 +272,15 @@ def train(config):
     tokens_seen, samples_seen, clock = 0, 0, time.time()
     bar = tqdm(range(config.steps), disable=rank() > 0, unit="step")
     for step in bar:
-        micro = [next(batches) for _ in range(order.micro_batches)]
-        errors = [error for _, found in micro for error in found]
-        supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch, _ in micro)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch, _ in micro)
-        total, tokens, bad_count = sum_over_ranks([supervised, tokens, len(errors)], device)
+        micro, errors = next(batches)
+        supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
+        tokens, slots = (sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel))
+        total, tokens, slots, bad_count = sum_over_ranks([supervised, tokens, slots, len(errors)], device)
         if bad_count:
             bad.add(errors)
 
         loss_sum = torch.zeros((), device=device)
-        for number, (batch, _) in enumerate(micro):
+        for number, batch in enumerate(micro):
             batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             last = number + 1 == len(micro)
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
@@ -295,7 +292,7 @@ def train(config):
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         (loss_sum,) = sum_over_ranks([loss_sum.item()], device)
         if not math.isfinite(loss_sum) or not torch.isfinite(norm):
-            ids = [i for batch, _ in micro for i in batch["ids"]]
+            ids = [i for batch in micro for i in batch["ids"]]
             raise SystemExit(f"stopped at step {step}: loss {loss_sum / max(total, 1)}, gradient norm {norm}; rank {rank()} had samples {ids}")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, config)
@@ -312,6 +309,7 @@ def train(config):
                 "lr": optimizer.param_groups[-1]["lr"],
                 "grad_norm": norm.item(),
                 "supervised_tokens": int(total),
+                "padded_share": 1 - tokens / slots,
                 "tokens_per_s": tokens_seen / elapsed,
                 "samples_per_s": samples_seen / elapsed,
             }

@@ -112,7 +112,7 @@ def masks(rng, obj, frames):
     """{"0": {"segmentation": ...}, ...}, now and then with frames on which the object is said to be hidden."""
     entry = {str(f): {"segmentation": segmentation(obj, f, rng.choice(FORMS))} for f in frames}
     if rng.random() < 0.2:
-        entry |= {"1": {"segmentation": None}, "2": {}}
+        entry = {"1": {"segmentation": None}, "2": {}} | entry
     return entry
 
 
@@ -162,6 +162,8 @@ def entry(rng, media, asked, frames, later_format=False):
         turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
     sample = {key: path, "conversations": turns}
     regions = [masks(rng, obj, frames) for _, _, _, pointed in asked for obj in pointed]
+    if key == "image":  # whichever frame it was made of, it has only one
+        regions = [{"0": region[str(frames[0])]} for region in regions]
     if regions and later_format:
         plain = [{f: m["segmentation"] for f, m in region.items() if m.get("segmentation")} for region in regions]
         sample["masks"] = [region["0"] for region in plain] if key == "image" else plain
@@ -192,35 +194,36 @@ def bench_q_entry(rng, clip, question):
 
 
 def write_clip(rng, folder, name):
-    """Writes videos/NAME.mp4 and images/NAME.png (its frame 0); -> dict(objects, background, video, image)."""
+    """Writes videos/NAME.mp4 and three of its frames as images/NAME-FRAME.png; -> dict(objects, background, video, images)."""
     objects, background = deal(rng), rng.choice(list(BACKGROUNDS))
     frames = [draw(objects, background, f) for f in range(FRAMES)]
-    clip = {"objects": objects, "background": background, "video": f"videos/{name}.mp4", "image": f"images/{name}.png"}
-    write_video(folder / clip["video"], frames)
-    Image.fromarray(frames[0]).save(folder / clip["image"])
-    return clip
+    images = {f: f"images/{name}-{f}.png" for f in sorted(rng.sample(range(FRAMES), 3))}
+    write_video(folder / f"videos/{name}.mp4", frames)
+    for f, path in images.items():
+        Image.fromarray(frames[f]).save(folder / path)
+    return {"objects": objects, "background": background, "video": f"videos/{name}.mp4", "images": images}
 
 
 def train_samples(rng, clip):
-    """Two samples of one clip: a video with regions on three frames, and one of the other kinds."""
-    objects, video, image = clip["objects"], ("video", clip["video"]), ("image", clip["image"])
+    """Four samples of one clip: a video with regions on three frames, and three of the other kinds, mostly images."""
+    objects, video = clip["objects"], ("video", clip["video"])
     background = ("background", "What colour is the background?", clip["background"], [])
-    moving = questions(rng, objects, ANNOTATED, ["shape"] * 4 + ["direction"] * 3 + ["relation"] * 2 + ["colour"]) + [background]
+    moving = questions(rng, objects, ANNOTATED, ["shape"] * 2 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]) + [background]
     yield entry(rng, video, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
-    kinds = ["shape"] * 4 + ["relation", "colour"]
-    choice = rng.random()
-    if choice < 0.6:
-        yield entry(rng, image, _shuffled(rng, questions(rng, objects, (0,), kinds)), (0,), rng.random() < 0.2)
-    elif choice < 0.85:
-        frame = (rng.choice(ANNOTATED),)
-        yield entry(rng, video, _shuffled(rng, questions(rng, objects, frame, kinds)), frame)
-    elif choice < 0.9:
-        yield entry(rng, image, [background], ())
-    elif choice < 0.95:
-        yield entry(rng, video, [background], ())
-    else:
-        word = rng.choice(list(COLOURS) + list(SHAPES))
-        yield {"conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]}
+    for frame, path in clip["images"].items():
+        still = questions(rng, objects, (frame,), ["shape"] * 4 + ["colour"])
+        choice = rng.random()
+        if choice < 0.8:
+            yield entry(rng, ("image", path), _shuffled(rng, still), (frame,), rng.random() < 0.2)
+        elif choice < 0.9:
+            yield entry(rng, video, _shuffled(rng, still), (frame,))
+        elif choice < 0.94:
+            yield entry(rng, ("image", path), [background], ())
+        elif choice < 0.98:
+            yield entry(rng, video, [background], ())
+        else:
+            word = rng.choice(list(COLOURS) + list(SHAPES))
+            yield {"conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]}
 
 
 def _shuffled(rng, items):

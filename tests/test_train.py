@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,10 +56,11 @@ def mixed(toy):
     """Four samples for one step: text alone, an image without regions, a video, and a video with many regions; in this order of
     kinds, half of the ranks have no region and one has no media at all."""
     samples = json.loads((toy / "train.json").read_text())
+    image = next(s for s in samples if "image" in s)
     video = next(s for s in samples if "video" in s and ("annotation" in s or "masks" in s))
     text = [{"from": "human", "value": "Say red."}, {"from": "gpt", "value": "red"}]
     ask = [{"from": "human", "value": "What colour is the background?"}, {"from": "gpt", "value": "a very long answer"}]
-    chosen = [{"conversations": text}, {"image": "images/test0000.png", "conversations": ask}, {"video": video["video"], "conversations": ask}, video]
+    chosen = [{"conversations": text}, {"image": image["image"], "conversations": ask}, {"video": video["video"], "conversations": ask}, video]
     path = toy / "mixed.json"
     path.write_text(json.dumps(chosen))
     return path
@@ -84,18 +86,29 @@ def test_ranks_and_micro_batches_do_not_change_the_losses(mixed, one_process, tm
 
 
 def test_the_order_is_shared_out_without_gaps_or_repeats():
-    def keys(batch_size, micro, ranks):
-        orders = [list(train.Order(10, batch_size, micro, 5, seed=3, rank=r, world=ranks)) for r in range(ranks)]
-        per_step = len(orders[0]) // 5
-        assert all(len(o) == 5 * per_step == len(train.Order(10, batch_size, micro, 5, 3, 0, ranks)) for o in orders)
-        return [[key for o in orders for batch in o[s * per_step : (s + 1) * per_step] for key in batch] for s in range(5)]
+    def keys(ranks):
+        orders = [list(train.Order(10, 4, 5, seed=3, rank=r, world=ranks)) for r in range(ranks)]
+        assert all(len(order) == 5 == len(train.Order(10, 4, 5, 3, 0, ranks)) for order in orders)
+        return [[key for order in orders for key in order[step]] for step in range(5)]
 
-    plain = keys(4, 4, 1)
-    assert plain == keys(4, 1, 1) == keys(4, 2, 2) == keys(4, 3, 1) == keys(4, 1, 4)
+    plain = keys(1)
+    assert plain == keys(2) == keys(4)
     row = [key for step in plain for key in step]
     assert row[:10] == [(0, i) for _, i in row[:10]] and sorted(i for _, i in row[:10]) == list(range(10))
     assert sorted(i for _, i in row[10:]) == list(range(10)) and {e for e, _ in row[10:]} == {1}
     assert [i for _, i in row[:10]] != [i for _, i in row[10:]]
+
+
+def test_a_step_is_grouped_by_length_and_keeps_its_number_of_micro_batches():
+    def sample(length):
+        return data.EMPTY_SAMPLE | {"id": length} | {name: np.ones(length, int) for name in ("input_ids", "labels", "attention_mask")}
+
+    lengths = [9, 2, 7, 3, 8]
+    batches, errors = train.micro_batches([sample(n) for n in lengths], 2, pad_token_id=0)
+    assert [batch["ids"] for batch in batches] == [[2, 3], [7, 8], [9]] and not errors
+    bad = data.DataError("unreadable")
+    batches, errors = train.micro_batches([sample(9), bad, bad, sample(2), bad], 2, pad_token_id=0)
+    assert [batch["ids"] for batch in batches] == [[2, 9], [None], [None]] and errors == [bad] * 3
 
 
 def test_schedule_warms_up_and_follows_a_cosine_to_zero():
