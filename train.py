@@ -7,9 +7,10 @@
     samples --order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --> loss summed over supervised tokens --backward--.
         one step: all micro-batches of all ranks; gradients divided once by the step's number of supervised tokens  <----------------'
 
-Writes OUT/metrics.jsonl (one line a logged step), OUT/bad_samples.jsonl (what could not be used, and why) and OUT/final (the
-model; eval.py --model OUT/final). Whatever the number of ranks and the size of the micro-batch, the same step sees the same
-samples and takes the same gradient.
+Writes OUT/metrics.jsonl (one line a logged step), OUT/bad_samples.jsonl (what could not be used, and why), OUT/step-NNNNNN
+(resumable, with --save-every or on SIGTERM) and OUT/final (the model; eval.py --model OUT/final). Whatever the number of ranks
+and the size of the micro-batch, the same step sees the same samples and takes the same gradient; and since everything random
+in a step is a function of (seed, step) or (seed, epoch, sample), a resumed run goes on as if it had never been interrupted.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -44,7 +47,7 @@ class Config:
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
     model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
-    out: str = option("out", "folder for metrics.jsonl, bad_samples.jsonl and final/; must not hold an earlier run")
+    out: str = option("out", "folder for all that is written; must not hold an earlier run, unless that is resumed")
     train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
     steps: int = option(400, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
@@ -65,6 +68,9 @@ class Config:
     workers: int = option(2, "processes that load data, on each rank")
     seed: int = option(0, "of the weights, the order and every random choice")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
+    save_every: int = option(None, "steps between two checkpoints OUT/step-NNNNNN (default: only when SIGTERM ends the run)")
+    keep: int = option(2, "checkpoints that stay: the last ones")
+    resume: str = option(None, "latest (of --out; from the start where there is none yet), or the folder of a checkpoint")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
@@ -120,16 +126,16 @@ class Order:
     and each rank an equal stretch of those.
     """
 
-    def __init__(self, samples, batch_size, steps, seed, rank, world):
-        self.samples, self.batch_size, self.steps, self.seed = samples, batch_size, steps, seed
+    def __init__(self, samples, batch_size, steps, seed, rank, world, start=0):
+        self.samples, self.batch_size, self.steps, self.seed = samples, batch_size, range(start, steps), seed
         self.rank, self.share = rank, batch_size // world
 
     def __len__(self):
-        return self.steps
+        return len(self.steps)
 
     def __iter__(self):
         epoch, shuffled = -1, None
-        for step in range(self.steps):
+        for step in self.steps:
             first = step * self.batch_size + self.rank * self.share
             keys = []
             for position in range(first, first + self.share):
@@ -162,8 +168,9 @@ def sample_texts(samples, limit=10_000):
             yield from (text for turn in samples[number].turns for text in turn)
 
 
-def build(config, samples):
-    """-> (model, processor), with the choices of config that are None made by what the model is."""
+def build(config, samples, checkpoint=None):
+    """-> (model, processor), with the choices of config that are None made by what the model is. checkpoint: take weights and
+    tokenizer from this folder."""
     tiny = config.model == "tiny"
     defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=3e-3, frame_pixels=32 * 32, region_pixels=96 * 96)
     if not tiny:
@@ -173,15 +180,16 @@ def build(config, samples):
             setattr(config, name, value)
     settings = data.Settings(**{f.name: getattr(config, f.name) for f in fields(data.Settings)})
     torch.manual_seed(config.seed)
-    if tiny:
+    if tiny and not checkpoint:
         backbone, tokenizer, image_processor = models.build_tiny(sample_texts(samples))
         processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
         mean, std = image_processor.image_mean, image_processor.image_std
         print0("model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)")
         return models.ReferringVideoLLM(backbone, processor.region_token_id, mean, std), processor
-    processor = data.Processor.from_pretrained(config.model, settings)
-    print0(f"model: {config.model}")
-    return models.ReferringVideoLLM.from_pretrained(config.model, processor.region_token_id), processor
+    path = checkpoint or config.model
+    processor = data.Processor.from_pretrained(path, settings)
+    print0(f"model: {path}")
+    return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id), processor
 
 
 def choose_parameters(model, config):
@@ -213,7 +221,8 @@ class BadSamples:
     """The samples that could not be used: each named once in OUT/bad_samples.jsonl; too many of them end the run."""
 
     def __init__(self, config, count):
-        self.path, self.limit, self.seen = os.path.join(config.out, "bad_samples.jsonl"), config.max_bad * count, set()
+        self.path, self.limit = os.path.join(config.out, "bad_samples.jsonl"), config.max_bad * count
+        self.seen = {str(data.DataError(line["reason"], *line["places"])) for line in read_jsonl(self.path)}
 
     def add(self, errors):
         """errors: those of this rank; every rank must call it, so that all stop together."""
@@ -225,27 +234,128 @@ class BadSamples:
             self.seen.add(str(error))
             print0(f"left out: {error}")
             if rank() == 0:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps({"places": error.args[1:], "reason": error.args[0]}) + "\n")
+                append_jsonl(self.path, {"places": error.args[1:], "reason": error.args[0]})
         if len(self.seen) > self.limit:
             raise SystemExit(f"stopped: {len(self.seen)} samples cannot be used, --max-bad allows {self.limit:g}; see {self.path}")
 
 
-def write_whole(folder, write):
-    """write(path) fills a new folder aside, which then takes its name at once: it appears whole or not at all."""
-    aside = f"{folder}.{os.getpid()}.tmp"
+# ------------------------------------------------------------------------------------------------ files
+
+
+def append_jsonl(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_jsonl(path):
+    """-> the lines of a file that append_jsonl wrote, none if it is absent. A last line that a kill cut short is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write_whole(path, write):
+    """write(folder) fills a new folder aside, which takes the name path once it is on disk: it appears whole or not at all."""
+    aside = f"{path}.{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     os.makedirs(aside)
     write(aside)
-    os.rename(aside, folder)
+    for folder, _, names in os.walk(aside):
+        for name in [*names, "."]:
+            _to_disk(os.path.join(folder, name))
+    os.rename(aside, path)
+    _to_disk(os.path.dirname(os.path.abspath(path)))
+
+
+def _to_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def save(model, processor, folder):
+    model.save_pretrained(folder, asdict(processor.settings))
+    processor.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
+FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device")
+
+
+def checkpoints(out):
+    """{number of finished steps: folder} of a run's whole checkpoints, oldest first."""
+    names = [name for name in (os.listdir(out) if os.path.isdir(out) else []) if re.fullmatch(r"step-\d+", name)]
+    return {int(name[5:]): os.path.join(out, name) for name in sorted(names, key=lambda name: int(name[5:]))}
+
+
+def save_checkpoint(model, processor, optimizer, config, samples, done):
+    """OUT/step-NNNNNN: the model as in OUT/final (eval.py reads it too), and in training.pt what the loop needs to go on."""
+    fixed = {name: value for name, value in asdict(config).items() if name not in FREE}
+    state = {"done": done, "samples": samples, "config": fixed, "optimizer": optimizer.state_dict()}
+
+    def write(folder):
+        save(model, processor, folder)
+        torch.save(state, os.path.join(folder, "training.pt"))
+
+    write_whole(os.path.join(config.out, f"step-{done:06}"), write)
+    for folder in list(checkpoints(config.out).values())[: -config.keep]:
+        os.rename(folder, folder + ".tmp")  # a kill amid the deletion leaves nothing that looks whole
+        shutil.rmtree(folder + ".tmp")
+
+
+def read_checkpoint(config):
+    """What --resume names -> (folder, its training.pt), or (None, None) to start from the beginning."""
+    if config.resume is None:
+        if os.path.exists(os.path.join(config.out, "metrics.jsonl")):
+            raise SystemExit(f"--out {config.out}: holds an earlier run; name another folder, remove it, or --resume latest")
+        return None, None
+    if os.path.exists(os.path.join(config.out, "final")):
+        raise SystemExit(f"--resume: the run in {config.out} is finished, its model is in final")
+    found = checkpoints(config.out)
+    folder = found[max(found)] if config.resume == "latest" and found else config.resume
+    if folder == "latest":
+        print0(f"--resume latest: no checkpoint in {config.out} yet; starts from the beginning")
+        return None, None
+    if not os.path.exists(os.path.join(folder, "training.pt")):
+        raise SystemExit(f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it")
+    state = torch.load(os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True)
+    if max(found, default=0) > state["done"]:
+        raise SystemExit(f"--out {config.out}: holds later steps than {folder}; name another folder, or remove them")
+    return folder, state
+
+
+def check_resumable(state, config, samples):
+    """Refuses a checkpoint of a run with other settings or other data: its losses could not be those of an uninterrupted run."""
+    for name, saved in (state["config"] | {"samples": state["samples"]}).items():
+        given = samples if name == "samples" else getattr(config, name)
+        if given != saved:
+            raise SystemExit(f"--resume: expected {name} {saved} as in the run that is resumed, found {given}")
+
+
+def tidy(out, done):
+    """Readies OUT for a run that goes on after `done` steps: what a killed run left half-written or logged beyond them goes."""
+    os.makedirs(out, exist_ok=True)
+    for name in os.listdir(out):
+        if re.fullmatch(r"(step-\d+|final)(\.\d+)?\.tmp", name):
+            shutil.rmtree(os.path.join(out, name))
+    for path in (os.path.join(out, name) for name in ("metrics.jsonl", "bad_samples.jsonl")):
+        if os.path.exists(path):
+            with open(path + ".tmp", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in read_jsonl(path) if line.get("step", -1) < done)
+            os.replace(path + ".tmp", path)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
 
 
 def train(config):
     device = init_distributed(config.device)
-    if os.path.exists(os.path.join(config.out, "metrics.jsonl")):
-        raise SystemExit(f"--out {config.out}: holds an earlier run; name another folder, or remove it")
+    checkpoint, state = read_checkpoint(config)
     samples = data.read_samples(config.data, config.media)
-    model, processor = build(config, samples)
+    model, processor = build(config, samples, checkpoint)
     optimized = choose_parameters(model, config)
     model.to(device).train()
 
@@ -254,7 +364,8 @@ def train(config):
         raise SystemExit(f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}")
     if config.epochs is not None:
         config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
-    order = Order(len(samples), config.batch_size, config.steps, config.seed, rank(), world_size())
+    done = state["done"] if state else 0
+    order = Order(len(samples), config.batch_size, config.steps, config.seed, rank(), world_size(), start=done)
     loader = DataLoader(
         data.ReferringDataset(samples, processor, config.single_frame, config.seed),
         batch_sampler=order,
@@ -265,17 +376,27 @@ def train(config):
 
     wrapped = DistributedDataParallel(model) if world_size() > 1 else model
     optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95))
+    if state:
+        check_resumable(state, config, len(samples))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        print0(f"resumed: {checkpoint}, {done} steps done")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if rank() == 0:
-        os.makedirs(config.out, exist_ok=True)
+        tidy(config.out, done)
+    if world_size() > 1:
+        dist.barrier()
+    terminated, stop = [], False
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     bad, batches = BadSamples(config, len(samples)), iter(loader)
     tokens_seen, samples_seen, clock = 0, 0, time.time()
-    bar = tqdm(range(config.steps), disable=rank() > 0, unit="step")
+    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=rank() > 0, unit="step")
     for step in bar:
+        torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))  # for the dropout of a backbone that has it
         micro, errors = next(batches)
         supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
         tokens, slots = (sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel))
-        total, tokens, slots, bad_count = sum_over_ranks([supervised, tokens, slots, len(errors)], device)
+        counts = [supervised, tokens, slots, len(errors), len(terminated)]
+        total, tokens, slots, bad_count, stop = sum_over_ranks(counts, device)  # all ranks stop after the same step
         if bad_count:
             bad.add(errors)
 
@@ -313,22 +434,25 @@ def train(config):
                 "tokens_per_s": tokens_seen / elapsed,
                 "samples_per_s": samples_seen / elapsed,
             }
-            with open(os.path.join(config.out, "metrics.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_jsonl(os.path.join(config.out, "metrics.jsonl"), line)
             bar.set_postfix(loss=f"{line['loss']:.4f}")
             tokens_seen, samples_seen, clock = 0, 0, time.time()
 
-    if rank() == 0:
-        write_whole(os.path.join(config.out, "final"), lambda folder: save(model, processor, folder))
-        print0(f"saved {os.path.join(config.out, 'final')}")
+        due = config.save_every and (step + 1) % config.save_every == 0
+        if rank() == 0 and (stop or due):
+            save_checkpoint(model, processor, optimizer, config, len(samples), step + 1)
+        if stop:
+            print0(f"stopped by SIGTERM after {step + 1} steps, which are saved; --resume latest goes on")
+            break
+    else:
+        if rank() == 0:
+            write_whole(os.path.join(config.out, "final"), lambda folder: save(model, processor, folder))
+            print0(f"saved {os.path.join(config.out, 'final')}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def save(model, processor, folder):
-    model.save_pretrained(folder, asdict(processor.settings))
-    processor.save_pretrained(folder)
+    if stop:
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

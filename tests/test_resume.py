@@ -1,0 +1,149 @@
+"""Runs that are killed, told to stop or broken go on as if nothing had happened: the same losses, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+import train
+from test_train import TOP, launch, metrics, run, toy  # noqa: F401 (toy is a fixture)
+
+# 5 samples a step in micro-batches of 2, 7 samples an epoch: steps straddle epochs, and the last micro-batch is smaller.
+SHAPE = ("--batch-size", 5, "--micro-batch", 2, "--workers", 2, "--warmup", 2, "--log-every", 1, "--steps", 12, "--single-frame", 0.5)
+
+
+@pytest.fixture(scope="module")
+def seven(toy):  # noqa: F811
+    path = toy / "seven.json"
+    path.write_text(json.dumps(json.loads((toy / "train.json").read_text())[:7]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(seven, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run("train.py", "--data", seven, "--out", out, *SHAPE)
+    return out
+
+
+def what_must_agree(folder):
+    """The logged values that a step determines, and the bytes of the final model."""
+    timeless = [{name: m[name] for name in ("step", "epoch", "loss", "lr", "grad_norm", "supervised_tokens")} for m in metrics(folder)]
+    return timeless, *((folder / "final" / name).read_bytes() for name in ("model.safetensors", "region_encoder.safetensors"))
+
+
+def start(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def when_steps_are_logged(process, out, steps, patience=240):
+    """Waits until the run has logged so many steps, or ended."""
+    deadline = time.monotonic() + patience
+    while process.poll() is None and len(train.read_jsonl(out / "metrics.jsonl")) < steps:
+        assert time.monotonic() < deadline, "no progress"
+        with pytest.raises(subprocess.TimeoutExpired) if process.poll() is None else pytest.MonkeyPatch.context():
+            process.wait(timeout=0.02)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(seven, uninterrupted, tmp_path):
+    out, rng, kills = tmp_path / "run", random.Random(0), 0
+    while not (out / "final").exists():
+        process = start("train.py", "--data", seven, "--out", out, "--save-every", 1, "--resume", "latest", *SHAPE)
+        before = len(train.read_jsonl(out / "metrics.jsonl"))
+        if kills < 5:
+            when_steps_are_logged(process, out, max(before - 1, 0) + rng.randint(1, 3))
+            with_luck_in_a_save = rng.uniform(0, 0.3)
+            try:
+                process.wait(timeout=with_luck_in_a_save)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+        output, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), output[-3000:]
+    assert kills >= 3 and what_must_agree(out) == what_must_agree(uninterrupted)
+    assert sorted(os.listdir(out)) == ["final", "metrics.jsonl", "step-000011", "step-000012"]
+
+
+def test_sigterm_saves_exits_and_the_run_goes_on(seven, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = start("train.py", "--data", seven, "--out", out, *SHAPE)
+    when_steps_are_logged(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM and "--resume latest goes on" in output and "Traceback" not in output
+    (done,) = train.checkpoints(out)
+    assert 3 <= done < 12 and not (out / "final").exists()
+    run("train.py", "--data", seven, "--out", out, "--resume", "latest", *SHAPE)
+    assert what_must_agree(out) == what_must_agree(uninterrupted)
+
+
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(toy, tmp_path):  # noqa: F811
+    shape = ("--data", toy / "train.json", "--batch-size", 4, "--workers", 0, "--log-every", 1, "--steps", 4, "--warmup", 1)
+    run("train.py", "--out", tmp_path / "one", *shape, "--save-every", 2, "--keep", 9)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    run(*launcher, "train.py", "--out", tmp_path / "two", *shape, "--resume", tmp_path / "one" / "step-000002")
+    one, two = metrics(tmp_path / "one")[2:], metrics(tmp_path / "two")
+    assert [m["step"] for m in two] == [2, 3] and [m["supervised_tokens"] for m in one] == [m["supervised_tokens"] for m in two]
+    assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=2e-4)
+
+
+def test_other_settings_other_data_and_finished_runs_are_refused(seven, uninterrupted, toy, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    two_steps = [*SHAPE, "--steps", 2]
+    run("train.py", "--data", seven, "--out", out, "--save-every", 1, *two_steps)
+    step = out / "step-000001"
+    for changed, complaint in [
+        (["--lr", 5e-4], "expected lr 0.001 as in the run that is resumed, found 0.0005"),
+        (["--data", toy / "test.json"], "expected data ["),
+        (["--out", out], "is finished"),
+        (["--resume", toy], "found no training.pt"),
+    ]:
+        done = launch("train.py", "--data", seven, "--out", tmp_path / "other", "--resume", step, *two_steps, *changed)
+        assert done.returncode == 1 and complaint in done.stdout and "Traceback" not in done.stdout, done.stdout[-2000:]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(seven, tmp_path):
+    done = launch("train.py", "--data", seven, "--out", tmp_path / "run", "--save-every", 1, *SHAPE, "--lr", 1e30, "--clip", 1e30)
+    assert done.returncode == 1 and "stopped at step" in done.stdout and "had samples [" in done.stdout
+    (last,) = list(train.checkpoints(tmp_path / "run").values())[-1:]
+    assert torch.load(os.path.join(last, "training.pt"), weights_only=True)["done"] >= 1
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def _write_for_ever(folder):
+    number = 0
+    while True:
+        number += 1
+
+        def fill(aside):
+            for name in "abc":
+                with open(os.path.join(aside, name), "w") as file:
+                    file.write(str(number) * 20_000)
+
+        train.write_whole(os.path.join(folder, f"step-{number:06}"), fill)
+
+
+def test_whatever_moment_the_kill_comes_a_folder_is_whole_or_absent(tmp_path):
+    rng, seen = random.Random(1), 0
+    for attempt in range(40):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        writer = get_context("fork").Process(target=_write_for_ever, args=(folder,))
+        writer.start()
+        writer.join(timeout=rng.uniform(0.01, 0.1))
+        writer.kill()
+        writer.join()
+        for number, path in train.checkpoints(folder).items():
+            seen += 1
+            assert all(open(os.path.join(path, name)).read() == str(number) * 20_000 for name in "abc")
+    assert seen > 40
