@@ -194,10 +194,10 @@ def bench_q_entry(rng, clip, question):
 
 
 def write_clip(rng, folder, name):
-    """Writes videos/NAME.mp4 and three of its frames as images/NAME-FRAME.png; -> dict(objects, background, video, images)."""
+    """Writes videos/NAME.mp4 and two of its frames as images/NAME-FRAME.png; -> dict(objects, background, video, images)."""
     objects, background = deal(rng), rng.choice(list(BACKGROUNDS))
     frames = [draw(objects, background, f) for f in range(FRAMES)]
-    images = {f: f"images/{name}-{f}.png" for f in sorted(rng.sample(range(FRAMES), 3))}
+    images = {f: f"images/{name}-{f}.png" for f in sorted(rng.sample(range(FRAMES), 2))}
     write_video(folder / f"videos/{name}.mp4", frames)
     for f, path in images.items():
         Image.fromarray(frames[f]).save(folder / path)
@@ -205,10 +205,10 @@ def write_clip(rng, folder, name):
 
 
 def train_samples(rng, clip):
-    """Four samples of one clip: a video with regions on three frames, and three of the other kinds, mostly images."""
+    """Three samples of one clip: a video with regions on three frames, and two of the other kinds, mostly images."""
     objects, video = clip["objects"], ("video", clip["video"])
     background = ("background", "What colour is the background?", clip["background"], [])
-    moving = questions(rng, objects, ANNOTATED, ["shape"] * 2 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]) + [background]
+    moving = questions(rng, objects, ANNOTATED, ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]) + [background]
     yield entry(rng, video, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
     for frame, path in clip["images"].items():
         still = questions(rng, objects, (frame,), ["shape"] * 4 + ["colour"])
