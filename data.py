@@ -116,6 +116,12 @@ class Samples:
         return len(self.spans)
 
     def __getitem__(self, i):
+        entry, place, media, position = self.read(i)
+        with within(*place):
+            return parse_sample(entry, place, media, position)
+
+    def read(self, i):
+        """-> the i-th JSON value as the file has it, its place (file, sample name), its media folder, its position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         number = int(np.searchsorted(self.first, i, side="right")) - 1
@@ -128,8 +134,7 @@ class Samples:
         name = f"sample {position}"
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {entry['id']!r})"
-        with within(path, name):
-            return parse_sample(entry, (path, name), media, position)
+        return entry, (path, name), media, position
 
 
 def _refuse_constant(name):
