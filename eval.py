@@ -394,12 +394,11 @@ class Bench(data.Samples):
         with data.within(*place):
             data.expect(isinstance(entry, dict), "a JSON object", entry)
             question, answer = self.turn(entry)
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            sample = {"conversations": turns, "video": entry.get("video"), "annotation": entry.get("annotation")}
-            if self.mode == "single":  # each object on the published frame alone
-                frame = str(entry.get("frame_idx"))
-                sample["annotation"] = [{frame: frames.get(frame)} for frames in sample["annotation"] or []]
-            return data.parse_sample(sample | {"id": entry.get("id", position)}, place, media, position)
+            entry["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            listed, frame = entry.get("annotation"), str(entry.get("frame_idx"))
+            if self.mode == "single" and isinstance(listed, list):  # each object on the published frame alone
+                entry["annotation"] = [{frame: frames.get(frame)} if isinstance(frames, dict) else frames for frames in listed]
+            return data.parse_sample(entry, place, media, position)
 
     def entries(self):
         """-> what identifies and answers each entry: all but the masks. Each is checked, before a model is loaded."""
@@ -666,8 +665,8 @@ def parse(argv=None):
     return args
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     args.device = init_distributed(args.device)
     if args.ask is not None:
         ask_about(args)
