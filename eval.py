@@ -52,12 +52,6 @@ def load(path, device="cuda" if torch.cuda.is_available() else "cpu"):
     return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id).to(device).eval(), processor
 
 
-def generate(model, processor, batch, max_new_tokens):
-    """The model's answers to a batch, as texts."""
-    tokens = model.generate(batch, processor.tokenizer.eos_token_id, max_new_tokens)
-    return [processor.tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
-
-
 # ------------------------------------------------------------------------------------------------ one question of your own
 
 
@@ -67,12 +61,11 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128):
     media: a path. question: with one `<region>` an object, in order. objects: one dict an object, {frame index: mask}, the frame of an
     image being 0; a mask is an array (H, W), not 0 inside the object, or what the data file knows: RLE, or polygons (see box).
     """
-    entry = {"video": os.fspath(media), "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "-"}]}
-    entry["annotation"] = [{str(f): {"segmentation": _segmentation(m)} for f, m in frames.items()} for frames in objects]
+    masks = [{str(f): {"segmentation": _segmentation(m)} for f, m in frames.items()} for frames in objects]
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "-"}]  # its answer is not read
+    entry = {"video": os.fspath(media), "conversations": turns, "annotation": masks}
     sample = data.parse_sample(entry, (os.fspath(media),), "", 0)
-    encoded = Questions([sample], processor).question(0, 0)
-    batch = _to_device(data.collate([encoded], processor.tokenizer.pad_token_id, pad_left=True), next(model.parameters()).device)
-    return generate(model, processor, batch, max_new_tokens)[0]
+    return next(answers(model, processor, Questions([sample], processor), [(0, 0)], max_new_tokens))[0]
 
 
 def box(x, y, w, h):
@@ -139,14 +132,12 @@ def _read_mask(option, value, info):
     return numbers
 
 
-def ask_about(args):
-    data.expect(args.video, "--video or --image beside --ask", args.video)
+def run_ask(args):
     objects = read_objects(args.pointed, data.media_info(args.video))
-    model, processor = load(args.model, args.device)
-    answer = ask(model, processor, args.video, args.ask, objects, args.max_new_tokens)
     if args.preview:
         preview(args.video, objects).save(args.preview)
-    print(answer)
+    model, processor = load(args.model, args.device)
+    print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens))
 
 
 def preview(media, objects):
@@ -154,8 +145,8 @@ def preview(media, objects):
     indices = sorted({frame for frames in objects for frame in frames}) or [0]
     rows = []
     for frame, picture in zip(indices, data.read_frames(media, indices)):
-        marked = [_segmentation(frames[frame]) if frame in frames else None for frames in objects]
-        masks = [None if m is None else data.decode_mask(m, *picture.shape[:2]) for m in marked]
+        marked = [_segmentation(frames.get(frame)) for frames in objects]
+        masks = [None if mask is None else data.decode_mask(mask, *picture.shape[:2]) for mask in marked]
         rows.append(data.draw_regions(picture, masks))
     return Image.fromarray(np.concatenate(rows))
 
@@ -179,39 +170,41 @@ def collate(samples, **options):
     return errors[0] if errors else data.collate(samples, **options)
 
 
-def _to_device(batch, device):
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
-def batches(dataset, keys, args, **options):
+def batches(dataset, keys, device, batch_size=1, workers=0, **options):
     """Batches of dataset[key] on the device, in order, with a progress bar. A sample that cannot be used ends the evaluation."""
     joined = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id, **options)
-    loader = DataLoader(dataset, args.batch_size, sampler=keys, collate_fn=joined, num_workers=args.workers)
-    for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0):
+    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=joined, num_workers=workers)
+    for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(keys) == 1):
         if isinstance(batch, data.DataError):
             raise batch
-        yield _to_device(batch, args.device)
+        yield {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def answers(model, processor, questions, keys, max_new_tokens, **options):
+    """Yields the model's answers to the Questions with these keys: batch by batch, a list of texts."""
+    for batch in batches(questions, keys, next(model.parameters()).device, pad_left=True, **options):
+        tokens = model.generate(batch, processor.tokenizer.eos_token_id, max_new_tokens)
+        yield [processor.tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
 
 
 def answer_all(model, processor, samples, turns, control, args):
-    """-> {n: the model's answer, as text} for turns {n: (number of the sample, turn)}; the same on every rank.
+    """-> {n: the model's answer} for turns {n: (number of the sample, turn)}, the same on every rank, each n exactly once.
 
     Each rank asks its share of what OUT/parts does not hold yet and appends to a file of its own. What is done is read by one rank
     for all: others may already be writing.
     """
     done = gather(read_parts(args.out, control) if rank() == 0 else None)[0]
-    asked = {n for n, _ in done}
-    mine, found = [n for n in turns if n not in asked][rank() :: world_size()], []
+    known, found = {n for n, _ in done}, []
+    mine = [n for n in turns if n not in known][rank() :: world_size()]
+    questions, options = Questions(samples, processor, control=control), {"batch_size": args.batch_size, "workers": args.workers}
     with open(os.path.join(args.out, "parts", f"{control}-{rank()}.jsonl") if args.out else os.devnull, "a") as file:
-        keys = [turns[n] for n in mine]
-        for batch in batches(Questions(samples, processor, control=control), keys, args, pad_left=True):
-            texts = generate(model, processor, batch, args.max_new_tokens)
+        for texts in answers(model, processor, questions, [turns[n] for n in mine], args.max_new_tokens, **options):
             new = list(zip(mine[len(found) :], texts))
             append_lines(file, [{"question": n, "answer": text} for n, text in new])
             found += new
-    answers = done + [pair for pairs in gather(found) for pair in pairs]
-    check_once([n for n, _ in answers], turns, args.out or "the answers")
-    return dict(sorted(answers))
+    everything = done + [pair for pairs in gather(found) for pair in pairs]
+    check_once([n for n, _ in everything], turns, args.out or "the answers")
+    return dict(sorted(everything))
 
 
 def gather(value):
@@ -242,34 +235,27 @@ def append_lines(file, entries):
     file.flush()
 
 
-def read_lines(path):
-    """JSONL -> a list of dicts."""
+def read_lines(path, torn=False):
+    """JSONL -> a list of dicts. torn: the file was being appended to when a kill came; what is left of a last line is cut off."""
+    if torn:
+        with open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
     entries = []
     with open(path) as file:
         for number, line in enumerate(file, start=1):
             with data.within(path, f"line {number}"):
                 try:
-                    entry = json.loads(line)
+                    entries.append(json.loads(line))
                 except json.JSONDecodeError as error:
                     raise data.DataError(f"expected JSON, found {error.msg}") from None
-                data.expect(isinstance(entry, dict), "a JSON object", entry)
-                entries.append(entry)
+                data.expect(isinstance(entries[-1], dict), "a JSON object", entries[-1])
     return entries
-
-
-def read_kept(path):
-    """The whole lines of a file that was being appended to, if there is one; what a kill left of a last line is cut off."""
-    if not os.path.exists(path):
-        return []
-    with open(path, "r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return read_lines(path)
 
 
 def read_parts(out, control):
     """-> [(n, answer)]: what all ranks of all earlier runs have answered."""
     paths = sorted(glob.glob(os.path.join(glob.escape(out), "parts", f"{control}-*.jsonl"))) if out else []
-    return [(line["question"], line["answer"]) for path in paths for line in read_kept(path)]
+    return [(line["question"], line["answer"]) for path in paths for line in read_lines(path, torn=True)]
 
 
 def write_result(out, predictions, scores):
@@ -289,14 +275,12 @@ def open_run(args, files):
     for path in [*files, *sorted(glob.glob(os.path.join(glob.escape(args.model), "*.safetensors")))]:
         run[os.path.abspath(path)] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     saved = os.path.join(args.out, "run.json")
+    if os.path.isfile(saved):
+        with open(saved) as file:
+            if json.load(file) == run:
+                return
     if os.path.exists(args.out):
-        same = os.path.exists(saved)
-        if same:
-            with open(saved) as file:
-                same = json.load(file) == run
-        if not same:
-            raise SystemExit(f"--out {args.out}: exists and holds no beginning of this run; name another folder, or remove it")
-        return
+        raise SystemExit(f"--out {args.out}: exists and holds no beginning of this run; name another folder, or remove it")
 
     def write(folder):
         os.mkdir(os.path.join(folder, "parts"))
@@ -314,7 +298,7 @@ def mean_loss(model, processor, samples, args):
     """Cross-entropy of the right answers: a sum over all supervised tokens of all ranks, divided once by their number."""
     total, tokens = 0.0, 0
     keys = [(0, i) for i in range(len(samples))][rank() :: world_size()]
-    for batch in batches(data.ReferringDataset(samples, processor), keys, args):
+    for batch in batches(data.ReferringDataset(samples, processor), keys, args.device, args.batch_size, args.workers):
         total += model(batch).item()
         tokens += int((batch["labels"][:, 1:] != data.IGNORE).sum())
     total, tokens = sum_over_ranks([total, tokens], args.device)
@@ -399,15 +383,6 @@ class Bench(data.Samples):
             if self.mode == "single" and isinstance(listed, list):  # each object on the published frame alone
                 entry["annotation"] = [{frame: frames.get(frame)} if isinstance(frames, dict) else frames for frames in listed]
             return data.parse_sample(entry, place, media, position)
-
-    def entries(self):
-        """-> what identifies and answers each entry: all but the masks. Each is checked, before a model is loaded."""
-        found = []
-        for i in range(len(self)):
-            found.append({"id": self[i].id} | {k: v for k, v in self.read(i)[0].items() if k not in ("id", "annotation")})
-        ids = [json.dumps(entry["id"]) for entry in found]
-        check_once(ids, dict.fromkeys(ids), self.files[0][0])
-        return found
 
 
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)
@@ -497,9 +472,12 @@ def run_bench(args):
     path = args.bench_q or args.bench_d
     turn = partial(bench_q_turn, no_options=args.no_options) if args.bench_q else bench_d_turn
     samples = Bench(path, args.media, args.mode, turn)
-    entries = samples.entries()
+    entries = [samples.read(i)[0] | {"id": samples[i].id} for i in range(len(samples))]  # each is checked, before a model is loaded
+    entries = [{name: value for name, value in entry.items() if name != "annotation"} for entry in entries]
+    ids = [json.dumps(entry["id"]) for entry in entries]
+    check_once(ids, dict.fromkeys(ids), path)
     if args.score:
-        replies = read_predictions(args.score, [entry["id"] for entry in entries])
+        replies = read_predictions(args.score, ids)
     else:
         model, processor = load(args.model, args.device)
         replies = answer_all(model, processor, samples, {n: (n, 0) for n in range(len(entries))}, "none", args).values()
@@ -516,14 +494,14 @@ def run_bench(args):
 
 
 def read_predictions(path, ids):
-    """A file of lines {"id": ..., "pred": text, ...}, exactly one an id -> the texts in the order of ids."""
-    found, wanted = read_lines(path), [json.dumps(i) for i in ids]
+    """A file of lines {"id": ..., "pred": text, ...}, exactly one an id -> the texts in the order of ids (JSON texts)."""
+    found = read_lines(path)
     for number, line in enumerate(found, start=1):
         with data.within(path, f"line {number}"):
             data.expect("id" in line and isinstance(line.get("pred"), str), 'an object with "id" and "pred", a text', line)
-    check_once([json.dumps(line["id"]) for line in found], wanted, path)
+    check_once([json.dumps(line["id"]) for line in found], ids, path)
     texts = {json.dumps(line["id"]): line["pred"] for line in found}
-    return [texts[i] for i in wanted]
+    return [texts[i] for i in ids]
 
 
 # ------------------------------------------------------------------------------------------------ the judge of VideoRefer-Bench-D
@@ -591,7 +569,8 @@ def judge(scored, args):
         with open(args.judge_prompt) as file:
             system = file.read()
     setting = {"judge": args.judge_model, "prompt": hashlib.sha256(system.encode()).hexdigest()[:12]}
-    wanted, lines = {json.dumps(entry["id"]): entry | setting for entry in scored}, read_kept(path)
+    wanted = {json.dumps(entry["id"]): entry | setting for entry in scored}
+    lines = read_lines(path, torn=True) if os.path.exists(path) else []
     for line in lines:
         same = (line | wanted.get(json.dumps(line.get("id")), {"id": None})) == line
         data.expect(same, f"in {path} only what this judge said of these predictions", line)
@@ -669,7 +648,7 @@ def main(argv=None):
     args = parse(argv)
     args.device = init_distributed(args.device)
     if args.ask is not None:
-        ask_about(args)
+        run_ask(args)
         return
     if args.out and not args.score and rank() == 0:
         open_run(args, args.data or [args.bench_q or args.bench_d])

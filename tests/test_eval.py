@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
+import model as models
 import shapes
 from checkpoints import FAMILIES, make_checkpoint
 
@@ -57,8 +59,8 @@ def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     listed = ["(A) Sleeping", "(B) Licking its nose", "(C) Running"]
     box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
     entry = {"video": "a.mp4", "Question": "What is <object0><region> doing?", "options": listed, "frame_idx": "5", "annotation": box}
-    truth = [("x", "(A) Sleeping"), ("x", "(B) Licking its nose"), ("y", "(C) Running"), ("y", "(A) Sleeping"), ("y", "(B) Licking its nose")]
-    questions = [entry | {"id": 10 + i, "type": kind, "Answer": right} for i, (kind, right) in enumerate(truth)]
+    truth = [("x", 0), ("x", 1), ("y", 2), ("y", 0), ("y", 1)]
+    questions = [entry | {"id": 10 + i, "type": kind, "Answer": listed[right]} for i, (kind, right) in enumerate(truth)]
     (tmp_path / "q.json").write_text(json.dumps(questions))
     replies = {14: "licking its nose", 13: "", 12: "(C) Running", 11: "A", 10: "a"}  # right, none, right, wrong, right
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in replies.items()))
@@ -269,16 +271,18 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
         entry |= {key: sample[key] for key in ("height", "width") if key in sample}
     for name, content in (("test", tests), ("bench_q", bench)):
         (world / f"same_{name}.json").write_text(json.dumps(content))
-    words = [*shapes.COLOURS, *shapes.SHAPES, *shapes.DIRECTIONS, "above", "below"]
+    places = ("left", "right", "above", "below")
+    kinds = {"colour": list(shapes.COLOURS), "shape": shapes.SHAPES, "Which way": list(shapes.DIRECTIONS), "Where": places}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
-    def answer(model, processor, batch, max_new_tokens):
+    def generate(model, batch, end, max_new_tokens):
         assert len(batch["ids"]) == 1
         digest = zlib.crc32(b"".join(value.numpy().tobytes() for key, value in sorted(batch.items()) if torch.is_tensor(value)))
-        question = processor.tokenizer.decode(batch["input_ids"][0])
-        kind = next(kind for kind, names in (("colour", words[:4]), ("shape", words[4:8]), ("Which", words[8:12])) if kind in question or kind == "Which")
-        return [{"colour": words[:4], "shape": words[4:8], "Which": words[8:12]}[kind][digest % 4]]
+        question = tokenizer.decode(batch["input_ids"][0])
+        asked = [names for word, names in kinds.items() if word in question][0]
+        return [tokenizer(asked[digest % 4])["input_ids"]]
 
-    monkeypatch.setattr(evaluation, "generate", answer)
+    monkeypatch.setattr(models.ReferringVideoLLM, "generate", generate)
     common = ["--model", str(checkpoint), "--batch-size", "1", "--workers", "0", "--device", "cpu"]
     evaluation.main([*common, "--data", str(world / "same_test.json"), "--out", str(tmp_path / "data")])
     more = ["--mode", "multi", "--no-options", "--out", str(tmp_path / "q")]
@@ -456,7 +460,8 @@ def loaded(checkpoint):
 
 def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     video = world / "videos" / "test0000.mp4"
-    pointed = ("--frame", 3, "--box", "10,20,30,40", "--frame", 0, "--polygon", "10,20,50,20,50,60", "--object", "--frame", 3, "--mask", tmp_path / "m.png")
+    pointed = ["--frame", 3, "--box", "10,20,30,40", "--frame", 0, "--polygon", "10,20,50,20,50,60"]
+    pointed += ["--object", "--frame", 3, "--mask", tmp_path / "m.png"]
     mask = np.zeros((96, 96), np.uint8)
     mask[50:70, 60:90] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
