@@ -259,13 +259,14 @@ def read_parts(out, control):
 
 
 def write_result(out, predictions, scores):
-    """Writes OUT/predictions.jsonl and OUT/scores.json, each aside, before it takes its name at once: whole or not at all."""
-    texts = {"predictions.jsonl": "".join(json.dumps(line) + "\n" for line in predictions), "scores.json": json.dumps(scores, indent=2)}
-    for name, text in texts.items():
-        path = os.path.join(out, name)
-        with open(path + ".tmp", "w") as file:
-            file.write(text)
-        os.replace(path + ".tmp", path)
+    """Writes OUT/predictions.jsonl and OUT/scores.json, those that are not empty, each aside before it takes its name: whole or not."""
+    lines = "".join(json.dumps(line) + "\n" for line in predictions)
+    for name, text in (("predictions.jsonl", lines), ("scores.json", json.dumps(scores, indent=2) if scores else "")):
+        if text:
+            path = os.path.join(out, name)
+            with open(path + ".tmp", "w") as file:
+                file.write(text)
+            os.replace(path + ".tmp", path)
 
 
 def open_run(args, files):
@@ -423,7 +424,7 @@ def bench_d_turn(entry):
     return f"Please give a detailed description of the highlighted object [{data.REGION_TAG}] in the video.", caption
 
 
-ANSWER_IS = re.compile(r"(?:the )?(?:best |correct |right |final )?(?:answer|option)(?: is)?:?\s+", re.IGNORECASE)
+ANSWER_IS = re.compile(r"\A(?:the )?(?:best |correct |right |final )?(?:answer|option)(?: is)?:?\s+", re.IGNORECASE)
 LETTER = re.compile(r"\(([A-Z])\)(?!\w)|([A-Z])\)(?!\w)|(?-i:([A-Z])[.:](?=\s))|([A-Z])[.:]?(?=\s*$)", re.IGNORECASE | re.MULTILINE)
 OTHER = re.compile(r"\(([A-Z])\)|\b([A-Z])\)|\b([A-Z])[.:]?$", re.MULTILINE)
 
@@ -435,11 +436,11 @@ def choose(reply, options):
     alone on its line, "B", "b", "B.". It must be an option's, and no second one may follow in such a form ("A or B", "(A) or (B)"). A
     sentence has no letter ("A dog runs", "The answer is a dog"). Or the reply is an option's text, whole, up to case and a last period.
     """
-    reply = ANSWER_IS.sub("", reply.strip(), count=1) if ANSWER_IS.match(reply.strip()) else reply.strip()
+    reply = ANSWER_IS.sub("", reply.strip())
     plain = lambda text: text.strip().removesuffix(".").casefold()
-    for letter, text in options.items():
-        if plain(reply) in (plain(f"({letter}) {text}"), plain(f"{letter}) {text}"), plain(f"{letter}. {text}")):
-            return letter, "letter"
+    match = OPTION.fullmatch(reply)
+    if match and plain(match[2]) == plain(options.get(match[1], "")):
+        return match[1], "letter"
     match = LETTER.match(reply)
     if match:
         letter = "".join(filter(None, match.groups())).upper()
@@ -478,6 +479,7 @@ def run_bench(args):
     check_once(ids, dict.fromkeys(ids), path)
     if args.score:
         replies = read_predictions(args.score, ids)
+        os.makedirs(args.out or ".", exist_ok=True)
     else:
         model, processor = load(args.model, args.device)
         replies = answer_all(model, processor, samples, {n: (n, 0) for n in range(len(entries))}, "none", args).values()
@@ -490,7 +492,7 @@ def run_bench(args):
         scored = [{k: entry[k] for k in ("id", "video", "caption")} | {"pred": reply} for entry, reply in zip(entries, replies)]
         scores = judge(scored, args) if args.judge else {}
     if args.out:
-        write_result(args.out, scored, scores)
+        write_result(args.out, [] if args.score else scored, scores)
 
 
 def read_predictions(path, ids):
@@ -610,9 +612,9 @@ def parse(argv=None):
     task.add_argument("--bench-q", metavar="JSON", help="VideoRefer-Bench-Q: multiple choice")
     task.add_argument("--bench-d", metavar="JSON", help="VideoRefer-Bench-D: descriptions")
     add("--video", "--image", help="what --ask is about")
-    for name in ("--frame", "--box", "--polygon", "--mask"):
-        text = {"--frame": "of the next mask, from 0", "--box": "x,y,w,h", "--polygon": "x1,y1,x2,y2,...", "--mask": "a picture"}[name]
-        add(name, action=Pointing, dest="pointed", default=[], metavar=name[2:].upper(), help=text)
+    masks = {"frame": "of the next mask, from 0", "box": "x,y,w,h in pixels", "polygon": "x1,y1,x2,y2,...", "mask": "a picture"}
+    for name, text in masks.items():
+        add(f"--{name}", action=Pointing, dest="pointed", default=[], metavar=name.upper(), help=text)
     add("--object", action=Pointing, dest="pointed", nargs=0, help="what follows belongs to the next object")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")

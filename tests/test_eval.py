@@ -97,7 +97,8 @@ def test_the_published_prompt_word_for_word(tmp_path):
         return sample.turns[0], [sorted(frames) for frames in sample.objects]
 
     with_options = lambda entry: evaluation.bench_q_turn(entry, no_options=False)
-    text = "Is <object0>[<region>] near <object1>[<region>]? (A) Yes (B) No. Answer with the option's letter from the given choices directly."
+    text = "Is <object0>[<region>] near <object1>[<region>]? (A) Yes (B) No. "
+    text += "Answer with the option's letter from the given choices directly."
     assert read("q.json", "single", with_options) == (("<video>\n" + text, "B"), [[7], [7]])
     assert read("q.json", "multi", with_options) == (("<video>\n" + text, "B"), [[5, 7], [5, 7]])
     alone = lambda entry: evaluation.bench_q_turn(entry, no_options=True)
@@ -308,9 +309,10 @@ GOOD += "3. Temporal Description: {}\nExplanation: no.\n4. Hallucination Detecti
     [
         (GOOD.format(5, 4, 0, 3), [5, 4, 0, 3]),
         ("**Subject Correspondence**: 5\n- Appearance Description: 4/5\n## temporal description: **1**\nHallucination Detection:2", [5, 4, 1, 2]),
-        ("", None), ("I cannot say.", None), (GOOD.format(5, 4, 0, 6), None), (GOOD.format(5, 4, 0, 4.5), None), (GOOD.format(5, 4, 0, -1), None),
-        (GOOD.format(5, 4, 0, "four"), None), (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None), (GOOD.format(5, 4, 0, "4/10"), None),
-        ("1. Subject Correspondence: 5\n2. Appearance Description: 4\n3. Temporal Description: 5", None), (GOOD.format(5, 4, 0, 35), None),
+        ("", None), ("I cannot say.", None), (GOOD.format(5, 4, 0, 6), None), (GOOD.format(5, 4, 0, 4.5), None),
+        (GOOD.format(5, 4, 0, -1), None), (GOOD.format(5, 4, 0, "four"), None), (GOOD.format(5, 4, 0, 35), None),
+        (GOOD.format(5, 4, 0, "4/10"), None), (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None),
+        ("1. Subject Correspondence: 5\n2. Appearance Description: 4\n3. Temporal Description: 5", None),
     ],
 )  # fmt: skip
 def test_marks_are_read_strictly(reply, marks):
@@ -359,7 +361,6 @@ def described(tmp_path, monkeypatch):
     entries = [{"id": i, "video": "a.mp4", "caption": f"It runs {i}.", "frame_idx": "5", "annotation": mask} for i in range(3)]
     (tmp_path / "d.json").write_text(json.dumps(entries))
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": f"It sits {i}."}) + "\n" for i in range(3)))
-    (tmp_path / "out").mkdir()
     waits = []
     monkeypatch.setattr(evaluation, "pause", waits.append)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -387,6 +388,7 @@ def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
     assert "some-judge" in output and "local-1" in output and "3 replies, 0 of them" in output and "secret" not in output
     assert "secret" not in (folder / "out" / "judged.jsonl").read_text()
     assert judged(folder, server) == scores and len(server.asked) == 3, "lines that are there are kept"
+    assert not (folder / "out" / "predictions.jsonl").exists(), "--score writes none: they may be another run's"
 
 
 def test_a_judge_that_answers_badly_is_counted(described, server, capsys):
