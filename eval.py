@@ -17,6 +17,7 @@ each answer is appended as a whole line as soon as it is there, and each questio
 """
 
 import argparse
+import fcntl
 import glob
 import hashlib
 import http.client
@@ -198,6 +199,8 @@ def answer_all(model, processor, samples, turns, control, args):
     mine = [n for n in turns if n not in known][rank() :: world_size()]
     questions, options = Questions(samples, processor, control=control), {"batch_size": args.batch_size, "workers": args.workers}
     with open(os.path.join(args.out, "parts", f"{control}-{rank()}.jsonl") if args.out else os.devnull, "a") as file:
+        if args.out:
+            lock(file)
         for texts in answers(model, processor, questions, [turns[n] for n in mine], args.max_new_tokens, **options):
             new = list(zip(mine[len(found) :], texts))
             append_lines(file, [{"question": n, "answer": text} for n, text in new])
@@ -216,6 +219,15 @@ def gather(value):
     return values
 
 
+def finish():
+    """The ranks part, since what is left is for rank 0 alone, and a judge may take longer than others can wait. -> is this rank 0?"""
+    first = rank() == 0
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return first
+
+
 def check_once(found, wanted, place):
     """Raises DataError unless each of wanted occurs exactly once in found, and nothing else does."""
     counts, wanted = Counter(found), list(wanted)
@@ -228,6 +240,8 @@ def check_once(found, wanted, place):
 
 # ------------------------------------------------------------------------------------------------ files
 
+pause = time.sleep  # tests replace it
+
 
 def append_lines(file, entries):
     """Appends one JSON object a line and hands them to the system at once, so that a kill can tear the last one at most."""
@@ -235,10 +249,22 @@ def append_lines(file, entries):
     file.flush()
 
 
+def lock(file, patience=10):
+    """Keeps other processes from appending to a file until it is closed. Ranks live on for seconds when torchrun alone is killed, and
+    so do a killed rank's workers, which hold its files: hence the patience."""
+    for attempt in range(patience + 1):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pause(1)
+    raise SystemExit(f"{file.name}: another run is still writing to it; end that one, or wait for its end")
+
+
 def read_lines(path, torn=False):
     """JSONL -> a list of dicts. torn: the file was being appended to when a kill came; what is left of a last line is cut off."""
     if torn:
         with open(path, "r+b") as file:
+            lock(file)
             file.truncate(file.read().rfind(b"\n") + 1)
     entries = []
     with open(path) as file:
@@ -360,7 +386,7 @@ def run_data(args):
     for name, control in [("exact", "none"), *((name, name) for name in args.control)]:
         asked = {i: turns[i] for i, question in enumerate(questions) if question["regions"] or control == "none"}
         columns[name] = answer_all(model, processor, samples, asked, control, args)
-    if rank() == 0:
+    if finish():
         report(questions, columns, table_rows(questions), loss, args.out)
 
 
@@ -483,7 +509,7 @@ def run_bench(args):
     else:
         model, processor = load(args.model, args.device)
         replies = answer_all(model, processor, samples, {n: (n, 0) for n in range(len(entries))}, "none", args).values()
-    if rank() > 0:
+    if not finish():
         return
     if args.bench_q:
         scored, scores = score_choices(entries, replies)
@@ -526,7 +552,6 @@ Explanation: ...
 4. Hallucination Detection: 3
 Explanation: ..."""
 RETRIES = 5
-pause = time.sleep  # tests replace it
 
 
 def read_marks(reply):
@@ -578,6 +603,7 @@ def judge(scored, args):
         data.expect(same, f"in {path} only what this judge said of these predictions", line)
     done = {json.dumps(line["id"]) for line in lines}
     with open(path, "a") as file:
+        lock(file)
         for key, entry in tqdm(wanted.items(), unit="reply", leave=False):
             if key not in done:
                 question = f"##Correct answer: {entry['caption']}\n##Predicted answer: {entry['pred']}\n"
@@ -658,9 +684,6 @@ def main(argv=None):
         run_data(args)
     else:
         run_bench(args)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -262,6 +262,19 @@ def test_a_question_answered_twice_is_not_scored(checkpoint, world, tmp_path):
         evaluation.main(command(checkpoint, world, out))
 
 
+def test_a_folder_that_another_run_writes_to_is_left_alone(checkpoint, world, tmp_path, monkeypatch):
+    """Killing torchrun leaves its ranks alive for a while: seen to finish the work while the next run had begun the same."""
+    out, waits = tmp_path / "out", []
+    evaluation.main(command(checkpoint, world, out))
+    monkeypatch.setattr(evaluation, "pause", waits.append)
+    with open(out / "parts" / "none-3.jsonl", "a") as other:
+        evaluation.lock(other)
+        with pytest.raises(SystemExit, match="none-3.jsonl: another run is still writing"):
+            evaluation.main(command(checkpoint, world, out))
+    assert sum(waits) > 5
+    evaluation.main(command(checkpoint, world, out))
+
+
 def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, monkeypatch):
     """--no-options puts the very tensors before the model that --data does, and counts alike: equal masks, equal accuracy. The
     model is a stand-in whose answer hangs on every number of the batch."""
