@@ -42,7 +42,7 @@ import model as models
 from train import init_distributed, rank, sum_over_ranks, world_size, write_whole
 
 
-def load(path, device="cuda" if torch.cuda.is_available() else "cpu"):
+def load(path, device=None):
     """A folder that train.py wrote, or a plain backbone -> (model, processor). What training saw of a video, the model sees."""
     saved = os.path.join(path, "nanorefer.json")
     settings = data.Settings(frame_pixels=384 * 384, region_pixels=384 * 384)
@@ -50,6 +50,7 @@ def load(path, device="cuda" if torch.cuda.is_available() else "cpu"):
         with open(saved) as file:
             settings = data.Settings(**json.load(file))
     processor = data.Processor.from_pretrained(path, settings)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id).to(device).eval(), processor
 
 
@@ -71,7 +72,8 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128):
 
 def box(x, y, w, h):
     """The polygon of a box: its left upper corner (x, y) and its size, in pixels of the frame."""
-    return [x, y, x + w, y, x + w, y + h, x, y + h]
+    left, top, right, bottom = map(float, (x, y, x + w, y + h))  # float: numbers of numpy are welcome
+    return [left, top, right, top, right, bottom, left, bottom]
 
 
 def _segmentation(mask):
@@ -431,7 +433,8 @@ def read_options(entry):
 
 def bench_q_turn(entry, no_options):
     """The published question: the region in brackets, the options, and the request for a letter, joined as upstream joins them
-    (alibaba-damo-academy/PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py).
+    (alibaba-damo-academy/PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py; its later script for VideoLLaMA3 leaves
+    the brackets out).
 
     no_options: the question alone, for models that never saw options (the toy world's): not comparable with published numbers.
     """

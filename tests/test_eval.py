@@ -321,7 +321,7 @@ GOOD += "3. Temporal Description: {}\nExplanation: no.\n4. Hallucination Detecti
     "reply, marks",
     [
         (GOOD.format(5, 4, 0, 3), [5, 4, 0, 3]),
-        ("**Subject Correspondence**: 5\n- Appearance Description: 4/5\n## temporal description: **1**\nHallucination Detection:2", [5, 4, 1, 2]),
+        ("**Subject Correspondence**: 5\n- Appearance Description: 4/5\n## temporal description: **1**\n" + GOOD[-46:].format(2), [5, 4, 1, 2]),
         ("", None), ("I cannot say.", None), (GOOD.format(5, 4, 0, 6), None), (GOOD.format(5, 4, 0, 4.5), None),
         (GOOD.format(5, 4, 0, -1), None), (GOOD.format(5, 4, 0, "four"), None), (GOOD.format(5, 4, 0, 35), None),
         (GOOD.format(5, 4, 0, "4/10"), None), (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None),
@@ -499,7 +499,9 @@ def test_ask_about_an_image_and_without_a_region(loaded, world):
     mask = np.zeros((96, 96), bool)
     mask[20:60, 10:40] = True
     as_array = evaluation.ask(*loaded, image, "What is <region>?", [{0: mask}], 6)
-    assert as_array == evaluation.ask(*loaded, image, "What is <region>?", [{0: evaluation.box(10, 20, 30, 40)}], 6)
+    box = evaluation.box(*np.array([10, 20, 30, 40]))
+    assert as_array == evaluation.ask(*loaded, image, "What is <region>?", [{0: box}], 6)
+    assert (data.decode_mask(box, 96, 96) == mask).all()
     assert isinstance(evaluation.ask(*loaded, image, "What is this?"), str)
 
 
