@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -116,6 +116,12 @@ class Samples:
         return len(self.spans)
 
     def __getitem__(self, i):
+        entry, place, media, position = self.read(i)
+        with within(*place):
+            return parse_sample(entry, place, media, position)
+
+    def read(self, i):
+        """-> the i-th JSON value as the file has it, its place (file, sample name), its media folder, its position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         number = int(np.searchsorted(self.first, i, side="right")) - 1
@@ -128,8 +134,7 @@ class Samples:
         name = f"sample {position}"
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {entry['id']!r})"
-        with within(path, name):
-            return parse_sample(entry, (path, name), media, position)
+        return entry, (path, name), media, position
 
 
 def _refuse_constant(name):
@@ -1033,3 +1038,39 @@ def collate(samples, pad_token_id, pad_left=False):
         "object_frames": table([n for s in samples for n in s["object_frames"]], torch.long),
         "region_tokens": table([n for s in samples for n in s["region_tokens"]], torch.long),
     }
+
+
+# ------------------------------------------------------------------------------------------------ pictures of regions
+
+COLOURS = np.array([(255, 80, 60), (60, 200, 90), (70, 130, 255), (255, 200, 40), (220, 80, 230), (40, 210, 220), (255, 140, 190)])
+
+
+def draw_regions(picture, masks, numbers=None):
+    """-> a copy of picture, uint8 (H, W, 3), with objects drawn in: a translucent fill, the contour, and the object's number.
+
+    masks: one an object, uint8 (h, w) at any resolution of the picture's shape; None: not on this frame. An object's colour goes
+    by its place in the list. numbers: what is written beside each, by default 1, 2, ...: the n-th `<region>` of the conversation.
+    No pixel outside a mask changes, but under the numbers.
+    """
+    picture, labels = picture.copy(), []
+    height, width, _ = picture.shape
+    line = max(1, round(max(height, width) / 300))  # pixels; the contour is the mask's own edge, drawn to the inside
+    for place, mask in enumerate(masks):
+        if mask is None or not mask.any():
+            continue
+        share = coverage(mask, height, width)
+        inside = share >= min(0.5, share.max())  # where the picture is smaller than the mask, thin objects stay visible
+        core = np.pad(inside, 1)
+        for _ in range(line):
+            core[1:-1, 1:-1] &= core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
+        colour = COLOURS[place % len(COLOURS)]
+        picture[inside] = 0.65 * picture[inside] + 0.35 * colour
+        picture[inside & ~core[1:-1, 1:-1]] = colour
+        labels.append((np.argwhere(inside), str(numbers[place] if numbers else place + 1), tuple(colour.tolist())))
+    image = Image.fromarray(picture)
+    draw, size = ImageDraw.Draw(image), max(12, min(height, width) // 16)
+    for points, text, colour in labels:
+        (top, left), (bottom, _) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+        corner = ((left, top), "lb") if top > size else ((left, min(bottom + 1, height - size)), "lt")  # above it, or else below
+        draw.text(corner[0], text, anchor=corner[1], fill=colour, font=ImageFont.load_default(size), stroke_width=2, stroke_fill="black")
+    return np.array(image)

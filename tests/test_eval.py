@@ -1,0 +1,565 @@
+"""Evaluation: what counts as an answer, each question exactly once whatever happens, the judge, and a question of your own."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+import data
+import eval as evaluation
+import model as models
+import shapes
+from checkpoints import FAMILIES, make_checkpoint
+
+TOP = Path(__file__).resolve().parent.parent
+OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A dog"}
+
+
+# ------------------------------------------------------------------------------------------------ what counts as an answer
+
+
+@pytest.mark.parametrize(
+    "reply, letter",
+    [
+        ("(A) Sleeping", "A"), ("A", "A"), ("A.", "A"), ("A) Sleeping", "A"), ("The answer is (B)", "B"), ("(B)", "B"), ("(B).", "B"),
+        ("b", "B"), ("(b) licking", "B"), ("b.", "B"), ("B. Licking", "B"), ("B: Licking", "B"), ("Answer: B", "B"), ("Option D", "D"),
+        ("the correct answer is B.", "B"), ("The answer is (C) Vitamin C.", "C"), ("  (D)\n", "D"), ("B\nIt licks.", "B"),
+        ("(B) Licking its nose. The answer is (B)", "B"), ("(D) A dog", "D"), ("(B) I see a dog", "B"), ("(c) Vitamin C", "C"),
+        ("", None), ("   ", None), ("A dog runs", None), ("a dog runs", None), ("The answer is a dog that runs", None), ("E", None),
+        ("(E) Eating", None), ("A or B", None), ("(A) or (B)", None), ("A, B", None), ("AB", None), ("A B", None), ("A. B.", None),
+        ("A\nB", None), ("(A) and B)", None), ("Because of (A)", None), ("I think it is B", None), ("Bees", None), ("(Both)", None),
+        ("B is right", None), ("A.M.", None), ("answer", None), ("()", None), ("ÄA", None), ("(A)sleep", None),
+    ],
+)  # fmt: skip
+def test_a_letter_is_read_strictly(reply, letter):
+    assert evaluation.choose(reply, OPTIONS) == (letter, "letter" if letter else "none")
+
+
+@pytest.mark.parametrize("reply, letter", [("sleeping", "A"), ("Vitamin C.", "C"), ("a dog", "D"), ("The answer is a dog", "D")])
+def test_an_options_whole_text_is_an_answer(reply, letter):
+    assert evaluation.choose(reply, OPTIONS) == (letter, "text")
+    assert evaluation.choose(reply + "s", OPTIONS) == (None, "none")
+    assert evaluation.choose(reply, OPTIONS | {"E": OPTIONS[letter]}) == (None, "none"), "two options with the same text"
+
+
+def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
+    listed = ["(A) Sleeping", "(B) Licking its nose", "(C) Running"]
+    box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
+    entry = {"video": "a.mp4", "Question": "What is <object0><region> doing?", "options": listed, "frame_idx": "5", "annotation": box}
+    truth = [("x", 0), ("x", 1), ("y", 2), ("y", 0), ("y", 1)]
+    questions = [entry | {"id": 10 + i, "type": kind, "Answer": listed[right]} for i, (kind, right) in enumerate(truth)]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    replies = {14: "licking its nose", 13: "", 12: "(C) Running", 11: "A", 10: "a"}  # right, none, right, wrong, right
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in replies.items()))
+    evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:4] == [
+        ["x", "50.0", "%", "2", "1", "2", "0", "0"],
+        ["y", "66.7", "%", "3", "2", "1", "1", "1"],
+        ["all", "60.0", "%", "5", "3", "3", "1", "1"],
+    ]
+    for change, complaint in (
+        (replies | {9: "A"}, "1 unknown (9)"),
+        ({i: reply for i, reply in replies.items() if i != 12}, "1 missing (12)"),
+    ):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in change.items()))
+        with pytest.raises(data.DataError, match="exactly once") as error:
+            evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+        assert complaint in str(error.value)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": "A"}) + "\n" for i in (10, 11, 12, 13, 14, 12)))
+    with pytest.raises(data.DataError, match=r"1 repeated \(12\)"):
+        evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+
+
+def test_the_published_prompt_word_for_word(tmp_path):
+    """As upstream's inference_videorefer_q_bench.py and inference_videorefer_d_bench.py write it."""
+    masks = [{"5": {"segmentation": evaluation.box(n, 2, 30, 40)}, "7": {"segmentation": evaluation.box(n, 3, 30, 40)}} for n in (1, 9)]
+    entry = {"id": 3, "video": "a.mp4", "frame_idx": "7", "annotation": masks, "caption": "It runs."}
+    entry |= {"Question": "Is <object0><region> near <object1><region>?", "options": ["(A) Yes", "(B) No"], "Answer": "(B) No", "type": "x"}
+    (tmp_path / "q.json").write_text(json.dumps([entry]))
+    (tmp_path / "d.json").write_text(json.dumps([entry | {"annotation": masks[:1]}]))
+
+    def read(name, mode, turn):
+        sample = evaluation.Bench(str(tmp_path / name), None, mode, turn)[0]
+        return sample.turns[0], [sorted(frames) for frames in sample.objects]
+
+    with_options = lambda entry: evaluation.bench_q_turn(entry, no_options=False)
+    text = "Is <object0>[<region>] near <object1>[<region>]? (A) Yes (B) No. "
+    text += "Answer with the option's letter from the given choices directly."
+    assert read("q.json", "single", with_options) == (("<video>\n" + text, "B"), [[7], [7]])
+    assert read("q.json", "multi", with_options) == (("<video>\n" + text, "B"), [[5, 7], [5, 7]])
+    alone = lambda entry: evaluation.bench_q_turn(entry, no_options=True)
+    assert read("q.json", "single", alone)[0] == ("<video>\nIs <region> near <region>?", "No")
+    text = "<video>\nPlease give a detailed description of the highlighted object [<region>] in the video."
+    assert read("d.json", "single", evaluation.bench_d_turn)[0] == (text, "It runs.")
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"options": ["Yes", "No"]}, "options"),
+        ({"options": ["(A) Yes", "(A) No"]}, "each letter once"),
+        ({"Answer": "(C) Perhaps"}, "Answer: one of the options AB"),
+        ({"Answer": None}, "Answer"),
+        ({"Question": None}, "Question: a text"),
+        ({"Question": "Without a tag?"}, "as many <region> tags"),
+        ({"frame_idx": "6"}, "a mask on at least one frame, found ['6']"),
+        ({"frame_idx": None}, "a frame index"),
+        ({"annotation": None}, "as many <region> tags"),
+        ({"annotation": ["no"]}, "annotation: object 0"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, change, complaint):
+    entry = {"id": 3, "video": "a.mp4", "frame_idx": "5", "annotation": [{"5": {"segmentation": evaluation.box(1, 2, 3, 4)}}]}
+    entry |= {"Question": "Is <object0><region> red?", "options": ["(A) Yes", "(B) No"], "Answer": "(B) No", "type": "x"}
+    (tmp_path / "q.json").write_text(json.dumps([entry, entry | {"id": 4} | change]))
+    with pytest.raises(data.DataError) as error:
+        evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", "none.jsonl"])
+    assert complaint in str(error.value) and "q.json: sample 1 (id 4)" in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ each question exactly once
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    shapes.write_world(folder, train_clips=0, test_clips=5)
+    return folder
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "qwen3_vl")
+
+
+def command(checkpoint, world, out, *more):
+    options = ("--mode", "multi", "--max-new-tokens", 4, "--workers", 0, "--device", "cpu")
+    return [str(a) for a in ("--model", checkpoint, "--bench-q", world / "bench_q.json", "--out", out, *options, *more)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def whole(checkpoint, world, tmp_path_factory):
+    """The predictions of a run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    evaluation.main(command(checkpoint, world, out))
+    predictions = lines(out / "predictions.jsonl")
+    assert [p["id"] for p in predictions] == list(range(len(json.loads((world / "bench_q.json").read_text()))))
+    assert len({p["pred"] for p in predictions}) > 3, "answers that differ, or nothing is tested"
+    return predictions
+
+
+def test_batched_answers_equal_single_ones(family, world):
+    """Left padding, positions and the cache: an answer does not depend on what else is in the batch."""
+    model, processor = evaluation.load(family, "cpu")
+    samples = data.read_samples(world / "test.json")
+    lengths = {len(evaluation.Questions(samples, processor)[n, 0]["input_ids"]) for n in range(10)}
+    assert len(lengths) > 1
+    found = []
+    for batch_size in (1, 4, 10):
+        args = SimpleNamespace(out=None, batch_size=batch_size, workers=0, device="cpu", max_new_tokens=8)
+        found.append(evaluation.answer_all(model, processor, samples, {n: (n, 0) for n in range(10)}, "none", args))
+    assert found[0] == found[1] == found[2] and len(set(found[0].values())) > 1
+
+
+def start(*arguments, ranks=None):
+    """eval.py in a process of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    line = [sys.executable, *launcher, "eval.py", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(checkpoint, world, whole, tmp_path):
+    out = tmp_path / "out"
+    process = start(*command(checkpoint, world, out, "--batch-size", 1))
+    part, deadline = out / "parts" / "none-0.jsonl", time.monotonic() + 120
+    while not (part.exists() and part.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, "no line yet"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = part.read_bytes()
+    assert 2 <= before.count(b"\n") < len(whole) and not (out / "predictions.jsonl").exists()
+    whole_lines = before[: before.rfind(b"\n") + 1]
+    part.write_bytes(whole_lines + b'{"question": 3, "answer": "to')  # what a kill in the middle of a write leaves
+    evaluation.main(command(checkpoint, world, out, "--batch-size", 7))
+    assert part.read_bytes().startswith(whole_lines) and part.read_bytes().count(b"\n") == len(whole)
+    assert lines(out / "predictions.jsonl") == whole
+
+
+def test_two_ranks_answer_what_one_does(checkpoint, world, whole, tmp_path):
+    out = tmp_path / "out"
+    process = start(*command(checkpoint, world, out, "--batch-size", 3), ranks=2)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    assert lines(out / "predictions.jsonl") == whole
+    assert output.count("accuracy") == 1, "one rank prints"
+    shares = [len(lines(out / "parts" / f"none-{rank}.jsonl")) for rank in (0, 1)]
+    assert sum(shares) == len(whole) and abs(shares[0] - shares[1]) <= 1
+
+
+def test_data_on_two_ranks_gives_the_same_table(checkpoint, world, tmp_path):
+    (world / "few.json").write_text(json.dumps(json.loads((world / "test.json").read_text())[4:11]))
+    common = ("--model", checkpoint, "--data", world / "few.json", "--control", "full", "--max-new-tokens", 2, "--workers", 0)
+    evaluation.main([str(a) for a in (*common, "--out", tmp_path / "one", "--device", "cpu")])
+    process = start(*common, "--out", tmp_path / "two", "--device", "cpu", ranks=2)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output[-3000:]
+    assert lines(tmp_path / "one" / "predictions.jsonl") == lines(tmp_path / "two" / "predictions.jsonl")
+    one, two = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("one", "two"))
+    assert one["rows"] == two["rows"] and one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+def test_only_the_same_run_is_gone_on_with(checkpoint, world, whole, tmp_path):
+    out = tmp_path / "out"
+    evaluation.main(command(checkpoint, world, out))
+    for different in (("--mode", "single"), ("--max-new-tokens", 5), ("--no-options",)):
+        with pytest.raises(SystemExit, match="name another folder"):
+            evaluation.main(command(checkpoint, world, out, *different))
+    os.utime(next(checkpoint.glob("*.safetensors")), (1, 1))  # trained anew
+    with pytest.raises(SystemExit, match="name another folder"):
+        evaluation.main(command(checkpoint, world, out))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(SystemExit, match="name another folder"):
+        evaluation.main(command(checkpoint, world, tmp_path / "notes"))
+
+
+def test_a_question_answered_twice_is_not_scored(checkpoint, world, tmp_path):
+    """Two runs at once into one folder: whatever they disagree on, nobody gets to choose."""
+    out = tmp_path / "out"
+    evaluation.main(command(checkpoint, world, out))
+    (out / "parts" / "none-1.jsonl").write_text('{"question": 4, "answer": "x"}\n')
+    with pytest.raises(data.DataError, match=r"exactly once, found 1 repeated \(4\)"):
+        evaluation.main(command(checkpoint, world, out))
+    (out / "parts" / "none-1.jsonl").write_text('{"question": 999, "answer": "x"}\n')
+    with pytest.raises(data.DataError, match=r"exactly once, found 1 unknown \(999\)"):
+        evaluation.main(command(checkpoint, world, out))
+    (out / "parts" / "none-1.jsonl").write_text('{"question": 4, "answer"\n{}\n')
+    with pytest.raises(data.DataError, match="none-1.jsonl: line 1: expected JSON"):
+        evaluation.main(command(checkpoint, world, out))
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(checkpoint, world, tmp_path, monkeypatch):
+    """Killing torchrun leaves its ranks alive for a while: seen to finish the work while the next run had begun the same."""
+    out, waits = tmp_path / "out", []
+    evaluation.main(command(checkpoint, world, out))
+    monkeypatch.setattr(evaluation, "pause", waits.append)
+    with open(out / "parts" / "none-3.jsonl", "a") as other:
+        evaluation.lock(other)
+        with pytest.raises(SystemExit, match="none-3.jsonl: another run is still writing"):
+            evaluation.main(command(checkpoint, world, out))
+    assert sum(waits) > 5
+    evaluation.main(command(checkpoint, world, out))
+
+
+def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, monkeypatch):
+    """--no-options puts the very tensors before the model that --data does, and counts alike: equal masks, equal accuracy. The
+    model is a stand-in whose answer hangs on every number of the batch."""
+    tests = [s for s in json.loads((world / "test.json").read_text()) if s["type"] != "background"]
+    bench = json.loads((world / "bench_q.json").read_text())
+    for entry, sample in zip(bench, tests, strict=True):
+        entry["annotation"] = sample["annotation"]
+        entry |= {key: sample[key] for key in ("height", "width") if key in sample}
+    for name, content in (("test", tests), ("bench_q", bench)):
+        (world / f"same_{name}.json").write_text(json.dumps(content))
+    places = ("left", "right", "above", "below")
+    kinds = {"colour": list(shapes.COLOURS), "shape": shapes.SHAPES, "Which way": list(shapes.DIRECTIONS), "Where": places}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def generate(model, batch, end, max_new_tokens):
+        assert len(batch["ids"]) == 1
+        digest = zlib.crc32(b"".join(value.numpy().tobytes() for key, value in sorted(batch.items()) if torch.is_tensor(value)))
+        question = tokenizer.decode(batch["input_ids"][0])
+        asked = [names for word, names in kinds.items() if word in question][0]
+        return [tokenizer(asked[digest % 4])["input_ids"]]
+
+    monkeypatch.setattr(models.ReferringVideoLLM, "generate", generate)
+    common = ["--model", str(checkpoint), "--batch-size", "1", "--workers", "0", "--device", "cpu"]
+    evaluation.main([*common, "--data", str(world / "same_test.json"), "--out", str(tmp_path / "data")])
+    more = ["--mode", "multi", "--no-options", "--out", str(tmp_path / "q")]
+    evaluation.main([*common, "--bench-q", str(world / "same_bench_q.json"), *more])
+    rows = json.loads((tmp_path / "data" / "scores.json").read_text())["rows"]
+    bench_rows = json.loads((tmp_path / "q" / "scores.json").read_text())["rows"]
+    for row in ("colour", "shape", "direction", "relation", "all"):
+        assert bench_rows[row]["right"] == rows[row]["exact"]["right"], row
+        assert bench_rows[row]["questions"] == rows[row]["questions"], row
+    assert 0 < bench_rows["all"]["right"] < bench_rows["all"]["questions"]
+    same = [p["pred"] for p in lines(tmp_path / "q" / "predictions.jsonl")]
+    assert same == [p["exact"] for p in lines(tmp_path / "data" / "predictions.jsonl")]
+
+
+# ------------------------------------------------------------------------------------------------ the judge
+
+GOOD = "1. Subject Correspondence: {}\nExplanation: yes.\n2. Appearance Description: {}\nExplanation: Temporal Description: 2 of 5 are.\n"
+GOOD += "3. Temporal Description: {}\nExplanation: no.\n4. Hallucination Detection: {}\nExplanation: none."
+
+
+@pytest.mark.parametrize(
+    "reply, marks",
+    [
+        (GOOD.format(5, 4, 0, 3), [5, 4, 0, 3]),
+        ("**Subject Correspondence**: 5\n- Appearance Description: 4/5\n## temporal description: **1**\n" + GOOD[-46:].format(2), [5, 4, 1, 2]),
+        ("", None), ("I cannot say.", None), (GOOD.format(5, 4, 0, 6), None), (GOOD.format(5, 4, 0, 4.5), None),
+        (GOOD.format(5, 4, 0, -1), None), (GOOD.format(5, 4, 0, "four"), None), (GOOD.format(5, 4, 0, 35), None),
+        (GOOD.format(5, 4, 0, "4/10"), None), (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None),
+        ("1. Subject Correspondence: 5\n2. Appearance Description: 4\n3. Temporal Description: 5", None),
+    ],
+)  # fmt: skip
+def test_marks_are_read_strictly(reply, marks):
+    assert evaluation.read_marks(reply) == (dict(zip(evaluation.ASPECTS, marks)) if marks else None)
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Does what the server's script says next: a text to reply, a status, "hang", "cut" or "garbage"; 4, 4, 4, 4 at its end."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers["Authorization"], body))
+        act = self.server.script.pop(0) if self.server.script else GOOD.format(4, 4, 4, 4)
+        if act == "hang":
+            self.server.release.wait(30)
+        if isinstance(act, int):
+            self.send_error(act)
+            return
+        reply = json.dumps({"model": "local-1", "choices": [{"message": {"role": "assistant", "content": act}}]}).encode()
+        reply = {"garbage": b"<html>", "empty": b'{"choices": []}', "hang": b""}.get(act, reply)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply) + (50 if act == "cut" else 0)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
+        server.daemon_threads, server.script, server.asked, server.release = True, [], [], threading.Event()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.release.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def described(tmp_path, monkeypatch):
+    """Three descriptions to judge, the waits recorded in place of waited."""
+    mask = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
+    entries = [{"id": i, "video": "a.mp4", "caption": f"It runs {i}.", "frame_idx": "5", "annotation": mask} for i in range(3)]
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": f"It sits {i}."}) + "\n" for i in range(3)))
+    waits = []
+    monkeypatch.setattr(evaluation, "pause", waits.append)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return tmp_path, waits
+
+
+def judged(folder, server, *more):
+    files = ["--bench-d", folder / "d.json", "--score", folder / "p.jsonl", "--out", folder / "out"]
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    evaluation.main([str(a) for a in (*files, "--judge", url, "--judge-timeout", 0.3, "--judge-model", "some-judge", *more)])
+    return json.loads((folder / "out" / "scores.json").read_text())
+
+
+def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
+    folder, waits = described
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server.script = [GOOD.format(5, 4, 3, 2), GOOD.format(1, 1, 1, 1), GOOD.format(0, 4, 5, 0)]
+    scores = judged(folder, server)
+    assert list(scores["means"].values()) == pytest.approx([2, 3, 3, 1, 2.25])
+    assert (scores["replies"], scores["failed"], scores["judge"], scores["models"], waits) == (3, 0, "some-judge", ["local-1"], [])
+    path, key, body = server.asked[1]
+    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "some-judge")
+    assert body["messages"][1]["content"] == "##Correct answer: It runs 1.\n##Predicted answer: It sits 1.\n"
+    output = capsys.readouterr().out
+    assert "some-judge" in output and "local-1" in output and "3 replies, 0 of them" in output and "secret" not in output
+    assert "secret" not in (folder / "out" / "judged.jsonl").read_text()
+    assert judged(folder, server) == scores and len(server.asked) == 3, "lines that are there are kept"
+    assert not (folder / "out" / "predictions.jsonl").exists(), "--score writes none: they may be another run's"
+
+
+def test_a_judge_that_answers_badly_is_counted(described, server, capsys):
+    folder, _ = described
+    server.script = ["Five stars!", None, GOOD.format(5, 4, 3, 2)]
+    scores = judged(folder, server)
+    assert (scores["replies"], scores["failed"]) == (3, 2) and list(scores["means"].values()) == [5, 4, 3, 2, 3.5]
+    assert "3 replies, 2 of them without four scores" in capsys.readouterr().out
+    assert [line["reply"] for line in lines(folder / "out" / "judged.jsonl")] == ["Five stars!", "", GOOD.format(5, 4, 3, 2)]
+
+
+def test_none_of_the_replies_readable(described, server, capsys):
+    server.script = ["?"] * 3
+    assert set(judged(described[0], server)["means"].values()) == {None}
+
+
+@pytest.mark.parametrize("fault", [500, 429, "hang", "garbage", "empty", "cut"])
+def test_a_judge_that_falters_is_asked_again(described, server, fault):
+    folder, waits = described
+    server.script = [fault, fault, GOOD.format(5, 4, 3, 2)]
+    assert judged(folder, server)["failed"] == 0
+    assert waits == [2, 4] and len(server.asked) == 5
+
+
+def test_a_judge_that_is_gone_ends_the_run_and_the_next_goes_on(described, server):
+    folder, waits = described
+    server.script = [GOOD.format(5, 4, 3, 2)] + [503] * 6
+    with pytest.raises(SystemExit, match="no answer in 6 tries, the last: HTTP 503") as error:
+        judged(folder, server)
+    assert waits == [2, 4, 8, 16, 30] and "goes on from here" in str(error.value)
+    with open(folder / "out" / "judged.jsonl", "a") as file:
+        file.write('{"id": 1, "capt')  # and a kill tore a line
+    server.asked.clear()
+    assert judged(folder, server)["replies"] == 3 and len(server.asked) == 2
+    assert [line["id"] for line in lines(folder / "out" / "judged.jsonl")] == [0, 1, 2]
+
+
+def test_nobody_listens(described):
+    folder, _ = described
+    nowhere = SimpleNamespace(server_address=("127.0.0.1", 9))
+    with pytest.raises(SystemExit, match="no answer in 6 tries, the last: URLError"):
+        judged(folder, nowhere)
+
+
+def test_a_wrong_key_is_not_tried_twice(described, server):
+    server.script = [401]
+    with pytest.raises(SystemExit, match="HTTP 401"):
+        judged(described[0], server)
+    assert len(server.asked) == 1
+
+
+def test_marks_of_another_judge_prompt_or_prediction_are_not_mixed_in(described, server):
+    folder, _ = described
+    judged(folder, server)
+    (folder / "system.txt").write_text("Another prompt.")
+    for more in (("--judge-model", "another"), ("--judge-prompt", folder / "system.txt")):
+        with pytest.raises(data.DataError, match="only what this judge said of these predictions"):
+            judged(folder, server, *more)
+    (folder / "p.jsonl").write_text((folder / "p.jsonl").read_text().replace("sits 1", "sat 1"))
+    with pytest.raises(data.DataError, match="only what this judge said of these predictions"):
+        judged(folder, server)
+
+
+# ------------------------------------------------------------------------------------------------ a question of your own
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    return evaluation.load(checkpoint, "cpu")
+
+
+def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
+    video = world / "videos" / "test0000.mp4"
+    pointed = ["--frame", 3, "--box", "10,20,30,40", "--frame", 0, "--polygon", "10,20,50,20,50,60"]
+    pointed += ["--object", "--frame", 3, "--mask", tmp_path / "m.png"]
+    mask = np.zeros((96, 96), np.uint8)
+    mask[50:70, 60:90] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    question = ("--ask", "Is <region> near <region>?", "--max-new-tokens", 6, "--device", "cpu", "--preview", tmp_path / "p.png")
+    process = start("--model", checkpoint, "--video", video, *pointed, *question)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    objects = [{3: evaluation.box(10, 20, 30, 40), 0: [10, 20, 50, 20, 50, 60]}, {3: mask}]
+    answer = evaluation.ask(*loaded, video, "Is <region> near <region>?", objects, max_new_tokens=6)
+    assert answer and output.rstrip().endswith(answer)
+    picture, (first, second) = np.asarray(Image.open(tmp_path / "p.png")), data.read_frames(video, [0, 3])
+    assert picture.shape == (192, 96, 3)
+    same = (picture[96:] == second).all(-1)
+    assert same[45:48, 20:30].sum() == 0 and same[55:65, 65:85].sum() == 0 and same[75:].all(), "both objects on frame 3"
+    assert not (picture[:96] == first).all() and same[:, :8].all()
+
+
+def test_ask_about_an_image_and_without_a_region(loaded, world):
+    image = world / "images" / "test0000.png"
+    mask = np.zeros((96, 96), bool)
+    mask[20:60, 10:40] = True
+    as_array = evaluation.ask(*loaded, image, "What is <region>?", [{0: mask}], 6)
+    box = evaluation.box(*np.array([10, 20, 30, 40]))
+    assert as_array == evaluation.ask(*loaded, image, "What is <region>?", [{0: box}], 6)
+    assert (data.decode_mask(box, 96, 96) == mask).all()
+    assert isinstance(evaluation.ask(*loaded, image, "What is this?"), str)
+
+
+def test_an_array_becomes_the_mask_it_was():
+    rng = np.random.default_rng(0)
+    for mask in (rng.random((5, 7)) < 0.5, np.ones((3, 4)), np.eye(4), np.eye(4)[::-1] * 7):
+        assert (data.decode_mask(evaluation._segmentation(mask), *mask.shape) == (mask != 0)).all()
+
+
+@pytest.mark.parametrize(
+    "pointed, complaint",
+    [
+        (["--frame", "3", "--box", "80,10,30,30"], "--box 80,10,30,30: expected a place inside the picture, 96x96"),
+        (["--frame", "3", "--box", "nan,10,3,3"], "inside the picture"),
+        (["--frame", "3", "--box", "10,10,0,3"], "the size above 0"),
+        (["--frame", "3", "--box", "10,10,20"], "x,y,w,h"),
+        (["--frame", "3", "--box", "a,b,c,d"], "x,y,w,h"),
+        (["--frame", "3", "--polygon", "1,2,3,4"], "3 points or more"),
+        (["--frame", "3", "--polygon", "1,2,3,4,5,200"], "inside the picture"),
+        (["--frame", "8", "--box", "1,2,30,40"], "expected a frame index below 8"),
+        (["--frame", "-1", "--box", "1,2,30,40"], "a frame index"),
+        (["--box", "1,2,30,40"], "--frame before each mask"),
+        (["--frame", "3", "--box", "1,2,30,40", "--box", "1,2,30,40"], "--frame before each mask"),
+        (["--frame", "3", "--box", "1,2,30,40", "--frame", "3", "--box", "1,2,30,40"], "one mask a frame"),
+        (["--frame", "3", "--frame", "4", "--box", "1,2,30,40"], "a mask (--box, --polygon or --mask) after --frame 3"),
+        (["--frame", "3", "--box", "1,2,30,40", "--frame", "4"], "a mask (--box, --polygon or --mask) after --frame 4"),
+        (["--frame", "3", "--box", "1,2,30,40", "--object", "--frame", "3", "--box", "1,2,3,4"], "as many <region> tags"),
+        ([], "as many <region> tags"),
+        (["--frame", "3", "--mask", "wide.png"], "a mask of the frame's shape, 96x96"),
+        (["--frame", "3", "--mask", "black.png"], "a mask that is not empty"),
+        (["--frame", "3", "--mask", "absent.png"], "--mask absent.png: expected a picture"),
+    ],
+)
+def test_what_is_wrong_with_a_question_gets_one_error(world, checkpoint, loaded, tmp_path, monkeypatch, pointed, complaint):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((40, 96), 255, np.uint8)).save("wide.png")
+    Image.fromarray(np.zeros((96, 96), np.uint8)).save("black.png")
+    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
+    video = str(world / "videos" / "test0000.mp4")
+    with pytest.raises(data.DataError) as error:
+        evaluation.main(["--model", str(checkpoint), "--video", video, *pointed, "--ask", "What is <region>?", "--device", "cpu"])
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--model", "m"], "required"),
+        (["--model", "m", "--ask", "Why?"], "--video or --image is missing"),
+        (["--model", "m", "--data", "x.json", "--box", "1,2,3,4"], "go with --ask"),
+        (["--model", "m", "--bench-q", "q.json"], "--out is missing"),
+        (["--bench-q", "q.json", "--out", "o"], "--model is missing"),
+        (["--model", "m", "--bench-q", "q.json", "--out", "o", "--judge", "u"], "--judge: goes with --bench-d"),
+        (["--model", "m", "--data", "x.json", "--score", "p"], "--score: goes with"),
+        (["--model", "m", "--data", "x.json", "--bench-q", "q.json"], "not allowed with"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        evaluation.main(arguments)
+    assert complaint in capsys.readouterr().err
