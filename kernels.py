@@ -50,22 +50,22 @@ def masked_average_pool_reference(features, weights, frame_start, weight_start):
 
 # ------------------------------------------------------------------------------------------------ why one kernel
 
-# There is one multiplication and one addition for each number read, and a GPU can do a hundred in the time that it takes to read
-# one: the time is the bytes moved to and from memory. Case (b) of the benchmark below has 64 frames of 27x27 cells of 3584 bfloat16,
-# 334 MB, and 128 regions, two on a frame, that cover 38 % of their frames on average. `bytes_moved` counts, in MB:
+# For each number read there is one multiplication and one addition, and a GPU can do tens of those in the time that it takes to
+# read a number: what costs time is the bytes that go to and from memory. Take case (b) of the benchmark below: 64 frames of 27x27
+# cells of 3584 bfloat16, together 334 MB, and 128 regions, two on a frame, that cover 38 % of their frames on average. The least
+# that each version has to move, in MB, as `bytes_moved` counts it (what the caches save when a row is read twice is not in it):
 #
-#                                                                        forward   forward + backward
-EXPECTED_ON_B = """
-    fused           reads the rows that a mask touches, writes (R, D)        257                  593
-    embedding_bag   the same rows, and a list of their numbers               257                 1183
-    bmm             all rows, once for a frame's two regions                 336                  671
-    compiled        all rows for each region, if everything fuses            670                 1675
-    eager           x * mask and / area each write (R, D, h, w)             3061                 5736
-    reference       the rows copied, copied to float32, multiplied          2810                 6900
-"""
-# embedding_bag is as good in the forward, but making its list means finding the non-zero weights, whose number the host has to
-# wait for, and its backward sorts the list. bmm is good where all frames have one size: others must be copied into a padded
-# batch first. Backward, every version has to write the 334 MB gradient of all cells.
+#                                                                                          forward   forward + backward
+#    fused          reads the rows that a mask touches, writes (R, D)                            257                  593
+#    embedding_bag  the same rows, and a list of their numbers                                   257                  848
+#    bmm            all rows once, for both regions of a frame                                   336                  671
+#    compiled       all rows for each region, if everything fuses                                670                 1005
+#    eager          (x * mask / area).sum(-1).sum(-1): three arrays of (R, D, h, w) or nearly   3060                 6071
+#    reference      the touched rows copied, copied to float32, multiplied, added up            2812                 5958
+#
+# embedding_bag moves as little in the forward, but to list the non-zero weights the host must wait for the GPU to count them, and
+# the backward sorts the list. bmm needs frames of one size: ragged ones would be copied into a padded batch first. The 334 MB of
+# the gradient of all cells have to be written by every version.
 
 # ------------------------------------------------------------------------------------------------ the kernels
 
@@ -81,11 +81,10 @@ if triton:
     ]
     # Backward: a program owns BLOCK_N rows and walks along them. Fewer rows make more programs, wider blocks fewer steps.
     BACKWARD = [triton.Config({"BLOCK_N": n, "BLOCK_D": d}, num_warps=4) for n, d in ((4, 256), (8, 256), (8, 512), (16, 256))]
-    if triton.knobs.runtime.interpret:  # nothing to measure, and the tuner would look for a GPU
-        FORWARD, BACKWARD = FORWARD[:1], BACKWARD[:1]
+    TRIED = slice(1) if triton.knobs.runtime.interpret else slice(None)  # the interpreter has no speed, and no GPU to measure it on
 
-    @triton.autotune(FORWARD, key=["D"])
-    @triton.jit
+    @triton.autotune(FORWARD[TRIED], key=["D"])
+    @triton.jit(do_not_specialize=["N", "M"])  # these change with each batch; D stays: a multiple of 16 allows wide loads
     def pool_forward(
         features,  # (N, D), row-major, float32, float16 or bfloat16: the cells of all frames
         weights,  # (M,) float32: the coverage grids of all regions
@@ -145,7 +144,7 @@ if triton:
     #     too early. Reach never falls, so that is the number of positions with reach <= n0.
     # Between the two may be regions that miss the rows; their weight is then 0.
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["R"])
     def sort_regions(
         frame_start,  # (R,) int64
         weight_start,  # (R + 1,) int64
@@ -174,8 +173,8 @@ if triton:
         tl.store(order + position - 1, r)
         tl.store(reach + position - 1, furthest)
 
-    @triton.autotune(BACKWARD, key=["D"])
-    @triton.jit
+    @triton.autotune(BACKWARD[TRIED], key=["D"])
+    @triton.jit(do_not_specialize=["N", "R"])
     def pool_backward(
         grad,  # (R, D), row-major, dtype of features: the gradient of out
         weights,  # (M,) float32
@@ -211,14 +210,15 @@ if triton:
             for k in range(first, last):
                 r = tl.load(order + k).to(tl.int64)
                 begin = tl.load(weight_start + r)
-                region_area = tl.load(area + r)  # 0 or NaN for a region that is empty, or that the forward found invalid: no cells
+                region_area = tl.load(area + r)  # 0 where the region is empty, or the forward found weight_start invalid
                 end = tl.where(region_area > 0, tl.load(weight_start + r + 1), begin)
                 cell = row - tl.load(frame_start + r)
                 covers = (cell >= 0) & (begin + cell < end)
                 weight = tl.load(weights + begin + cell, mask=covers, other=0.0)
                 g = tl.load(grad + r * D + column, mask=column < D, other=0.0).to(tl.float32)
-                term = (weight / region_area)[:, None] * g[None, :]
-                total += tl.where((weight > 0)[:, None], term, 0.0)  # an infinite gradient stays with the cells of its region
+                share = weight / tl.where(region_area > 0, region_area, 1.0)
+                # Not a product with 0, which an infinite gradient would turn into NaN in rows that the region leaves out.
+                total += tl.where((weight > 0)[:, None], share[:, None] * g[None, :], 0.0)
             inside = (row < N)[:, None] & (column < D)[None, :]
             tl.store(grad_features + row[:, None] * D + column[None, :], total.to(grad_features.dtype.element_ty), mask=inside)
 
@@ -317,3 +317,191 @@ def masked_average_pool(features, weights, frame_start, weight_start):
     if choice == "triton" or (choice == "auto" and features.is_cuda and runs):
         return FusedMaskedAveragePool.apply(features, weights, frame_start, weight_start)
     return masked_average_pool_reference(features, weights, frame_start, weight_start)
+
+
+# ------------------------------------------------------------------------------------------------ python kernels.py
+
+CASES = {  # name -> frames, cells along a side, columns, regions on a frame, whether masks cover the frame
+    "a": (8, 24, 2048, 1, False),  # one sample
+    "b": (64, 27, 3584, 2, False),  # a batch, its regions of mixed size
+    "c": (256, 27, 4096, 1, True),  # 1.5 GB in bfloat16
+}
+
+
+def make_masks(frames, side, regions, full):
+    """-> float32 (frames * regions, side, side) of 0 and 1: squares of 1/8 to 8/8 of the side at scattered places, or all ones."""
+    masks = torch.ones(frames * regions, side, side)
+    for r in range(0 if full else len(masks)):
+        size = max(1, side * (1 + r % 8) // 8)
+        y, x = r * 7 % (side - size + 1), r * 11 % (side - size + 1)
+        masks[r] = 0
+        masks[r, y : y + size, x : x + size] = 1
+    return masks
+
+
+def bytes_moved(case, itemsize):
+    """The least that each version can read and write, -> {name: (bytes of the forward, bytes of forward and backward)}."""
+    frames, side, D, regions, full = CASES[case]
+    masks = make_masks(frames, side, regions, full)
+    M, covered, row = masks.numel(), int(masks.sum()), D * itemsize
+    everything, product, touched = frames * side**2 * row, M * row, covered * row  # (N, D), (R, D, h, w), (covered, D)
+    wide = touched * 4 // itemsize  # the same in float32
+    out = len(masks) * row
+    forward = {
+        "fused": touched + out + 4 * M,
+        "embedding_bag": touched + out + covered * (8 + itemsize),
+        "bmm": everything + out + M * itemsize,
+        "compiled": product + out + M * itemsize,
+        "eager": (everything + product) + 2 * product + (product + product // side) + (product // side + out),
+        "reference": 2 * touched + (touched + wide) + 2 * wide + wide + out,
+    }
+    backward = {
+        "fused": out + everything + 4 * M,
+        "embedding_bag": out + everything + touched,  # zeros everywhere, then the rows of its list
+        "bmm": out + everything + M * itemsize,
+        "compiled": out + everything + M * itemsize,
+        "eager": out + product + 2 * product + (product + everything if regions > 1 else 0),
+        "reference": out + 3 * wide + (wide + touched) + everything + 2 * touched,
+    }
+    return {name: (forward[name], forward[name] + backward[name]) for name in forward}
+
+
+def make_versions(case, device, dtype, copies):
+    """-> (list of `copies` features (N, D) that need a gradient, {name: function of one of them -> (R, D)}).
+
+    What the versions need beside features is made here, outside of what is timed: for embedding_bag the list of cells, for bmm and
+    the eager expression masks in the dtype of features. All frames have one size, so that bmm needs no padding and the others no
+    copy of a frame for each region: broadcasting does it.
+    """
+    frames, side, D, regions, full = CASES[case]
+    N, R = frames * side**2, frames * regions
+    masks = make_masks(frames, side, regions, full).to(device)
+    weights = masks.flatten()
+    frame_start = torch.arange(frames, device=device).repeat_interleave(regions) * side**2
+    weight_start = torch.arange(R + 1, device=device) * side**2
+    area = masks.sum((1, 2))
+    share = (masks / area[:, None, None]).to(dtype).view(frames, regions, side**2)
+    region, cell = masks.flatten(1).nonzero(as_tuple=True)
+    rows = frame_start[region] + cell
+    bags = torch.searchsorted(region, torch.arange(R, device=device))
+    row_share = share.view(R, -1)[region, cell]
+    mask = masks.to(dtype).view(frames, regions, 1, side, side)
+    area = area.to(dtype).view(frames, regions, 1, 1, 1)
+
+    def eager(features):
+        x = features.view(frames, 1, side, side, D).permute(0, 1, 4, 2, 3)  # (frames, 1, D, h, w)
+        return (x * mask / area).sum(-1).sum(-1).view(R, D)
+
+    versions = {
+        "fused": lambda x: FusedMaskedAveragePool.apply(x, weights, frame_start, weight_start),
+        "embedding_bag": lambda x: F.embedding_bag(rows, x, bags, mode="sum", per_sample_weights=row_share),
+        "bmm": lambda x: torch.bmm(share, x.view(frames, side**2, D)).view(R, D),
+        "eager": eager,
+        "reference": lambda x: masked_average_pool_reference(x, weights, frame_start, weight_start),
+    }
+    features = [torch.randn(N, D, device=device, dtype=dtype).add_(1).requires_grad_() for _ in range(copies)]  # averages near 1
+    return features, versions
+
+
+def median_ms(call, copies, device):
+    """Median time of call(i), in ms, i going round `copies` inputs. The last results are kept, so that outputs go round as well."""
+    kept = deque(maxlen=copies)
+    for i in range(3):  # compiles, and on a GPU chooses the blocks
+        kept.append(call(i % copies))
+    times = []
+    if device == "cpu":
+        for i in range(5):
+            start = time.perf_counter()
+            kept.append(call(i % copies))
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times)
+    for _ in range(5):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # cycles, some 10 ms: the host queues all calls meanwhile, and so is not what is measured
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
+        for i, (start, stop) in enumerate(events):
+            start.record()
+            kept.append(call(i % copies))
+            stop.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(stop) for start, stop in events]
+    return statistics.median(times)
+
+
+def check(device):
+    """Compares kernels and reference, forward and backward, on ragged frames with shared, overlapping and empty regions."""
+    torch.manual_seed(0)
+    length = torch.tensor([91, 1, 0, 91, 40, 64], device=device)
+    frame_start = torch.tensor([1, 0, 5, 1, 80, 92], device=device)
+    weight_start = F.pad(length.cumsum(0), (1, 0))
+    weights = (torch.rand(int(length.sum()), device=device) - 0.3).clamp(min=0)
+    weights[-64:] = 0
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        for D in (1, 63, 200):
+            features = torch.randn(160, D, device=device, dtype=dtype, requires_grad=True)
+            grad = torch.randn(6, D, device=device, dtype=dtype)
+            found, wanted = (
+                (out, *torch.autograd.grad(out, features, grad))
+                for out in (
+                    FusedMaskedAveragePool.apply(features, weights, frame_start, weight_start),
+                    masked_average_pool_reference(features, weights, frame_start, weight_start),
+                )
+            )
+            for name, a, b in zip(("output", "gradient"), found, wanted):
+                error = float((a.detach().float() - b.detach().float()).abs().max())
+                assert error < tolerance, f"{name} in {dtype}, D {D}: off by {error}, expected less than {tolerance}"
+    where = "on the GPU" if device == "cuda" else "under Triton's interpreter"
+    print(f"kernels and reference agree {where}: output and gradient, 3 dtypes, D of 1, 63 and 200")
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if triton is None:
+        print("Triton cannot be imported: nothing to check")
+    else:
+        check(device)
+    if device == "cpu":
+        print("no GPU: case (a) in float32 on the CPU, which says nothing about a GPU")
+        (x, *_), versions = make_versions("a", device, torch.float32, 1)
+        for name in ("reference", "eager"):
+            out = partial(versions[name], x)
+            both = median_ms(lambda i: torch.autograd.grad(out().sum(), x), 1, device)
+            with torch.no_grad():
+                print(f"{name:14}{median_ms(lambda i: out(), 1, device):9.1f} ms forward{both:9.1f} ms forward + backward")
+        return
+    properties = torch.cuda.get_device_properties(device)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_speed = 2 * len(source) / 1e6 / median_ms(lambda i: target.copy_(source), 1, device)  # GB/s
+    del source, target
+    print(f"{properties.name}, torch {torch.__version__}, bfloat16. Copying 1 GiB on the device: {copy_speed:.0f} GB/s, read and written")
+    print(f"{'case':5}{'version':15}{'direction':19}{'ms':>9}{'MB':>8}{'GB/s':>7}{'of copy':>9}   (MB: the least that it can move)")
+    for case, (frames, side, D, *_) in CASES.items():
+        copies = 2 + 2 * properties.L2_cache_size // (frames * side**2 * D * 2)  # together more than twice the L2 cache
+        torch.compiler.reset()  # the expression is compiled for each case's own shape
+        features, versions = make_versions(case, device, torch.bfloat16, copies)
+        versions["compiled"] = torch.compile(versions["eager"])
+        if triton is None:
+            del versions["fused"]
+        with torch.no_grad():
+            wanted = versions["reference"](features[0]).float()
+        grad = torch.randn_like(wanted, dtype=torch.bfloat16)
+        for name, version in versions.items():
+            try:
+                with torch.no_grad():
+                    error = float((version(features[0]).float() - wanted).abs().max())
+                    assert error < 0.05, f"{name} is off by {error} in case ({case})"
+                    forward = median_ms(lambda i: version(features[i]), copies, device)
+                both = median_ms(lambda i: torch.autograd.grad(version(features[i]), features[i], grad), copies, device)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{case:5}{name:15}out of memory")
+                continue
+            for direction, ms, moved in zip(("forward", "forward + backward"), (forward, both), bytes_moved(case, 2)[name]):
+                speed = moved / 1e6 / ms
+                print(f"{case:5}{name:15}{direction:19}{ms:9.4f}{moved / 1e6:8.0f}{speed:7.0f}{speed / copy_speed:9.0%}")
+        if triton:
+            print(f"     blocks chosen: forward {pool_forward.best_config}; backward {pool_backward.best_config}")
+
+
+if __name__ == "__main__":
+    main()
