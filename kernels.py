@@ -74,13 +74,14 @@ if triton:
     # Forward: BLOCK_N cells x BLOCK_D columns are in flight at a time. Narrow blocks make many programs, which few regions need to
     # keep all of the GPU busy; wide ones read longer stretches of a row and read the weights less often. STAGES > 1 asks the
     # compiler to fetch the next tiles while it adds up this one; with 1, other programs on the same core have to hide the wait.
+    # A choice of blocks is also an order of the forward's sums: processes that choose differently may differ in the last bit.
     FORWARD = [
         triton.Config({"BLOCK_N": n, "BLOCK_D": d, "STAGES": stages}, num_warps=warps)
         for n, d, warps in ((32, 64, 4), (16, 128, 4), (16, 256, 4), (8, 512, 4))
         for stages in (1, 4)
     ]
     # Backward: a program owns BLOCK_N rows and walks along them. Fewer rows make more programs, wider blocks fewer steps.
-    BACKWARD = [triton.Config({"BLOCK_N": n, "BLOCK_D": d}, num_warps=4) for n, d in ((4, 256), (8, 256), (8, 512), (16, 256))]
+    BACKWARD = [triton.Config({"BLOCK_N": n, "BLOCK_D": d}, num_warps=4) for n, d in ((16, 256), (8, 512), (8, 256), (4, 256))]
     TRIED = slice(1) if triton.knobs.runtime.interpret else slice(None)  # the interpreter has no speed, and no GPU to measure it on
 
     @triton.autotune(FORWARD[TRIED], key=["D"])
@@ -144,6 +145,8 @@ if triton:
     #     too early. Reach never falls, so that is the number of positions with reach <= n0.
     # Between the two may be regions that miss the rows; their weight is then 0.
 
+    BLOCK_R = 512  # regions looked at at a time, in both kernels of the backward
+
     @triton.jit(do_not_specialize=["R"])
     def sort_regions(
         frame_start,  # (R,) int64
@@ -194,7 +197,7 @@ if triton:
         """grad_features[n, d] = sum over the regions r that cover n of weights[ws[r] + n - fs[r]] / area[r] * grad[r, d].
 
         Grid: ceil(N / BLOCK_N) programs. Each finds its regions once, then goes along its rows block by block of columns. A row
-        without regions gets zeros. The sum runs in the order of sort_regions, whatever the blocks: two runs agree bit for bit.
+        without regions gets zeros. The sum runs in the order of sort_regions, whatever the blocks, so that two runs agree bit for bit.
         """
         n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
         row = n0 + tl.arange(0, BLOCK_N)
@@ -259,9 +262,9 @@ class FusedMaskedAveragePool(torch.autograd.Function):
         grad_features = torch.empty(N, D, dtype=grad.dtype, device=grad.device)
         order = torch.empty(R, dtype=torch.int32, device=grad.device)
         reach = torch.empty(R, dtype=torch.int64, device=grad.device)
-        sort_regions[(R,)](frame_start, weight_start, order, reach, R, BLOCK_R=512)
+        sort_regions[(R,)](frame_start, weight_start, order, reach, R, BLOCK_R=BLOCK_R)
         pool_backward[lambda config: (triton.cdiv(N, config["BLOCK_N"]),)](
-            grad, weights, frame_start, weight_start, area, order, reach, grad_features, N, R, D, BLOCK_R=512
+            grad, weights, frame_start, weight_start, area, order, reach, grad_features, N, R, D, BLOCK_R=BLOCK_R
         )
         return grad_features, None, None, None
 

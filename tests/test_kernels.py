@@ -20,8 +20,9 @@ DEVICE = "cuda" if GPU else "cpu"
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 interpreted = pytest.mark.skipif(GPU, reason="looks inside the interpreter, which only runs without a GPU")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# float32 differs by the order of the sum; the others by the one rounding at the end, half a unit in the last place, and no more
-RELATIVE = {torch.float32: 1e-5, torch.float16: 0.55 * 2**-10, torch.bfloat16: 0.55 * 2**-7}
+# float32 differs by the order of the sum; the others by the one rounding at the end, half a unit in the last place, and no more.
+# (The interpreter cuts bfloat16 off instead of rounding it: a whole unit.)
+RELATIVE = {torch.float32: 1e-5, torch.float16: 0.55 * 2**-10, torch.bfloat16: (0.55 if GPU else 1.05) * 2**-7}
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,9 @@ def cells_of(N, D, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("D", [1, 63, 64, 1152, 3584] if GPU else [1, 63, 64, 200])
 @pytest.mark.parametrize("grid", [(1, 1), (7, 13), (27, 27)])
-def test_odd_shapes(grid, D):
+def test_odd_shapes(grid, D, monkeypatch):
+    if not GPU:
+        use_blocks(monkeypatch, 64, 64)  # the interpreter's time goes by the number of blocks
     cells = grid[0] * grid[1]
     weights = np.random.default_rng(1).random(3 * cells).astype(np.float32)
     weights[cells : 2 * cells] *= np.arange(cells) == cells - 1  # one cell, the last
@@ -122,31 +125,34 @@ def test_any_overlap(starts, lengths, blocks, monkeypatch):
 
 
 def test_random_overlaps(monkeypatch):
-    use_blocks(monkeypatch, 4, 16)
+    use_blocks(monkeypatch, 8, 32)
     rng = np.random.default_rng(3)
-    for seed in range(8):
+    for seed in range(4):
         starts = rng.integers(0, 50, size=12)
         lengths = rng.integers(0, 51 - starts)
         weights = rng.random(lengths.sum()) * (rng.random(lengths.sum()) < 0.7)
         compare(cells_of(50, 17, seed=seed), tensors(starts, lengths, weights), seed)
 
 
-def test_more_regions_than_are_compared_at_a_time():
+def test_more_regions_than_are_looked_at_at_a_time(monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK_R", 8)
     rng = np.random.default_rng(0)
-    starts, lengths = rng.integers(0, 30, size=1100), rng.integers(0, 4, size=1100)
+    starts, lengths = rng.integers(0, 30, size=35), rng.integers(0, 4, size=35)
     compare(cells_of(33, 5), tensors(starts, lengths, rng.random(lengths.sum())))
 
 
 @pytest.mark.parametrize("which", range(8))
 def test_every_choice_of_blocks(which, monkeypatch):
-    """What the tuner may choose from: each config gives the right result, and the same gradient to the bit."""
+    """What the tuner may choose from: each config gives the right result, and those of the backward the same one to the bit."""
     regions = tensors([0, 3, 40], [80, 77, 30], np.random.default_rng(0).random(187))
     features, grad = cells_of(90, 600), cells_of(3, 600, seed=1)
-    expected = run(features, regions, grad)[1]
     monkeypatch.setattr(kernels.pool_forward, "configs", [kernels.FORWARD[which]])
-    monkeypatch.setattr(kernels.pool_backward, "configs", [kernels.BACKWARD[which % len(kernels.BACKWARD)]])
+    gradients = []
+    for config in (kernels.BACKWARD[0], kernels.BACKWARD[which % len(kernels.BACKWARD)]):
+        monkeypatch.setattr(kernels.pool_backward, "configs", [config])
+        gradients.append(run(features, regions, grad)[1])
     compare(features, regions)
-    assert torch.equal(run(features, regions, grad)[1], expected)
+    assert torch.equal(*gradients)
     assert len(kernels.FORWARD) == 8  # the parametrization above
 
 
@@ -165,7 +171,7 @@ def test_the_gradient_is_the_adjoint():
     regions = tensors([0, 10, 4], [30, 20, 26], np.random.default_rng(0).random(76))
     d, grad = cells_of(35, 21), cells_of(3, 21, seed=1)
     out, gradient = run(d, regions, grad)
-    assert float((out.double() * grad).sum()) == pytest.approx(float((gradient.double() * d).sum()), rel=1e-5)
+    assert float((out.double() * grad).sum()) == pytest.approx(float((gradient.double() * d).sum()), abs=1e-5)
 
 
 def test_every_element_is_written(monkeypatch):
@@ -185,6 +191,7 @@ def test_every_element_is_written(monkeypatch):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # numpy computes what tl.where then leaves out
 def test_an_infinite_gradient_stays_with_its_cells():
     regions = tensors([0, 0], [6, 6], [1, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0])
     grad = torch.ones(2, 3, device=DEVICE)
@@ -315,7 +322,8 @@ def test_wrong_arguments(change, found, choice, monkeypatch):
     arguments = {name: x if x.is_meta else x.detach().to(DEVICE).requires_grad_(x.requires_grad) for name, x in (right | change).items()}
     if "weights" in change and not change["weights"].is_contiguous():
         arguments["weights"] = torch.ones(16, device=DEVICE)[::2]
-    with pytest.raises(ValueError, match="^masked_average_pool expected contiguous tensors.*found .*" + re.escape(found.format(arguments["features"].device))):
+    found = re.escape(found.format(arguments["features"].device))
+    with pytest.raises(ValueError, match="^masked_average_pool expected contiguous tensors.*found .*" + found):
         masked_average_pool(**arguments)
 
 
@@ -394,7 +402,8 @@ def test_versions_that_are_timed_agree(monkeypatch):
     (features, other), versions = kernels.make_versions("tiny", DEVICE, torch.float32, 2)
     assert not torch.equal(features, other)
     grad = cells_of(16, 10)
-    wanted = masked_average_pool_reference(features, *tensors([36 * (r // 2) for r in range(16)], [36] * 16, kernels.make_masks(8, 6, 2, False).flatten()))
+    regions = tensors([36 * (r // 2) for r in range(16)], [36] * 16, kernels.make_masks(8, 6, 2, False).flatten())
+    wanted = masked_average_pool_reference(features, *regions)
     (wanted_gradient,) = torch.autograd.grad(wanted, features, grad)
     for version in versions.values():
         out = version(features)
