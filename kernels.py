@@ -6,7 +6,7 @@
 differ in size and nothing is padded. `masked_average_pool` is what model.py calls: it checks its arguments, then takes the Triton
 kernels on a CUDA device and the plain torch version elsewhere. NANOREFER_POOL=triton or =reference in the environment forces one.
 
-    python kernels.py                       # check, then time. Without a GPU: Triton's interpreter is checked, the CPU is timed
+    python kernels.py                       # check, then time. Without a GPU: the kernels in Triton's interpreter, the CPU's times
     python -m pytest -q tests/test_kernels.py
 
 The file is meant to be read from top to bottom: the definition, why one kernel is worth having, the kernels, the function that
@@ -232,9 +232,8 @@ if triton:
 class FusedMaskedAveragePool(torch.autograd.Function):
     """The kernels as one differentiable function.
 
-    An autograd.Function and not a torch.library operator: it is the shorter of the two to write, read and call. An operator would
-    help torch.compile to keep a model in one graph, but training here is not compiled, and FSDP shards parameters, of which there
-    are none.
+    An autograd.Function and not a torch.library operator: it is shorter to write and cheaper to call. An operator would help
+    torch.compile to keep a model in one graph, but training here is not compiled; to FSDP, which shards parameters, it is all one.
     """
 
     @staticmethod
@@ -432,7 +431,7 @@ def median_ms(call, copies, device):
 
 
 def check(device):
-    """Compares kernels and reference, forward and backward, on ragged frames with shared, overlapping and empty regions."""
+    """Compares kernels and reference, forward and backward, on shared, overlapping, short and empty regions."""
     torch.manual_seed(0)
     length = torch.tensor([91, 1, 0, 91, 40, 64], device=device)
     frame_start = torch.tensor([1, 0, 5, 1, 80, 92], device=device)
@@ -503,7 +502,8 @@ def main():
                 speed = moved / 1e6 / ms
                 print(f"{case:5}{name:15}{direction:19}{ms:9.4f}{moved / 1e6:8.0f}{speed:7.0f}{speed / copy_speed:9.0%}")
         if triton:
-            print(f"     blocks chosen: forward {pool_forward.best_config}; backward {pool_backward.best_config}")
+            chosen = [kernel.best_config for kernel in (pool_forward, pool_backward)]
+            print("     blocks chosen:", *(f"{config.kwargs}" for config in chosen))
 
 
 if __name__ == "__main__":

@@ -225,13 +225,14 @@ def test_any_scale_of_the_weights(scale):
 
 def test_starts_that_lie_outside_give_nan():
     """A kernel cannot raise: it does not read there, the region becomes NaN, and other regions and all gradients stay right."""
-    weights, frame_start, _ = tensors([0, 6, -3, 0, 2], [4, 4, 4, 4, 4], np.ones(20))
-    weight_start = torch.tensor([0, 4, 8, 12, 99, 20], device=DEVICE)
-    out, gradient = run(cells_of(8, 3), (weights, frame_start, weight_start), torch.ones(5, 3, device=DEVICE))
+    weights, frame_start, _ = tensors([0, 98, -3, 0, 2], [4, 4, 4, 4, 4], np.ones(20))
+    weight_start = torch.tensor([0, 4, 8, 12, 99, 20], device=DEVICE)  # region 3 would end past weights, region 4 before it begins
+    features, grad = cells_of(100, 3), torch.ones(5, 3, device=DEVICE)
+    out, gradient = run(features, (weights, frame_start, weight_start), grad)
     assert out.isnan().all(1).tolist() == [False, True, True, True, True] and gradient.isfinite().all()
     weights[4 + 2 : 12] = 0  # what leaves the frame has no weight now: nothing outside is read
     weights[8 + 3] = 1
-    assert run(cells_of(8, 3), (weights, frame_start, weight_start), torch.ones(5, 3, device=DEVICE))[0][:3].isfinite().all()
+    assert run(features, (weights, frame_start, weight_start), grad)[0][:3].isfinite().all()
 
 
 @interpreted
