@@ -296,6 +296,31 @@ def test_offsets_of_64_bits_on_the_gpu():
     assert not gradient[:-30].any()
 
 
+COMPILE = """
+import kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+index = dict(frame_start="*i64", weight_start="*i64", order="*i32", reach="*i64", N="i32", M="i32", R="i32", D="i32")
+for dtype, one_column in (("bf16", {}), ("fp32", {"D": 1})):  # Triton makes an argument of 1 a constant
+    types = index | dict.fromkeys(("features", "out", "grad", "grad_features"), "*" + dtype) | dict(weights="*fp32", area="*fp32")
+    jobs = [(kernels.pool_forward.fn, config.kwargs | one_column) for config in kernels.FORWARD[:2]]
+    jobs += [(kernels.pool_backward.fn, config.kwargs | one_column | {"BLOCK_R": 512}) for config in kernels.BACKWARD[:1]]
+    for kernel, constants in jobs + [(kernels.sort_regions, {"BLOCK_R": 512})]:
+        signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+        assert "ld.global" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter forgives what the compiler refuses, such as a variable that changes its type in a loop. No GPU is needed."""
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(kernels.__file__), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.stdout == "compiled\n", result.stderr
+
+
 # ------------------------------------------------------------------------------------------------ arguments and the switch
 
 
