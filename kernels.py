@@ -232,8 +232,8 @@ if triton:
 class FusedMaskedAveragePool(torch.autograd.Function):
     """The kernels as one differentiable function.
 
-    An autograd.Function and not a torch.library operator: it is shorter to write and cheaper to call. An operator would help
-    torch.compile to keep a model in one graph, but training here is not compiled; to FSDP, which shards parameters, it is all one.
+    An autograd.Function and not a torch.library operator, because it is shorter. An operator would help torch.compile to keep a
+    model in one graph, but training here is not compiled; to FSDP, which shards parameters, it is all one.
     """
 
     @staticmethod
