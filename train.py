@@ -49,7 +49,7 @@ class Config:
     model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
     out: str = option("out", "folder for all that is written; must not hold an earlier run, unless that is resumed")
     train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
-    steps: int = option(400, "optimizer steps, unless --epochs is given")
+    steps: int = option(600, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
     batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 16, or all where there are fewer)")
     micro_batch: int = option(8, "samples of one forward pass on one rank at most; those of a step are grouped by length")

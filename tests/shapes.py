@@ -174,22 +174,21 @@ def entry(rng, media, asked, frames, later_format=False):
     return sample
 
 
-def bench_q_entry(rng, clip, question):
-    """One multiple-choice question in the format of VideoRefer-Bench-Q.json."""
+def bench_q_entry(rng, sample, question):
+    """A test sample's question, with its very masks, as a multiple-choice question in the format of VideoRefer-Bench-Q.json."""
     kind, text, answer, pointed = question
     wrong = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "relation": ("left", "right", "above", "below")}[kind]
     options = rng.sample(list(wrong), 4)
     lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", options)]
     for number in range(len(pointed)):
         text = text.replace("<region>", f"<object{number}><REGION>", 1)
-    return {
-        "video": clip["video"],
+    same = {key: sample[key] for key in ("video", "annotation", "height", "width") if key in sample}
+    return same | {
         "Question": text.replace("<REGION>", "<region>"),
         "type": kind,
         "options": lettered,
         "Answer": lettered[options.index(answer)],
         "frame_idx": str(ANNOTATED[1]),
-        "annotation": [masks(rng, obj, ANNOTATED) for obj in pointed],
     }
 
 
@@ -240,7 +239,7 @@ def write_world(folder, train_clips, test_clips, seed=0):
         clip = write_clip(rng, folder, f"test{i:04}")
         for question in questions(rng, clip["objects"], ANNOTATED, ["colour", "shape", "direction", "relation"] * 2):
             test.append(entry(rng, ("video", clip["video"]), [question], ANNOTATED) | {"type": question[0]})
-            bench.append(bench_q_entry(rng, clip, question))
+            bench.append(bench_q_entry(rng, test[-1], question))
         background = ("background", "What colour is the background?", clip["background"], [])
         test.append(entry(rng, ("video", clip["video"]), [background], ()) | {"type": "background"})
     rng.shuffle(train)

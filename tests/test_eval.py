@@ -280,9 +280,6 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     model is a stand-in whose answer hangs on every number of the batch."""
     tests = [s for s in json.loads((world / "test.json").read_text()) if s["type"] != "background"]
     bench = json.loads((world / "bench_q.json").read_text())
-    for entry, sample in zip(bench, tests, strict=True):
-        entry["annotation"] = sample["annotation"]
-        entry |= {key: sample[key] for key in ("height", "width") if key in sample}
     for name, content in (("test", tests), ("bench_q", bench)):
         (world / f"same_{name}.json").write_text(json.dumps(content))
     places = ("left", "right", "above", "below")
