@@ -14,15 +14,20 @@ Nothing is guessed, cut or swapped. Coordinates are (x, y) in pixels in the data
 indices are 0-based positions in the source video, in order of presentation.
 """
 
+import argparse
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import textwrap
+import time
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections import Counter, OrderedDict, deque
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, chain
 from pathlib import Path
 
 import av
@@ -32,6 +37,7 @@ from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import cached_file
@@ -103,6 +109,13 @@ def read_samples(paths, media=None):
     return Samples([(os.fspath(path), os.fspath(media) if media else os.path.dirname(path)) for path in paths])
 
 
+def sample_texts(samples, limit=10_000):
+    """The questions and answers of the first samples, from which the tiny model's tokenizer learns its words."""
+    for number in range(min(limit, len(samples))):
+        with suppress(DataError):  # reported when the sample is read in earnest
+            yield from (text for turn in samples[number].turns for text in turn)
+
+
 class Samples:
     """The sequence that read_samples returns; safe to hand to worker processes: each access opens the file anew."""
 
@@ -129,7 +142,11 @@ class Samples:
         start, end = map(int, self.spans[i])
         with open(path, "rb") as file:
             file.seek(start)
-            entry = _DECODER.decode(file.read(end - start).decode())
+            text = file.read(end - start)
+        try:
+            entry = _DECODER.decode(text.decode())
+        except ValueError:
+            raise DataError("expected the JSON value that stood here when the file was opened, found that it changed", path) from None
         position = i - int(self.first[number])
         name = f"sample {position}"
         if isinstance(entry, dict) and "id" in entry:
@@ -1074,3 +1091,264 @@ def draw_regions(picture, masks, numbers=None):
         corner = ((left, top), "lb") if top > size else ((left, min(bottom + 1, height - size)), "lt")  # above it, or else below
         draw.text(corner[0], text, anchor=corner[1], fill=colour, font=ImageFont.load_default(size), stroke_width=2, stroke_fill="black")
     return np.array(image)
+
+
+# ------------------------------------------------------------------------------------------------ python data.py FILE: is it right?
+
+
+def mask_form(segmentation):
+    """The name of the form that a checked segmentation has."""
+    if isinstance(segmentation, dict):
+        return "compressed RLE" if isinstance(segmentation["counts"], str) else "uncompressed RLE"
+    return "several polygons" if isinstance(segmentation[0], list) and len(segmentation) > 1 else "one polygon"
+
+
+def spread(counter):
+    """Counter of numbers -> its minimum, median and maximum, as text."""
+    values, total = sorted(counter), sum(counter.values())
+    middle = next(v for v, seen in zip(values, accumulate(counter[v] for v in values)) if 2 * seen >= total)
+    return f"min {values[0]}, median {middle}, max {values[-1]}"
+
+
+def _read_for_ever(dataset, connection):
+    """A Reader's process: numbers of samples come in, what training would make of them goes out, in few numbers."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process().sentinel
+    while connection in multiprocessing.connection.wait([connection, parent]):
+        number = connection.recv()
+        encoded = dataset[0, number]
+        if not isinstance(encoded, DataError):
+            info = dataset.samples[number].media and dataset.cache.get(dataset.samples[number].media)
+            media = info and ("image" if info.is_image else "video", info.num_frames, f"{info.width}x{info.height}")
+            encoded = len(encoded["input_ids"]), media
+        connection.send(encoded)
+
+
+class Reader:
+    """A process that reads samples one at a time, and that can be killed when one of them hangs it."""
+
+    def __init__(self, dataset):
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=_read_for_ever, args=(dataset, theirs), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death is the end of the file here
+        self.number = self.deadline = None
+
+    def give(self, number, timeout):
+        self.connection.send(number)
+        self.number, self.deadline = number, time.monotonic() + timeout
+
+
+def read_all(dataset, numbers, workers, timeout):
+    """Yields (number, (tokens, (kind, frames, size) or None) or DataError) for each sample, read the way training reads it.
+
+    A sample that takes longer than timeout seconds, or that ends its process, is a DataError as well; another process goes on.
+    """
+    waiting, readers = deque(numbers), [Reader(dataset) for _ in range(workers)]
+    while True:
+        for reader in readers:
+            if reader.number is None and waiting:
+                reader.give(waiting.popleft(), timeout)
+        busy = [reader for reader in readers if reader.number is not None]
+        if not busy:
+            break
+        patience = min(reader.deadline for reader in busy) - time.monotonic()
+        ready = multiprocessing.connection.wait([reader.connection for reader in busy], max(0, patience))
+        for reader in busy:
+            number, place = reader.number, dataset.samples[reader.number].place
+            reader.number = None
+            try:
+                if reader.connection in ready:
+                    found = reader.connection.recv()
+                elif time.monotonic() >= reader.deadline:
+                    reader.process.kill()
+                    readers[readers.index(reader)] = Reader(dataset)
+                    found = DataError(f"expected to be read within {timeout:g} s (--timeout), found that it was not", *place)
+                else:
+                    reader.number = number
+                    continue
+            except EOFError:
+                reader.process.join()
+                readers[readers.index(reader)] = Reader(dataset)
+                found = DataError(f"expected to be read, found that its process died (exit code {reader.process.exitcode})", *place)
+            yield number, found
+    for reader in readers:
+        reader.process.kill()
+
+
+class Findings:
+    """What a check found, in numbers that do not grow with the data, and its problems, grouped by reason."""
+
+    def __init__(self, problems_file):
+        self.counts = {name: Counter() for name in ("kinds", "mask forms", "frames per object", "frames per video", "sizes", "tokens")}
+        self.groups, self.problems, self.file = {}, 0, problems_file
+
+    def add_problem(self, error):
+        self.problems += 1
+        reason = error.args[0]
+        # Alike up to numbers, file names and what was found in their place.
+        group = re.sub(r"\S*/\S*|\d+", "#", ": ".join((*error.args[3:], reason.split(", found")[0])))
+        first = self.groups.setdefault(group, [0, reason, []])
+        first[0] += 1
+        first[2] += [": ".join(error.args[2:])] * (len(first[2]) < 3)
+        if self.file:
+            self.file.write(json.dumps({"places": error.args[1:], "reason": reason}) + "\n")
+
+    def add_sample(self, sample, media):
+        """media: (kind, frames, size), None for text, "media" where files are not opened."""
+        frames = max((len(masks) for masks in sample.objects), default=0)
+        regions = ("no regions", "regions on one frame", "regions on several frames")[min(frames, 2)]
+        kind = media[0] if isinstance(media, tuple) else media
+        self.counts["kinds"][f"{kind}, {regions}" if kind else "text only"] += 1
+        self.counts["frames per object"].update(len(masks) for masks in sample.objects)
+        self.counts["mask forms"].update(mask_form(m) for masks in sample.objects for m in masks.values())
+        if isinstance(media, tuple):
+            self.counts["sizes"][media[2]] += 1
+            self.counts["frames per video"].update([media[1]] if kind == "video" else [])
+
+    def report(self, samples):
+        print(f"{samples} samples, {samples - self.problems} of them right")
+        print(f"{sum(self.counts['frames per object'].values())} objects")
+        for name, counter in self.counts.items():
+            if counter and name in ("kinds", "mask forms", "sizes"):
+                most = counter.most_common(8)
+                rest = [f"{len(counter) - 8} more"] if len(counter) > 8 else []
+                print(f"{name}: " + "; ".join([f"{key} {count}" for key, count in most] + rest))
+            elif counter:
+                print(f"{name}: {spread(counter)}")
+        for count, reason, first in sorted(self.groups.values(), key=lambda group: -group[0]):
+            print(f"\n{count} x {reason}")
+            print("".join(f"    {place}\n" for place in first) + f"    and {count - len(first)} more" * (count > len(first)), end="\n")
+
+
+def check(samples, dataset, options):
+    """Structure first, then, unless options say no, media and masks -> (Findings, numbers of the samples that are right)."""
+    right = []
+    aside = options.problems and f"{options.problems}.tmp"
+    with open(aside, "w") if aside else nullcontext() as file:
+        findings = Findings(file)
+        for number in tqdm(range(len(samples)), desc="structure", leave=False, mininterval=0.5):
+            try:
+                sample = samples[number]
+            except DataError as error:
+                findings.add_problem(error)
+                continue
+            right.append(number)
+            if options.structure_only:
+                findings.add_sample(sample, sample.media and "media")
+        if not options.structure_only:
+            numbers, right = right, []
+            every = read_all(dataset, numbers, options.workers, options.timeout)
+            for number, found in tqdm(every, total=len(numbers), desc="media and masks", leave=False):
+                if isinstance(found, DataError):
+                    findings.add_problem(found)
+                    continue
+                right.append(number)
+                findings.add_sample(samples[number], found[1])
+                findings.counts["tokens"][found[0]] += 1
+    if aside:
+        os.replace(aside, options.problems)
+    return findings, sorted(right)
+
+
+# ------------------------------------------------------------------------------------------------ a picture of some samples
+
+PANEL, TEXT_WIDTH, LINE = 192, 420, 17  # pixels: the height of a frame, the width of the conversation, the height of its lines
+
+
+def preview(dataset, numbers, samples_shown=5, frames_shown=3):
+    """-> PIL image: a row a sample. Frames with the masks drawn in, below each its cells, as bright as they are covered; beside them
+    the conversation, its `<region>` tags numbered as the objects in the picture are."""
+    pointed = [number for number in numbers if dataset.samples[number].objects] or numbers
+    chosen = [pointed[i] for i in np.linspace(0, len(pointed) - 1, min(samples_shown, len(pointed))).round().astype(int)]
+    rows = [_preview_row(dataset, dataset.samples[number], frames_shown) for number in chosen]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    for row, top in zip(rows, accumulate([row.height for row in rows], initial=0)):
+        sheet.paste(row, (0, top))
+    return sheet
+
+
+def _preview_row(dataset, sample, frames_shown):
+    info = sample.media and dataset._info(sample)
+    objects = [dataset._masks(sample, number, info, np.random.default_rng(0)) for number in range(len(sample.objects))]
+    frames = sorted({frame for masks in objects for frame in masks}) or ([0] if info else [])
+    frames = [frames[i] for i in sorted(set(np.linspace(0, len(frames) - 1, frames_shown).round().astype(int)))] if frames else []
+    panels = []
+    for frame, picture in zip(frames, read_frames(sample.media, frames) if frames else []):
+        masks = [masks.get(frame) for masks in objects]
+        first, tags = {}, [str(number) for number in range(1, len(masks) + 1)]
+        for number, mask in enumerate(masks):
+            if mask is not None:  # an object that is asked about again gets one contour and all its numbers
+                place = first.setdefault(tuple(np.round(mask_box(mask), 2)), number)
+                if place != number:
+                    tags[place] += f",{tags[number]}"
+                    masks[number] = None
+        width = max(1, round(PANEL * info.width / info.height))
+        cell = dataset.processor.patch_size * dataset.processor.merge_size
+        grid = [side // cell for side in dataset.processor.still_size(*picture.shape[:2])]
+        cells = sum((coverage(mask, *grid) for mask in masks if mask is not None), np.zeros(grid, np.float32)).clip(0, 1)
+        shade = np.asarray(Image.fromarray(np.uint8(255 * cells)).resize((width, PANEL), Image.Resampling.NEAREST))[:, :, None]
+        small = np.asarray(Image.fromarray(picture).resize((width, PANEL), Image.Resampling.BICUBIC))
+        pair = np.concatenate([draw_regions(small, masks, tags), np.uint8(small * (0.15 + 0.85 * (shade / 255)))])
+        panels.append((f"frame {frame}", Image.fromarray(pair)))
+    numbers = iter(range(1, len(sample.objects) + 1))
+    lines = [": ".join(map(str, sample.place)), sample.media or "text only", ""]
+    for question, answer in sample.turns:
+        question = re.sub(REGION_TAG, lambda tag: f"<region {next(numbers)}>", question)
+        for who, text in (("Q", question), ("A", answer)):
+            lines += textwrap.wrap(f"{who}: {' '.join(text.split())}", TEXT_WIDTH // 7)
+    height = max(2 * PANEL if panels else 0, LINE * len(lines)) + 2 * LINE
+    row = Image.new("RGB", (sum(p.width + 6 for _, p in panels) + TEXT_WIDTH, height), "white")
+    pen, left = ImageDraw.Draw(row), 6
+    for name, panel in panels:
+        pen.text((left, 2), name, fill="black", font=ImageFont.load_default(12))
+        row.paste(panel, (left, LINE))
+        left += panel.width + 6
+    pen.text((left + 6, LINE), "\n".join(lines), fill="black", font=ImageFont.load_default(12), spacing=LINE - 12)
+    return row
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Checks data files the way training reads them. Exit status 1: there are problems.")
+    add = parser.add_argument
+    add("files", nargs="+", help="data files: JSON arrays or JSONL")
+    add("--media", help="folder that media paths are relative to (default: each data file's own)")
+    add("--structure-only", action="store_true", help="do not open media, do not decode masks")
+    add("--problems", metavar="JSONL", help="write every problem to this file")
+    add("--preview", metavar="PNG", help="draw some of the samples that are right")
+    add("--workers", type=int, default=2, help="processes that read (default: 2)")
+    add("--timeout", type=float, default=60, help="seconds that reading one sample may take (default: 60)")
+    add("--model", default="tiny", help="whose tokens are counted: tiny, or a name or folder as for train.py (default: tiny)")
+    for field in fields(Settings):
+        add("--" + field.name.replace("_", "-"), type=int, help="as for train.py")
+    options = parser.parse_args(argv)
+
+    import model  # here, because data stands alone but for this
+
+    samples = read_samples(options.files, options.media)
+    tiny = options.model == "tiny"
+    defaults = {} if tiny else {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
+    given = {f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None}
+    settings = Settings(**defaults | given)
+    if tiny:
+        backbone, tokenizer, image_processor = model.build_tiny(sample_texts(samples))
+        processor = Processor(tokenizer, image_processor, backbone.config, settings)
+    else:
+        processor = Processor.from_pretrained(options.model, settings)
+    dataset = ReferringDataset(samples, processor)
+    findings, right = check(samples, dataset, options)
+    findings.report(len(samples))
+    if options.preview and right:
+        with open(options.preview + ".tmp", "wb") as file:
+            preview(dataset, right).save(file, "PNG")
+        os.replace(options.preview + ".tmp", options.preview)
+    return 1 if findings.problems else 0
+
+
+if __name__ == "__main__":
+    import data  # under its own name, so that model.py and this file mean the same DataError
+
+    try:
+        raise SystemExit(data.main())
+    except data.DataError as error:
+        raise SystemExit(f"data error: {error}") from None

@@ -49,7 +49,7 @@ class Config:
     model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
     out: str = option("out", "folder for all that is written; must not hold an earlier run, unless that is resumed")
     train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
-    steps: int = option(600, "optimizer steps, unless --epochs is given")
+    steps: int = option(500, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
     batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 16, or all where there are fewer)")
     micro_batch: int = option(8, "samples of one forward pass on one rank at most; those of a step are grouped by length")
@@ -161,13 +161,6 @@ def micro_batches(samples, micro_batch, pad_token_id):
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def sample_texts(samples, limit=10_000):
-    """The questions and answers of the first samples, from which the tiny model's tokenizer learns its words."""
-    for number in range(min(limit, len(samples))):
-        with contextlib.suppress(data.DataError):  # reported when the sample is trained on
-            yield from (text for turn in samples[number].turns for text in turn)
-
-
 def build(config, samples, checkpoint=None):
     """-> (model, processor), with the choices of config that are None made by what the model is. checkpoint: take weights and
     tokenizer from this folder."""
@@ -181,7 +174,7 @@ def build(config, samples, checkpoint=None):
     settings = data.Settings(**{f.name: getattr(config, f.name) for f in fields(data.Settings)})
     torch.manual_seed(config.seed)
     if tiny and not checkpoint:
-        backbone, tokenizer, image_processor = models.build_tiny(sample_texts(samples))
+        backbone, tokenizer, image_processor = models.build_tiny(data.sample_texts(samples))
         processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
         mean, std = image_processor.image_mean, image_processor.image_std
         print0("model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)")
@@ -414,7 +407,8 @@ def train(config):
         (loss_sum,) = sum_over_ranks([loss_sum.item()], device)
         if not math.isfinite(loss_sum) or not torch.isfinite(norm):
             ids = [i for batch in micro for i in batch["ids"]]
-            raise SystemExit(f"stopped at step {step}: loss {loss_sum / max(total, 1)}, gradient norm {norm}; rank {rank()} had samples {ids}")
+            found = f"loss {loss_sum / max(total, 1)}, gradient norm {norm}"
+            raise SystemExit(f"stopped at step {step}: {found}; rank {rank()} had samples {ids}")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, config)
         optimizer.step()

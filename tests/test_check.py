@@ -1,0 +1,139 @@
+"""python data.py FILE: what it counts, what it finds, and that nothing hangs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import shapes
+
+TOP = Path(__file__).resolve().parent.parent
+TURNS = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "red"}]
+PLAIN = [{"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "red"}]
+
+
+def box(x, y, w, h):
+    return {"segmentation": [x, y, x + w, y, x + w, y + h, x, y + h]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("check")
+    shapes.write_video(path / "a.mp4", [np.full((96, 96, 3), 20 * i, np.uint8) for i in range(8)])
+    Image.new("RGB", (64, 32), "white").save(path / "white.png")
+    return path
+
+
+def check(folder, samples, *options):
+    """Runs the command on these samples; -> (exit status, output)."""
+    (folder / "data.json").write_text(json.dumps(samples))
+    command = [sys.executable, "data.py", str(folder / "data.json"), *map(str, options)]
+    done = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert "Traceback" not in done.stdout, done.stdout[-3000:]
+    return done.returncode, done.stdout
+
+
+RUNS = {"segmentation": {"size": [2, 2], "counts": [1, 3]}}
+TWO = {"segmentation": [box(1, 1, 9, 9)["segmentation"], box(20, 1, 9, 9)["segmentation"]]}
+RIGHT = [
+    {"video": "a.mp4", "conversations": TURNS, "annotation": [{"3": box(10, 10, 40, 40)}]},
+    {"video": "a.mp4", "conversations": TURNS, "annotation": [{"0": box(10, 10, 40, 40), "4": RUNS}]},
+    {"image": "white.png", "conversations": TURNS, "annotation": [{"0": TWO}]},
+    {"image": "white.png", "conversations": PLAIN},
+    {"video": "a.mp4", "conversations": PLAIN},
+    {"conversations": PLAIN},
+]
+
+
+def test_counts_of_right_data(folder):
+    status, output = check(folder, RIGHT)
+    assert status == 0 and "6 samples, 6 of them right" in output and "3 objects" in output
+    kinds = ["video, regions on one frame", "video, regions on several frames", "image, regions on one frame", "image, no regions"]
+    for name in (*kinds, "video, no regions", "text only"):
+        assert f"{name} 1" in output
+    assert "one polygon 2" in output and "uncompressed RLE 1" in output and "several polygons 1" in output
+    assert "frames per object: min 1, median 1, max 2" in output and "frames per video: min 8, median 8, max 8" in output
+    assert "96x96 3" in output and "64x32 2" in output and re.search(r"tokens: min \d+, median \d+, max \d+", output)
+
+
+def test_problems_are_grouped_and_written_and_set_the_exit_status(folder, tmp_path):
+    wrong = [
+        {"id": "x", "video": "absent1.mp4", "conversations": PLAIN},
+        {"id": "y", "video": "absent2.mp4", "conversations": PLAIN},
+        {"id": "tags", "video": "a.mp4", "conversations": PLAIN, "annotation": [{"3": box(10, 10, 40, 40)}]},
+        {"id": "late", "video": "a.mp4", "conversations": TURNS, "annotation": [{"8": box(10, 10, 40, 40)}]},
+    ]
+    problems = tmp_path / "problems.jsonl"
+    status, output = check(folder, RIGHT + wrong, "--problems", problems)
+    lines = [json.loads(line) for line in problems.read_text().splitlines()]
+    assert status == 1 and "10 samples, 6 of them right" in output
+    assert "\n2 x " in output and output.count("\n1 x ") == 2 and "sample 6 (id 'x')" in output and "sample 7 (id 'y')" in output
+    named = {line["places"][1]: line["reason"] for line in lines}
+    assert len(lines) == 4 and set(named) == {f"sample {6 + i} (id '{name}')" for i, name in enumerate(("x", "y", "tags", "late"))}
+    assert "absent2.mp4" in named["sample 7 (id 'y')"] and "a frame index below 8" in named["sample 9 (id 'late')"]
+    status, output = check(folder, RIGHT + wrong, "--structure-only")
+    assert status == 1 and "10 samples, 9 of them right" in output and "media, regions on one frame 3" in output
+
+
+class Faulty:
+    """A data set whose odd samples do not come back: fault is called in the process that reads them."""
+
+    samples = [SimpleNamespace(place=("f", f"sample {i}"), media=None) for i in range(5)]
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def __getitem__(self, key):
+        if key[1] % 2:
+            self.fault()
+        return {"input_ids": [0] * key[1]}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fault, timeout, reason", [(die, 60, "exit code -9"), (signal.pause, 2, "within 2 s")])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_sample_that_hangs_or_kills_its_reader_is_a_problem_and_the_others_are_read(workers, fault, timeout, reason):
+    everything = list(data.read_all(Faulty(fault), range(5), workers, timeout))
+    found = dict(everything)
+    assert {n: found[n] for n in (0, 2, 4)} == {0: (0, None), 2: (2, None), 4: (4, None)} and len(everything) == 5
+    for n in (1, 3):
+        assert isinstance(found[n], data.DataError) and f"sample {n}" in str(found[n]) and reason in str(found[n])
+
+
+def test_a_file_that_changes_under_a_run_is_a_data_error(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(RIGHT))
+    samples = data.read_samples(path)
+    path.write_text(json.dumps(RIGHT)[7:])
+    with pytest.raises(data.DataError, match="found that it changed"):
+        samples[2]
+
+
+def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
+    """A white picture, 2 : 1, with a box over its left half: the cells of that half are bright, the others dark."""
+    sample = {"image": "white.png", "conversations": TURNS, "annotation": [{"0": box(0, 0, 32, 32)}]}
+    status, _ = check(folder, [sample], "--preview", tmp_path / "p.png")
+    picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
+    assert status == 0 and os.listdir(tmp_path) == ["p.png"]
+    frame, cells = (picture[top : top + data.PANEL, 6 : 6 + 2 * data.PANEL] for top in (data.LINE, data.LINE + data.PANEL))
+    left, right = slice(40, data.PANEL - 40), slice(data.PANEL + 40, 2 * data.PANEL - 10)
+    assert frame[90:170, left].mean() < 240 and (frame[:, right] == 255).all()
+    assert (cells[:, left] == 255).all() and cells[:, right].max() < 60
+    assert (picture[:, 6 + 2 * data.PANEL + 20 :] < 128).any()  # the conversation
+
+
+@pytest.mark.parametrize("numbers, expected", [([3], "min 3, median 3, max 3"), ([5, 1, 1, 9], "min 1, median 1, max 9")])
+def test_spread(numbers, expected):
+    assert data.spread(data.Counter(numbers)) == expected
