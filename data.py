@@ -1276,13 +1276,13 @@ def _preview_row(dataset, sample, frames_shown):
     panels = []
     for frame, picture in zip(frames, read_frames(sample.media, frames) if frames else []):
         masks = [masks.get(frame) for masks in objects]
-        first, tags = {}, [str(number) for number in range(1, len(masks) + 1)]
-        for number, mask in enumerate(masks):
-            if mask is not None:  # an object that is asked about again gets one contour and all its numbers
-                place = first.setdefault(tuple(np.round(mask_box(mask), 2)), number)
-                if place != number:
-                    tags[place] += f",{tags[number]}"
-                    masks[number] = None
+        boxes = [mask is not None and mask_box(mask) for mask in masks]
+        tags = [str(number) for number in range(1, len(masks) + 1)]
+        for number, box in enumerate(boxes):  # an object that is asked about again gets one contour and all its numbers
+            again = [other for other in range(number) if masks[other] is not None and box and np.allclose(box, boxes[other], atol=0.03)]
+            if again:
+                tags[again[0]] += f",{tags[number]}"
+                masks[number] = None
         width = max(1, round(PANEL * info.width / info.height))
         cell = dataset.processor.patch_size * dataset.processor.merge_size
         grid = [side // cell for side in dataset.processor.still_size(*picture.shape[:2])]
@@ -1340,7 +1340,7 @@ def main(argv=None):
     findings.report(len(samples))
     if options.preview and right:
         with open(options.preview + ".tmp", "wb") as file:
-            preview(dataset, right).save(file, "PNG")
+            preview(dataset, right).save(file, "PNG", optimize=True)
         os.replace(options.preview + ".tmp", options.preview)
     return 1 if findings.problems else 0
 

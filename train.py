@@ -368,7 +368,7 @@ def train(config):
     print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
 
     wrapped = DistributedDataParallel(model) if world_size() > 1 else model
-    optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95), fused=True)
     if state:
         check_resumable(state, config, len(samples))
         optimizer.load_state_dict(state.pop("optimizer"))
