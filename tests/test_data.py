@@ -397,7 +397,7 @@ def test_a_bad_sample_leaves_its_neighbours_batch_as_it_was(folder, processor):
     bad = good()
     bad[A][0] = box_of("99")
     dataset = data.ReferringDataset(data.read_samples(write(folder, [bad, good()])), processor)
-    batch, errors = train.collate([dataset[0, 0], dataset[0, 1]], 0)
+    (batch,), errors = train.micro_batches([dataset[0, 0], dataset[0, 1]], 2, 0)
     alone = data.collate([dataset[0, 1]], 0)
     assert len(errors) == 1 and batch.keys() == alone.keys()
     for name, value in alone.items():

@@ -492,7 +492,7 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):
-    image = world / "images" / "test0000.png"
+    image = next((world / "images").glob("*.png"))
     mask = np.zeros((96, 96), bool)
     mask[20:60, 10:40] = True
     as_array = evaluation.ask(*loaded, image, "What is <region>?", [{0: mask}], 6)
