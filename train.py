@@ -36,6 +36,9 @@ import data
 import model as models
 
 
+FRAME_CACHE = 128 << 20  # bytes of decoded frames that all workers of a rank keep together: a small data set is decoded once
+
+
 def option(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -46,6 +49,7 @@ class Config:
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
+    outside_paths: bool = option(False, "also take media paths that are absolute or climb out of that folder")
     model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
     out: str = option("out", "folder for all that is written; must not hold an earlier run, unless that is resumed")
     train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
@@ -65,6 +69,7 @@ class Config:
     single_frame: float = option(0.25, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)")
     max_length: int = option(4096, "tokens of a sample at most; a longer one is refused, never cut")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
+    timeout: float = option(120.0, "seconds that a media file may take to be read; one that hangs is left out")
     workers: int = option(2, "processes that load data, on each rank")
     seed: int = option(0, "of the weights, the order and every random choice")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
@@ -78,7 +83,9 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = dict(nargs="+", required=True) if f.name == "data" else dict(type=f.type, default=f.default)
-        shown = "" if f.default is None else f" (default: {f.default})"
+        if f.type is bool:
+            kind = dict(action="store_true")
+        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
     return Config(**vars(parser.parse_args(argv)))
 
@@ -106,6 +113,16 @@ def init_distributed(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(device)
+
+
+@contextlib.contextmanager
+def rank0_first():
+    """The other ranks enter when rank 0 is through."""
+    if world_size() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def sum_over_ranks(values, device):
@@ -275,7 +292,7 @@ def save(model, processor, folder):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
-FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device")
+FREE = ("media", "outside_paths", "out", "micro_batch", "max_bad", "timeout", "workers", "log_every", "save_every", "keep", "resume", "device")
 
 
 def checkpoints(out):
@@ -347,7 +364,8 @@ def tidy(out, done):
 def train(config):
     device = init_distributed(config.device)
     checkpoint, state = read_checkpoint(config)
-    samples = data.read_samples(config.data, config.media)
+    with rank0_first():  # it makes the index of the data files, the others find it
+        samples = data.read_samples(config.data, config.media, config.outside_paths)
     model, processor = build(config, samples, checkpoint)
     optimized = choose_parameters(model, config)
     model.to(device).train()
@@ -359,8 +377,10 @@ def train(config):
         config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
     done = state["done"] if state else 0
     order = Order(len(samples), config.batch_size, config.steps, config.seed, rank(), world_size(), start=done)
+    cache = FRAME_CACHE // max(config.workers, 1)
+    dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, cache_bytes=cache, timeout=config.timeout)
     loader = DataLoader(
-        data.ReferringDataset(samples, processor, config.single_frame, config.seed),
+        dataset,
         batch_sampler=order,
         num_workers=config.workers,
         collate_fn=partial(micro_batches, micro_batch=config.micro_batch, pad_token_id=processor.tokenizer.pad_token_id),
