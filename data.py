@@ -483,18 +483,14 @@ def coverage(mask, gh, gw):
     mask's resolution, and an object of one pixel still has a coverage above 0.
     """
     height, width = mask.shape
-    cells = _integrate(_integrate(mask, gh).T, gw).T
-    return np.clip(cells * (gh * gw / (height * width)), 0, 1).astype(np.float32)
+    inside = _overlap(gh, height) @ torch.from_numpy(mask).double() @ _overlap(gw, width).T  # pixels, (gh, gw)
+    return (inside * (gh * gw / (height * width))).clip(0, 1).float().numpy()
 
 
-def _integrate(rows, cells):
-    """(L, M) -> float64 (cells, M): the integral over each of `cells` equal stretches of axis 0."""
-    length = len(rows)
-    below = np.zeros((length + 1, rows.shape[1]), dtype=np.uint32 if rows.dtype == np.uint8 else np.float64)
-    np.cumsum(rows, axis=0, out=below[1:])
-    edges = np.arange(cells + 1) * length / cells
-    whole = np.minimum(edges.astype(int), length - 1)
-    return np.diff(below[whole] + (edges - whole)[:, None] * rows[whole], axis=0)
+def _overlap(cells, pixels):
+    """-> float64 (cells, pixels): how much of each pixel of a side lies in each of the equal cells that it is cut into."""
+    edges, left = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells, torch.arange(pixels)
+    return (torch.minimum(edges[1:], left + 1) - torch.maximum(edges[:-1], left)).clip(min=0)
 
 
 def mask_box(mask):
@@ -630,11 +626,11 @@ def _read_video(path, choose):
         indices = _check_indices(path, choose(info), info.num_frames)
         wanted = sorted(set(indices))
         try:
-            pictures = _decode(path, times, keyframes, wanted)
+            pictures = _decode(path, times, keyframes, wanted, skip=True)
         except av.error.FFmpegError:                     # some files refuse to be sought in
             pictures = {}
-        if len(pictures) < len(wanted):                  # some lead astray: decode again, from the first packet
-            pictures = _decode(path, times, [0], wanted)
+        if len(pictures) < len(wanted):                  # some lead astray: decode again, all from the first packet
+            pictures = _decode(path, times, [0], wanted, skip=False)
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
                         f"video): {error.strerror}") from error
@@ -706,8 +702,11 @@ def _index_video(path, count=False):
     return info, times, sorted({0} | {bisect_left(times, t) for t in keyframe_pts if t <= times[-1]})
 
 
-def _decode(path, times, keyframes, wanted):
-    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if anything is odd."""
+def _decode(path, times, keyframes, wanted, skip):
+    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if anything is odd.
+
+    skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to (most B-frames).
+    """
     runs, previous = [(0, [])], 0                        # (keyframe to start at, frames to fetch in one go from there)
     for k in wanted:
         keyframe = keyframes[bisect_right(keyframes, k) - 1]
@@ -719,11 +718,13 @@ def _decode(path, times, keyframes, wanted):
     pictures, reformatter = {}, VideoReformatter()
     with _open_video(path) as container:
         stream = _video_stream(path, container)
+        skip = skip and times is not None and stream.codec.canonical_name == "h264"
+        needed = {times[k] for k in wanted} if skip else None
         for keyframe, group in (run for run in runs if run[1]):
             expected, start = None, times[keyframe] if keyframe else None
-            for count, frame in enumerate(_frames_from(container, stream, start)):
+            for count, frame in enumerate(_frames_from(container, stream, start, needed)):
                 k = number.get(frame.pts) if times else count
-                if k is None or expected not in (None, k) or frame.is_corrupt and k in asked:
+                if k is None or expected not in (None, k) and not skip or frame.is_corrupt and k in asked:
                     break                                # a gap: here packets and frames do not go together one to one
                 if k in asked:
                     pictures[k] = _to_rgb(frame, reformatter)
@@ -733,9 +734,10 @@ def _decode(path, times, keyframes, wanted):
     return pictures
 
 
-def _frames_from(container, stream, time):
+def _frames_from(container, stream, time, needed):
     """Yield frames from the keyframe with pts `time` on, or from an earlier one where the container's own index leads there;
-    None: from the first packet. Yields nothing where that is not safe.
+    None: from the first packet. Yields nothing where that is not safe. needed: the pts of the frames that must come; of the
+    others, those that nothing refers to may be missing. None: all must come.
 
     The keyframe itself must come out first. H.264 with intra refresh has none: it flags packets where a gradual refresh
     begins, and what FFmpeg puts out before the refresh is over was seen to be grey in places.
@@ -744,7 +746,12 @@ def _frames_from(container, stream, time):
         container.seek(time, stream=stream)
     packets = container.demux(stream)
     start = next(packets)
-    frames = (frame for packet in chain([start], packets) for frame in packet.decode())
+
+    def decode(packet):
+        stream.codec_context.skip_frame = "DEFAULT" if needed is None or packet.pts in needed else "NONREF"
+        return packet.decode()
+
+    frames = (frame for packet in chain([start], packets) for frame in decode(packet))
     if time is not None:
         if not start.is_keyframe or start.pts > time:
             return
