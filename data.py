@@ -523,7 +523,7 @@ class MediaInfo:
 
 def media_info(path):
     """-> MediaInfo. Decodes one picture at most where packets tell the frames apart (see read_frames), else all of them."""
-    return read_media(path, lambda info: [])[0]
+    return read_media(path, [])[0]
 
 
 def read_frames(path, indices):
@@ -539,33 +539,37 @@ def read_frames(path, indices):
     keyframe with a pts at or before the wanted one. So frames shown before a keyframe but stored after it, which decord gets
     wrong, start from the keyframe before. Where packets have no reliable pts, frames are decoded from 0 and counted.
     """
-    return read_media(path, lambda info: indices)[1]
+    indices = list(indices)
+    info, pictures = read_media(path, indices)
+    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+    for row, k in enumerate(indices):
+        frames[row] = pictures[k]
+    return frames
 
 
-def read_media(path, choose):
-    """-> (MediaInfo, uint8 (n, H, W, 3) RGB) of the frames that choose(MediaInfo) lists; the file is indexed only once."""
+def read_media(path, indices):
+    """-> (MediaInfo, {frame number: uint8 (H, W, 3) RGB}); read_frames without the copy that joins the pictures."""
     path = Path(path)
     if path.is_dir():
         files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
         if not files:
             raise DataError(f"{path}: expected a folder of images, found none in it")
-        return _read_images(path, sorted(files, key=_natural_order), choose, is_image=False)
+        return _read_images(path, sorted(files, key=_natural_order), indices, is_image=False)
     if not path.is_file():
         raise DataError(f"{path}: expected a media file or a folder of images, found no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: expected a media file, found an empty one")
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_images(path, [path], choose, is_image=True)
-    return _read_video(path, choose)
+        return _read_images(path, [path], indices, is_image=True)
+    return _read_video(path, indices)
 
 
 def _check_indices(path, indices, num_frames):
-    """-> list of int, or DataError."""
-    indices = list(indices)
+    """-> the indices as rising int, each once, or DataError."""
     for k in indices:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k < num_frames:
             raise DataError(f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}")
-    return [int(k) for k in indices]
+    return sorted({int(k) for k in indices})
 
 
 def _natural_order(file):
@@ -573,11 +577,11 @@ def _natural_order(file):
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)], file.name
 
 
-def _read_images(path, files, choose, is_image):
+def _read_images(path, files, indices, is_image):
     height, width, _ = _load_image(files[0]).shape
     info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
-    indices = _check_indices(path, choose(info), len(files))
-    return info, _stack(info, indices, {k: _load_image(files[k]) for k in set(indices)}, name=lambda k: files[k])
+    pictures = {k: _load_image(files[k]) for k in _check_indices(path, indices, len(files))}
+    return info, _of_one_size(pictures, info, name=lambda k: files[k])
 
 
 def _load_image(file):
@@ -589,15 +593,12 @@ def _load_image(file):
         raise DataError(f"{file}: expected an image, found one that does not decode: {error}") from error
 
 
-def _stack(info, indices, pictures, name):
-    """-> uint8 (len(indices), H, W, 3). name(k) says in an error which picture it was."""
-    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
-    for row, k in enumerate(indices):
-        if pictures[k].shape != frames.shape[1:]:
-            raise DataError(f"{name(k)}: expected the first frame's height and width {frames.shape[1:3]}, "
-                            f"found {pictures[k].shape[:2]}")
-        frames[row] = pictures[k]
-    return frames
+def _of_one_size(pictures, info, name):
+    """-> the pictures, or DataError. name(k) says which picture it was."""
+    for k, picture in pictures.items():
+        if picture.shape[:2] != (info.height, info.width):
+            raise DataError(f"{name(k)}: expected the first frame's height and width {info.height, info.width}, found {picture.shape[:2]}")
+    return pictures
 
 
 def _open_video(path):
@@ -619,12 +620,11 @@ def _to_rgb(frame, reformatter):
     return np.rot90(rgb, round(frame.rotation / 90))     # both count counterclockwise
 
 
-def _read_video(path, choose):
+def _read_video(path, indices):
     try:
         _check_whole(path)
         info, times, keyframes = _index_video(path)
-        indices = _check_indices(path, choose(info), info.num_frames)
-        wanted = sorted(set(indices))
+        wanted = _check_indices(path, indices, info.num_frames)
         try:
             pictures = _decode(path, times, keyframes, wanted, skip=True)
         except av.error.FFmpegError:                     # some files refuse to be sought in
@@ -637,7 +637,7 @@ def _read_video(path, choose):
     missing = [k for k in wanted if k not in pictures]
     if missing:
         raise DataError(f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded")
-    return info, _stack(info, indices, pictures, name=lambda k: f"{path}, frame {k}")
+    return info, _of_one_size(pictures, info, name=lambda k: f"{path}, frame {k}")
 
 
 def _check_whole(path):
@@ -1055,8 +1055,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         """[(frame, (height, width))] -> list of uint8 (height, width, 3); what the cache lacks is decoded in one pass."""
         pictures = {key: self.cache.get((path, key)) for key in wanted}
         missing = [key for key, picture in pictures.items() if picture is None]
-        indices = sorted({frame for frame, _ in missing})
-        frames = dict(zip(indices, self._in_time(read_frames, path, indices))) if indices else {}
+        frames = self._in_time(read_media, path, [frame for frame, _ in missing])[1] if missing else {}
         for frame, (height, width) in missing:
             picture = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
             pictures[frame, (height, width)] = self.cache.put((path, (frame, (height, width))), np.asarray(picture))
