@@ -2,7 +2,7 @@
 
     python train.py --data data.json                                                # the tiny model, from scratch, on this machine
     torchrun --nproc_per_node 8 train.py --data data.json --model Qwen/Qwen3-VL-2B-Instruct --train region --out stage1
-    torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm --out stage2
+    torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm --fsdp --out stage2
 
     samples --order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --> loss summed over supervised tokens --backward--.
         one step: all micro-batches of all ranks; gradients divided once by the step's number of supervised tokens  <----------------'
@@ -28,7 +28,11 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -71,14 +75,19 @@ class Config:
     save_every: int = option(None, "steps between two checkpoints OUT/step-NNNNNN (default: only when SIGTERM ends the run)")
     keep: int = option(2, "checkpoints that stay: the last ones")
     resume: str = option(None, "latest (of --out; from the start where there is none yet), or the folder of a checkpoint")
+    fsdp: bool = option(False, "spread weights, gradients and optimizer state over the ranks (FSDP2) instead of a copy on each (DDP)")
+    grad_checkpoint: bool = option(False, "recompute each layer in the backward pass: less memory, about a third more time")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind = dict(nargs="+", required=True) if f.name == "data" else dict(type=f.type, default=f.default)
-        shown = "" if f.default is None else f" (default: {f.default})"
+        if f.name == "data":
+            kind = dict(nargs="+", required=True)
+        else:
+            kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
+        shown = "" if f.default in (None, False) else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
     return Config(**vars(parser.parse_args(argv)))
 
@@ -185,6 +194,26 @@ def build(config, samples, checkpoint=None):
     return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id), processor
 
 
+def shard(model, device):
+    """FSDP2, in place: of each weight a rank keeps its share, and gathers a layer's weights when that computes; the rest of the model
+    is one more unit, gathered throughout. Every rank must then call the same layers in the same order (see model._vision). Layers
+    move to the device one by one, so that it never holds the whole model; but each rank starts from a whole one in CPU memory."""
+    precision = MixedPrecisionPolicy()
+    if device.type == "cuda":  # inputs stay as they are (autocast handles them): of the batch, positions in time would suffer
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in [*model.layers(), model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+
+
+def whole(tensor):
+    """What shard spread over the ranks -> all of it in rank 0's CPU memory; every rank must call it. Others come back as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if rank() == 0 else None
+
+
 def choose_parameters(model, config):
     """Freezes what --train does not name -> AdamW's parameter groups, each with its peak learning rate."""
     groups, chosen = model.parameter_groups(), config.train.split(",")
@@ -267,15 +296,24 @@ def _to_disk(path):
     os.close(handle)
 
 
-def save(model, processor, folder):
-    model.save_pretrained(folder, asdict(processor.settings))
-    processor.save_pretrained(folder)
+def save(model, processor, path, training=None):
+    """Writes the folder path: the model, and what a resumed run needs beside it as training.pt. Every rank must call it."""
+    weights = {name: whole(p) for name, p in model.named_parameters()}
+
+    def write(folder):
+        model.save_pretrained(folder, asdict(processor.settings), weights)
+        processor.save_pretrained(folder)
+        if training:
+            torch.save(training, os.path.join(folder, "training.pt"))
+
+    if rank() == 0:
+        write_whole(path, write)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
-FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device")
+FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device", "fsdp", "grad_checkpoint")
 
 
 def checkpoints(out):
@@ -285,15 +323,15 @@ def checkpoints(out):
 
 
 def save_checkpoint(model, processor, optimizer, config, samples, done):
-    """OUT/step-NNNNNN: the model as in OUT/final (eval.py reads it too), and in training.pt what the loop needs to go on."""
+    """OUT/step-NNNNNN: the model as in OUT/final (eval.py reads it too), and in training.pt what the loop needs to go on. The files do
+    not depend on the number of ranks, nor on --fsdp. Every rank must call it."""
     fixed = {name: value for name, value in asdict(config).items() if name not in FREE}
-    state = {"done": done, "samples": samples, "config": fixed, "optimizer": optimizer.state_dict()}
-
-    def write(folder):
-        save(model, processor, folder)
-        torch.save(state, os.path.join(folder, "training.pt"))
-
-    write_whole(os.path.join(config.out, f"step-{done:06}"), write)
+    state = optimizer.state_dict()
+    state["state"] = {number: {name: whole(value) for name, value in moments.items()} for number, moments in state["state"].items()}
+    training = {"done": done, "samples": samples, "config": fixed, "optimizer": state}
+    save(model, processor, os.path.join(config.out, f"step-{done:06}"), training)
+    if rank() > 0:
+        return
     for folder in list(checkpoints(config.out).values())[: -config.keep]:
         os.rename(folder, folder + ".tmp")  # a kill amid the deletion leaves nothing that looks whole
         shutil.rmtree(folder + ".tmp")
@@ -328,6 +366,17 @@ def check_resumable(state, config, samples):
             raise SystemExit(f"--resume: expected {name} {saved} as in the run that is resumed, found {given}")
 
 
+def load_optimizer(optimizer, state):
+    """state: as save_checkpoint wrote it, the same on all ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in state["state"].items():
+        p = parameters[number]
+        if isinstance(p, DTensor):  # this rank's share; src_data_rank: cut from its own copy
+            share = partial(distribute_tensor, device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None)
+            moments.update({name: share(moments[name]) for name in ("exp_avg", "exp_avg_sq")})
+    optimizer.load_state_dict(state)
+
+
 def tidy(out, done):
     """Readies OUT for a run that goes on after `done` steps: what a killed run left half-written or logged beyond them goes."""
     os.makedirs(out, exist_ok=True)
@@ -346,9 +395,16 @@ def tidy(out, done):
 
 def train(config):
     device = init_distributed(config.device)
+    if config.fsdp and not dist.is_initialized():
+        raise SystemExit("--fsdp: shards over the ranks that torchrun starts, found none; see python train.py --help")
     checkpoint, state = read_checkpoint(config)
     samples = data.read_samples(config.data, config.media)
     model, processor = build(config, samples, checkpoint)
+    if config.grad_checkpoint:
+        for layer in model.layers():
+            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # within FSDP's hooks
+    if config.fsdp:
+        shard(model, device)  # first: the weights of a sharded model are other tensors
     optimized = choose_parameters(model, config)
     model.to(device).train()
 
@@ -367,11 +423,11 @@ def train(config):
     )
     print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
 
-    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    wrapped = DistributedDataParallel(model) if world_size() > 1 and not config.fsdp else model
     optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95), fused=True)
     if state:
         check_resumable(state, config, len(samples))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        load_optimizer(optimizer, state.pop("optimizer"))
         print0(f"resumed: {checkpoint}, {done} steps done")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if rank() == 0:
@@ -397,13 +453,16 @@ def train(config):
         for number, batch in enumerate(micro):
             batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             last = number + 1 == len(micro)
+            if config.fsdp:
+                model.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     loss = wrapped(batch)
-                # DDP averages gradients over ranks; the loss is their sum over the step's tokens, hence the world size.
+                # DDP and FSDP average gradients over ranks; the loss is their sum over the step's tokens, hence the world size.
                 (loss * world_size() / max(total, 1)).backward()
             loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)  # of all ranks' shares together
+        norm = norm.full_tensor() if config.fsdp else norm
         (loss_sum,) = sum_over_ranks([loss_sum.item()], device)
         if not math.isfinite(loss_sum) or not torch.isfinite(norm):
             ids = [i for batch in micro for i in batch["ids"]]
@@ -433,15 +492,14 @@ def train(config):
             tokens_seen, samples_seen, clock = 0, 0, time.time()
 
         due = config.save_every and (step + 1) % config.save_every == 0
-        if rank() == 0 and (stop or due):
+        if stop or due:
             save_checkpoint(model, processor, optimizer, config, len(samples), step + 1)
         if stop:
             print0(f"stopped by SIGTERM after {step + 1} steps, which are saved; --resume latest goes on")
             break
     else:
-        if rank() == 0:
-            write_whole(os.path.join(config.out, "final"), lambda folder: save(model, processor, folder))
-            print0(f"saved {os.path.join(config.out, 'final')}")
+        save(model, processor, os.path.join(config.out, "final"))
+        print0(f"saved {os.path.join(config.out, 'final')}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
