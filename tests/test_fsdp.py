@@ -45,7 +45,7 @@ def observe(arguments):
     before, choose_parameters = signal.getsignal(signal.SIGTERM), train.choose_parameters
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "choose_parameters", choose)
-        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # what FSDP2 calls since 2.13
+        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13 renamed it
         patch.setattr(dist, name, count("reduce_scatters", getattr(dist, name)))
         train.train(train.parse([str(a) for a in arguments]))
     signal.signal(signal.SIGTERM, before)
@@ -99,9 +99,9 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
     parts["bad"] = ["--data", one_bad, "--max-bad", 0.5]
     parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3, "--frame-pixels", 3136, "--region-pixels", 3136]
     job = lambda name, *arguments: ["--data", mixed, *COMMON, *parts.get(name.split("/")[0], []), "--out", top / name, *arguments]
-    resume = lambda name: ["--resume", top / name / "step-000002"]
+    resume = lambda name: ["--resume", top / name / "step-000001"]
 
-    save = ["--save-every", 2]
+    save = ["--save-every", 1, "--keep", 3]
     seen = {("one", 0): observe(job("one", *save)), ("one-recomputed", 0): observe(job("one-recomputed", "--grad-checkpoint"))}
     for name in parts:
         observe(job(f"{name}/one"))
@@ -134,7 +134,8 @@ def test_so_they_are_with_frozen_parts_a_rank_that_has_nothing_and_weights_that_
 
 @pytest.mark.parametrize("name", ["one-to-fsdp", "fsdp-to-one", "fsdp-to-fsdp"])
 def test_a_checkpoint_goes_on_with_and_without_fsdp(runs, name):
-    agree(metrics(runs[0] / name), metrics(runs[0] / "one")[2:])
+    """Two steps of three: the last one's loss depends on the moments that the first of them took from the checkpoint."""
+    agree(metrics(runs[0] / name), metrics(runs[0] / "one")[1:])
 
 
 def test_the_files_do_not_tell_that_the_model_was_sharded(runs):
@@ -160,7 +161,6 @@ def test_fsdp_keeps_half_of_the_weights_on_each_of_two_ranks_and_exchanges_gradi
 
 def test_grad_checkpoint_computes_each_layer_twice(runs):
     _, seen = runs
-    print(seen)
     layers = 2 + 3
     assert seen["one", 0]["forwards"] == 3 * layers and seen["one-recomputed", 0]["forwards"] == 3 * 2 * layers
     for rank in range(2):
