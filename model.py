@@ -132,11 +132,11 @@ class ReferringVideoLLM(nn.Module):
         embeddings = self.backbone.get_input_embeddings()(ids)
         is_image, is_video, is_region = ids == config.image_token_id, ids == config.video_token_id, ids == self.region_token_id
         merge = config.vision_config.spatial_merge_size**2
-        still_cells, video_cells = (batch[name].prod(1) // merge for name in ("still_grid_thw", "video_grid_thw"))  # (S,), (V,)
-        ends = [int(still_cells[: batch["prompt_images"]].sum()), int(still_cells.sum()), int(still_cells.sum() + video_cells.sum())]
+        still_cells = batch["still_grid_thw"].prod(1) // merge  # (S,), cells of each still
+        stills, videos = len(batch["still_patches"]) // merge, len(batch["video_patches"]) // merge  # cells of all
         output, deepstack = self._vision(batch), {}
         if output is not None:
-            image, video = slice(0, ends[0]), slice(ends[1], ends[2])
+            image, video = slice(int(still_cells[: batch["prompt_images"]].sum())), slice(stills, stills + videos)
             embeddings = _place(embeddings, is_image, output.pooler_output[image])
             embeddings = _place(embeddings, is_video, output.pooler_output[video])
             deepstack = self._deepstack(is_image, is_video, [(f[image], f[video]) for f in getattr(output, "deepstack_features", [])])
@@ -146,14 +146,14 @@ class ReferringVideoLLM(nn.Module):
             tokens = self.region_encoder(output.pooler_output, frame_start, *(batch[name] for name in names))
             embeddings = _place(embeddings, is_region, tokens)
         elif self.training:
-            embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())  # 0: see _vision
+            embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())  # 0, for the reason that _vision gives
         positions, ahead = self._positions(batch, is_image, is_video)
         return embeddings, positions, ahead, deepstack
 
     def _vision(self, batch):
-        """The vision tower's output for all stills, then all videos, or None: no media. One call, and while training never none: ranks
-        that train together wait for each other's gradients (and, under FSDP, weights) of every part, whatever is in their batches.
-        A rank without media encodes one black picture of a single cell that nothing reads: its gradient is 0, but there is one."""
+        """The vision tower's output for all stills, then all videos; None without media. While training it is called exactly once: ranks
+        wait for each other's gradients (under FSDP, weights too) of every part, whatever is in their batches. For a batch without media
+        it encodes one black picture of a single cell that is read nowhere: the gradients are 0, but there are gradients."""
         pixels = [self._pixels(batch[name], name == "still_patches") for name in ("still_patches", "video_patches") if len(batch[name])]
         grids = torch.cat([batch["still_grid_thw"], batch["video_grid_thw"]])
         if not pixels and self.training:

@@ -76,7 +76,7 @@ class Config:
     keep: int = option(2, "checkpoints that stay: the last ones")
     resume: str = option(None, "latest (of --out; from the start where there is none yet), or the folder of a checkpoint")
     fsdp: bool = option(False, "spread weights, gradients and optimizer state over the ranks (FSDP2) instead of a copy on each (DDP)")
-    grad_checkpoint: bool = option(False, "recompute each layer in the backward pass: less memory, about a third more time")
+    grad_checkpoint: bool = option(False, "keep no activations inside of layers: the backward pass computes each layer again")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
@@ -195,8 +195,8 @@ def build(config, samples, checkpoint=None):
 
 
 def shard(model, device):
-    """FSDP2, in place: of each weight a rank keeps its share, and gathers a layer's weights when that computes; the rest of the model
-    is one more unit, gathered throughout. Every rank must then call the same layers in the same order (see model._vision). Layers
+    """FSDP2, in place: a rank keeps its share of each weight, and gathers a layer's weights while that computes; those outside of layers
+    (embeddings, mergers, region encoder) are gathered throughout a step. All ranks must call the same layers in the same order. Layers
     move to the device one by one, so that it never holds the whole model; but each rank starts from a whole one in CPU memory."""
     precision = MixedPrecisionPolicy()
     if device.type == "cuda":  # inputs stay as they are (autocast handles them): of the batch, positions in time would suffer
@@ -313,7 +313,8 @@ def save(model, processor, path, training=None):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
-FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device", "fsdp", "grad_checkpoint")
+FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device")
+FREE += ("fsdp", "grad_checkpoint")
 
 
 def checkpoints(out):
@@ -402,9 +403,9 @@ def train(config):
     model, processor = build(config, samples, checkpoint)
     if config.grad_checkpoint:
         for layer in model.layers():
-            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # within FSDP's hooks
+            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # hooks stay outside: FSDP gathers once for both
     if config.fsdp:
-        shard(model, device)  # first: the weights of a sharded model are other tensors
+        shard(model, device)  # before the optimizer: a sharded model has other parameters
     optimized = choose_parameters(model, config)
     model.to(device).train()
 
@@ -453,7 +454,7 @@ def train(config):
         for number, batch in enumerate(micro):
             batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             last = number + 1 == len(micro)
-            if config.fsdp:
+            if config.fsdp:  # as no_sync does for DDP: one exchange a step, for a whole gradient in the memory of each rank until then
                 model.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -97,7 +97,8 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
     checkpoint = make_checkpoint(top / "qwen2_5_vl", "qwen2_5_vl")
     parts = {"region": ["--train", "region"], "projector,llm": ["--train", "projector,llm"], "vision": ["--train", "vision"]}
     parts["bad"] = ["--data", one_bad, "--max-bad", 0.5]
-    parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3, "--frame-pixels", 3136, "--region-pixels", 3136]
+    parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3]
+    parts["qwen2_5_vl"] += ["--frame-pixels", 3136, "--region-pixels", 3136]
     job = lambda name, *arguments: ["--data", mixed, *COMMON, *parts.get(name.split("/")[0], []), "--out", top / name, *arguments]
     resume = lambda name: ["--resume", top / name / "step-000001"]
 
@@ -112,7 +113,8 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
         "one-to-fsdp": job("one-to-fsdp", "--fsdp", *resume("one")),
         "fsdp-to-fsdp": job("fsdp-to-fsdp", "--fsdp", *resume("fsdp")),
     }
-    seen |= two_ranks(jobs | {f"{name}/fsdp": job(f"{name}/fsdp", "--fsdp", "--micro-batch", 1) for name in parts}, tmp_path_factory.mktemp("meeting"))
+    jobs |= {f"{name}/fsdp": job(f"{name}/fsdp", "--fsdp", "--micro-batch", 1) for name in parts}
+    seen |= two_ranks(jobs, tmp_path_factory.mktemp("meeting"))
     observe(job("fsdp-to-one", *resume("fsdp")))
     return top, seen
 
