@@ -353,7 +353,8 @@ def read_checkpoint(config):
         return None, None
     if not os.path.exists(os.path.join(folder, "training.pt")):
         raise SystemExit(f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it")
-    state = torch.load(os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True)
+    # mmap: the ranks of a machine then share the memory of an optimizer state of which each goes on to keep a share.
+    state = torch.load(os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True, mmap=config.fsdp)
     if max(found, default=0) > state["done"]:
         raise SystemExit(f"--out {config.out}: holds later steps than {folder}; name another folder, or remove them")
     return folder, state
