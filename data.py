@@ -31,6 +31,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -487,6 +488,7 @@ def coverage(mask, gh, gw):
     return (inside * (gh * gw / (height * width))).clip(0, 1).float().numpy()
 
 
+@lru_cache(maxsize=16)
 def _overlap(cells, pixels):
     """-> float64 (cells, pixels): how much of each pixel of a side lies in each of the equal cells that it is cut into."""
     edges, left = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells, torch.arange(pixels)

@@ -128,31 +128,40 @@ class ReferringVideoLLM(nn.Module):
         """Everything that the LLM reads: embeddings (B, L, D) with cells and region tokens in place, position ids (3, B, L), how
         far positions run ahead of the token count (B, 1), and Qwen3-VL's deepstack features, which its first layers add."""
         ids = batch["input_ids"]
-        config, tower = self.backbone.config, self.backbone.model.visual
+        config = self.backbone.config
         embeddings = self.backbone.get_input_embeddings()(ids)
         is_image, is_video, is_region = ids == config.image_token_id, ids == config.video_token_id, ids == self.region_token_id
         merge = config.vision_config.spatial_merge_size**2
         still_cells = batch["still_grid_thw"].prod(1) // merge  # (S,), cells of each still
-        prompt_cells = int(still_cells[: batch["prompt_images"]].sum())
-        placed = {}  # kind -> (where, cells, deepstack features)
-        if len(batch["still_patches"]):
-            stills = tower(self._pixels(batch["still_patches"], repeat=True), grid_thw=batch["still_grid_thw"])
-            deep = getattr(stills, "deepstack_features", [])
-            placed["image"] = (is_image, stills.pooler_output[:prompt_cells], [feature[:prompt_cells] for feature in deep])
-        if len(batch["video_patches"]):
-            videos = tower(self._pixels(batch["video_patches"]), grid_thw=batch["video_grid_thw"])
-            placed["video"] = (is_video, videos.pooler_output, getattr(videos, "deepstack_features", []))
-        for where, cells, _ in placed.values():
-            embeddings = _place(embeddings, where, cells)
+        stills, videos = len(batch["still_patches"]) // merge, len(batch["video_patches"]) // merge  # cells of all
+        output, deepstack = self._vision(batch), {}
+        if output is not None:
+            image, video = slice(int(still_cells[: batch["prompt_images"]].sum())), slice(stills, stills + videos)
+            embeddings = _place(embeddings, is_image, output.pooler_output[image])
+            embeddings = _place(embeddings, is_video, output.pooler_output[video])
+            deepstack = self._deepstack(is_image, is_video, [(f[image], f[video]) for f in getattr(output, "deepstack_features", [])])
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
             names = ("coverage", "coverage_start", "where", "object_frames", "region_tokens")
-            tokens = self.region_encoder(stills.pooler_output, frame_start, *(batch[name] for name in names))
+            tokens = self.region_encoder(output.pooler_output, frame_start, *(batch[name] for name in names))
             embeddings = _place(embeddings, is_region, tokens)
-        if self.training:
-            embeddings = embeddings + self._zero_from_unused(batch)
+        elif self.training:
+            embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())  # 0, for the reason that _vision gives
         positions, ahead = self._positions(batch, is_image, is_video)
-        return embeddings, positions, ahead, self._deepstack(placed)
+        return embeddings, positions, ahead, deepstack
+
+    def _vision(self, batch):
+        """The vision tower's output for all stills, then all videos; None without media. While training it is called exactly once: ranks
+        wait for each other's gradients (under FSDP, weights too) of every part, whatever is in their batches. For a batch without media
+        it encodes one black picture of a single cell that is read nowhere: the gradients are 0, but there are gradients."""
+        pixels = [self._pixels(batch[name], name == "still_patches") for name in ("still_patches", "video_patches") if len(batch[name])]
+        grids = torch.cat([batch["still_grid_thw"], batch["video_grid_thw"]])
+        if not pixels and self.training:
+            config = self.backbone.config.vision_config
+            side = config.spatial_merge_size
+            pixels = [self._pixels(batch["still_patches"].new_zeros(side**2, 3 * config.patch_size**2), repeat=True)]
+            grids = grids.new_tensor([[1, side, side]])
+        return self.backbone.model.visual(torch.cat(pixels), grid_thw=grids) if pixels else None
 
     def _pixels(self, patches, repeat=False):
         """uint8 (P, 3 * n) -> normalised (P, 3 * n) as the checkpoint's image processor makes it. repeat: a still fills its
@@ -173,26 +182,18 @@ class ReferringVideoLLM(nn.Module):
             attention_mask=batch["attention_mask"],
         )
 
-    def _deepstack(self, placed):
-        """The extra arguments of Qwen3-VL's LLM: where visual tokens stand, and for each early layer what to add to them."""
-        if not placed or not any(features for _, _, features in placed.values()):
+    def _deepstack(self, is_image, is_video, layers):
+        """The extra arguments of Qwen3-VL's LLM: where visual tokens stand, and for each early layer what to add to them. layers: the
+        features of images and of videos for each of these; none for Qwen2.5-VL."""
+        if not layers:
             return {}
-        visual = torch.stack([where for where, _, _ in placed.values()]).any(0)
-        layers = []
-        for features in zip(*(features for _, _, features in placed.values())):
-            layer = features[0].new_empty(int(visual.sum()), features[0].shape[1])
-            for (where, _, _), feature in zip(placed.values(), features):
-                layer = layer.masked_scatter(where[visual][:, None], feature)
-            layers.append(layer)
-        return {"visual_pos_masks": visual, "deepstack_visual_embeds": layers}
-
-    def _zero_from_unused(self, batch):
-        """0, computed from the parts that this batch does not need, so that every rank's backward reaches every parameter:
-        otherwise ranks whose batch has no region or no media leave the others waiting for gradients for ever."""
-        unused = [] if len(batch["object_frames"]) else list(self.region_encoder.parameters())
-        if not len(batch["still_patches"]) and not len(batch["video_patches"]):
-            unused += list(self.backbone.model.visual.parameters())
-        return sum((0 * p.sum() for p in unused if p.requires_grad), start=torch.zeros((), device=batch["input_ids"].device))
+        visual = is_image | is_video
+        added = []
+        for image, video in layers:
+            rows = image.new_empty(len(image) + len(video), image.shape[1])
+            rows = rows.masked_scatter(is_image[visual][:, None], image)
+            added.append(rows.masked_scatter(is_video[visual][:, None], video))
+        return {"visual_pos_masks": visual, "deepstack_visual_embeds": added}
 
     # -------------------------------------------------------------------------------------------- answers
 
@@ -237,13 +238,21 @@ class ReferringVideoLLM(nn.Module):
             model.region_encoder.load_state_dict(load_file(os.path.join(path, REGION_WEIGHTS)))
         return model
 
-    def save_pretrained(self, folder, settings):
+    def save_pretrained(self, folder, settings, weights=None):
         """Writes the backbone in Hugging Face's own layout (it loads with transformers alone), the region encoder beside it, and
-        settings (a dict) in nanorefer.json."""
-        self.backbone.save_pretrained(folder)
-        save_file(self.region_encoder.state_dict(), os.path.join(folder, REGION_WEIGHTS))
+        settings (a dict) in nanorefer.json. weights: {name: tensor}, tied ones once, in place of the model's own parameters."""
+        parts = {"backbone": {}, "region_encoder": {}}
+        for name, weight in (weights or dict(self.named_parameters())).items():
+            part, _, inner = name.partition(".")
+            parts[part][inner] = weight.detach()
+        self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
+        save_file(parts["region_encoder"], os.path.join(folder, REGION_WEIGHTS))
         with open(os.path.join(folder, "nanorefer.json"), "w") as file:
             json.dump(settings, file, indent=2)
+
+    def layers(self):
+        """The vision tower's blocks and the LLM's layers: what FSDP gathers, and checkpointing recomputes, one at a time."""
+        return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
 
     def parameter_groups(self):
         """{"region", "projector", "llm", "vision"} -> lists of parameters, together each parameter of the model once."""

@@ -2,7 +2,7 @@
 
     python train.py --data data.json                                                # the tiny model, from scratch, on this machine
     torchrun --nproc_per_node 8 train.py --data data.json --model Qwen/Qwen3-VL-2B-Instruct --train region --out stage1
-    torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm --out stage2
+    torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm --fsdp --out stage2
 
     samples --order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --> loss summed over supervised tokens --backward--.
         one step: all micro-batches of all ranks; gradients divided once by the step's number of supervised tokens  <----------------'
@@ -29,14 +29,19 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import model as models
-
 
 FRAME_CACHE = 128 << 20  # bytes of decoded frames that all workers of a rank keep together: a small data set is decoded once
 
@@ -78,15 +83,19 @@ class Config:
     save_every: int = option(None, "steps between two checkpoints OUT/step-NNNNNN (default: only when SIGTERM ends the run)")
     keep: int = option(2, "checkpoints that stay: the last ones")
     resume: str = option(None, "latest (of --out; from the start where there is none yet), or the folder of a checkpoint")
+    fsdp: bool = option(False, "spread weights, gradients and optimizer state over the ranks (FSDP2) instead of a copy on each (DDP)")
+    grad_checkpoint: bool = option(False, "keep no activations inside of layers: the backward pass computes each layer again")
+    bench: bool = option(False, "train nothing: time the data path and the step on this data, beside straightforward ones")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind = dict(nargs="+", required=True) if f.name == "data" else dict(type=f.type, default=f.default)
-        if f.type is bool:
-            kind = dict(action="store_true")
+        if f.name == "data":
+            kind = dict(nargs="+", required=True)
+        else:
+            kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
         shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
     return Config(**vars(parser.parse_args(argv)))
@@ -204,6 +213,26 @@ def build(config, samples, checkpoint=None):
     return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id), processor
 
 
+def shard(model, device):
+    """FSDP2, in place: a rank keeps its share of each weight, and gathers a layer's weights while that computes; those outside of layers
+    (embeddings, mergers, region encoder) are gathered throughout a step. All ranks must call the same layers in the same order. Layers
+    move to the device one by one, so that it never holds the whole model; but each rank starts from a whole one in CPU memory."""
+    precision = MixedPrecisionPolicy()
+    if device.type == "cuda":  # inputs stay as they are (autocast handles them): of the batch, positions in time would suffer
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in [*model.layers(), model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+
+
+def whole(tensor):
+    """What shard spread over the ranks -> all of it in rank 0's CPU memory; every rank must call it. Others come back as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if rank() == 0 else None
+
+
 def choose_parameters(model, config):
     """Freezes what --train does not name -> AdamW's parameter groups, each with its peak learning rate."""
     groups, chosen = model.parameter_groups(), config.train.split(",")
@@ -286,15 +315,25 @@ def _to_disk(path):
     os.close(handle)
 
 
-def save(model, processor, folder):
-    model.save_pretrained(folder, asdict(processor.settings))
-    processor.save_pretrained(folder)
+def save(model, processor, path, training=None):
+    """Writes the folder path: the model, and what a resumed run needs beside it as training.pt. Every rank must call it."""
+    weights = {name: whole(p) for name, p in model.named_parameters()}
+
+    def write(folder):
+        model.save_pretrained(folder, asdict(processor.settings), weights)
+        processor.save_pretrained(folder)
+        if training:
+            torch.save(training, os.path.join(folder, "training.pt"))
+
+    if rank() == 0:
+        write_whole(path, write)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
 FREE = ("media", "outside_paths", "out", "micro_batch", "max_bad", "timeout", "workers", "log_every", "save_every", "keep", "resume", "device")
+FREE += ("fsdp", "grad_checkpoint", "bench")
 
 
 def checkpoints(out):
@@ -304,15 +343,15 @@ def checkpoints(out):
 
 
 def save_checkpoint(model, processor, optimizer, config, samples, done):
-    """OUT/step-NNNNNN: the model as in OUT/final (eval.py reads it too), and in training.pt what the loop needs to go on."""
+    """OUT/step-NNNNNN: the model as in OUT/final (eval.py reads it too), and in training.pt what the loop needs to go on. The files do
+    not depend on the number of ranks, nor on --fsdp. Every rank must call it."""
     fixed = {name: value for name, value in asdict(config).items() if name not in FREE}
-    state = {"done": done, "samples": samples, "config": fixed, "optimizer": optimizer.state_dict()}
-
-    def write(folder):
-        save(model, processor, folder)
-        torch.save(state, os.path.join(folder, "training.pt"))
-
-    write_whole(os.path.join(config.out, f"step-{done:06}"), write)
+    state = optimizer.state_dict()
+    state["state"] = {number: {name: whole(value) for name, value in moments.items()} for number, moments in state["state"].items()}
+    training = {"done": done, "samples": samples, "config": fixed, "optimizer": state}
+    save(model, processor, os.path.join(config.out, f"step-{done:06}"), training)
+    if rank() > 0:
+        return
     for folder in list(checkpoints(config.out).values())[: -config.keep]:
         os.rename(folder, folder + ".tmp")  # a kill amid the deletion leaves nothing that looks whole
         shutil.rmtree(folder + ".tmp")
@@ -333,7 +372,8 @@ def read_checkpoint(config):
         return None, None
     if not os.path.exists(os.path.join(folder, "training.pt")):
         raise SystemExit(f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it")
-    state = torch.load(os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True)
+    # mmap: the ranks of a machine then share the memory of an optimizer state of which each goes on to keep a share.
+    state = torch.load(os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True, mmap=config.fsdp)
     if max(found, default=0) > state["done"]:
         raise SystemExit(f"--out {config.out}: holds later steps than {folder}; name another folder, or remove them")
     return folder, state
@@ -345,6 +385,17 @@ def check_resumable(state, config, samples):
         given = samples if name == "samples" else getattr(config, name)
         if given != saved:
             raise SystemExit(f"--resume: expected {name} {saved} as in the run that is resumed, found {given}")
+
+
+def load_optimizer(optimizer, state):
+    """state: as save_checkpoint wrote it, the same on all ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in state["state"].items():
+        p = parameters[number]
+        if isinstance(p, DTensor):  # this rank's share; src_data_rank: cut from its own copy
+            share = partial(distribute_tensor, device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None)
+            moments.update({name: share(moments[name]) for name in ("exp_avg", "exp_avg_sq")})
+    optimizer.load_state_dict(state)
 
 
 def tidy(out, done):
@@ -363,12 +414,37 @@ def tidy(out, done):
 # ------------------------------------------------------------------------------------------------ the loop
 
 
+def backward(model, micro, total, device):
+    """Adds the gradient of this rank's micro-batches to .grad: that of the loss summed over all ranks' supervised tokens, of which there
+    are `total`, divided by it. -> this rank's summed loss, a scalar on the device. Ranks exchange gradients once, after the last."""
+    loss_sum = torch.zeros((), device=device)
+    for number, batch in enumerate(micro):
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        last = number + 1 == len(micro)
+        if isinstance(model, FSDPModule):  # until then each rank holds a whole gradient in memory
+            model.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(batch)
+            # DDP and FSDP average gradients over ranks; the loss is their sum over the step's tokens, hence the world size.
+            (loss * world_size() / max(total, 1)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
 def train(config):
     device = init_distributed(config.device)
+    if config.fsdp and not dist.is_initialized():
+        raise SystemExit("--fsdp: shards over the ranks that torchrun starts, found none; see python train.py --help")
     checkpoint, state = read_checkpoint(config)
     with rank0_first():  # it makes the index of the data files, the others find it
         samples = data.read_samples(config.data, config.media, config.outside_paths)
     model, processor = build(config, samples, checkpoint)
+    if config.grad_checkpoint:
+        for layer in model.layers():
+            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # hooks stay outside: FSDP gathers once for both
+    if config.fsdp:
+        shard(model, device)  # before the optimizer: a sharded model has other parameters
     optimized = choose_parameters(model, config)
     model.to(device).train()
 
@@ -389,11 +465,11 @@ def train(config):
     )
     print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
 
-    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    wrapped = DistributedDataParallel(model) if world_size() > 1 and not config.fsdp else model
     optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95), fused=True)
     if state:
         check_resumable(state, config, len(samples))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        load_optimizer(optimizer, state.pop("optimizer"))
         print0(f"resumed: {checkpoint}, {done} steps done")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if rank() == 0:
@@ -415,17 +491,9 @@ def train(config):
         if bad_count:
             bad.add(errors)
 
-        loss_sum = torch.zeros((), device=device)
-        for number, batch in enumerate(micro):
-            batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-            last = number + 1 == len(micro)
-            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    loss = wrapped(batch)
-                # DDP averages gradients over ranks; the loss is their sum over the step's tokens, hence the world size.
-                (loss * world_size() / max(total, 1)).backward()
-            loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        loss_sum = backward(wrapped, micro, total, device)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)  # of all ranks' shares together
+        norm = norm.full_tensor() if config.fsdp else norm
         (loss_sum,) = sum_over_ranks([loss_sum.item()], device)
         if not math.isfinite(loss_sum) or not torch.isfinite(norm):
             ids = [i for batch in micro for i in batch["ids"]]
@@ -455,15 +523,14 @@ def train(config):
             tokens_seen, samples_seen, clock = 0, 0, time.time()
 
         due = config.save_every and (step + 1) % config.save_every == 0
-        if rank() == 0 and (stop or due):
+        if stop or due:
             save_checkpoint(model, processor, optimizer, config, len(samples), step + 1)
         if stop:
             print0(f"stopped by SIGTERM after {step + 1} steps, which are saved; --resume latest goes on")
             break
     else:
-        if rank() == 0:
-            write_whole(os.path.join(config.out, "final"), lambda folder: save(model, processor, folder))
-            print0(f"saved {os.path.join(config.out, 'final')}")
+        save(model, processor, os.path.join(config.out, "final"))
+        print0(f"saved {os.path.join(config.out, 'final')}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -534,6 +601,7 @@ def bench_data(dataset, repeats=3):
     cached. In time of a processor core, whatever the threads: a DataLoader runs one worker a core."""
     import decord
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     some = [dataset.samples[i] for i in data.evenly(range(len(dataset)), 100)]
     videos = data.evenly([s for s in some if s.objects and s.media and not data.media_info(s.media).is_image] or [None], 8)
@@ -556,10 +624,92 @@ def bench_data(dataset, repeats=3):
                 encoded = read(sample)
                 total = time.process_time() - start
             found[way].append([1000 * s for s in seconds.values()] + [1000 * total, num_bytes(encoded) / 1e6])
+    torch.set_num_threads(threads)
     medians = {way: np.median(rows, axis=0) for way, rows in found.items()}
     print(f"\ndata path of a sample: median of {len(videos)} samples, {repeats} times each, on one core")
     rows = zip([*(f"{stage}, ms" for stage in stages), "all, ms", "handed over, MB"], *medians.values())
     print_table(["", *ways, "ratio"], [[name, *values, values[1] / values[0]] for name, *values in rows])
+
+
+def straightforward_batches(samples, pad_token_id):
+    """As micro_batches: the samples of a step in one batch, padded to the longest."""
+    return [data.collate([s for s in samples if not isinstance(s, data.DataError)], pad_token_id)], []
+
+
+def straightforward_backward(model, micro, total, device):
+    """As backward, the way `model(**batch, labels=labels).loss` in transformers makes it: logits in float32 at every position."""
+    (batch,) = micro
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model.logits(batch).float()
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORE).backward()
+
+
+def bench_step(model, optimized, dataset, config, device, turns=3, steps=5):
+    """Prints what a step costs, beside the straightforward one: both read the same samples, each with workers of its own, in turns of
+    some steps; medians over all steps but the first of each turn. The learning rate is 0."""
+    cuda = device.type == "cuda"
+    parameters = [p for group in optimized for p in group["params"]]
+    ways = {"ours": (micro_batches, backward, True), "straightforward": (straightforward_batches, straightforward_backward, None)}
+    loaders, found = {}, {way: [] for way in ways}
+    for way, (collate, _, _) in ways.items():
+        settings = {"pad_token_id": dataset.processor.tokenizer.pad_token_id}
+        settings |= {"micro_batch": config.micro_batch} if way == "ours" else {}
+        order = Order(len(dataset), config.batch_size, turns * steps, config.seed, rank=0, world=1)
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=partial(collate, **settings))
+        loaders[way] = iter(loader)
+
+    def now():
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for way in list(ways) * turns:
+        _, run_backward, fused = ways[way]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=fused)
+        stages = {
+            "vision, ms": [(model.backbone.model.visual, "forward")],
+            "LLM, ms": [(model.backbone.model.language_model, "forward")],
+            "backward, ms": [(torch.Tensor, "backward")],
+            "optimizer, ms": [(torch.nn.utils, "clip_grad_norm_"), (optimizer, "step")],
+        }
+        for step in range(steps):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            start = now()
+            micro, _ = next(loaders[way])
+            waited = now() - start
+            total = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
+            tokens, slots = (sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel))
+            with stopwatch(stages, now) as seconds, FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext() as counter:
+                run_backward(model, micro, total, device)
+                torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            elapsed = now() - start
+            if step == 0:
+                flops = counter.get_total_flops() / slots  # of a token, padding and recomputing included
+                continue
+            peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+            row = [1000 * second for second in (waited, *seconds.values(), elapsed)]
+            found[way].append([*row, 100 * (1 - tokens / slots), tokens / elapsed, flops * slots / elapsed / 1e12, peak])
+    print(f"\nstep of {config.batch_size} samples on {device.type}: median of {turns * (steps - 1)} steps")
+    names = ["wait for data, ms", *stages, "all, ms", "padded, %", "tokens/s", "TFLOP/s", "peak memory, GB"]
+    rows = zip(names, *(np.median(rows, axis=0) for rows in found.values()))
+    print_table(["", *ways, "ratio"], [[name, *values, values[1] / values[0]] for name, *values in rows])
+
+
+def bench(config):
+    """--bench: everything but training, on one process."""
+    device = init_distributed(config.device)
+    samples = data.read_samples(config.data, config.media, config.outside_paths)
+    model, processor = build(config, samples)
+    optimized = choose_parameters(model, config)
+    model.to(device).train()
+    config.batch_size = config.batch_size or min(16, len(samples))
+    dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, timeout=config.timeout)
+    bench_data(dataset)
+    bench_step(model, optimized, dataset, config, device)
 
 
 def print_table(head, rows):
@@ -570,6 +720,7 @@ def print_table(head, rows):
 
 if __name__ == "__main__":
     try:
-        train(parse())
+        config = parse()
+        bench(config) if config.bench else train(config)
     except data.DataError as error:
         raise SystemExit(f"data error: {error}") from None

@@ -1,0 +1,176 @@
+"""--fsdp and --grad-checkpoint change where things lie and when they are computed, never what: two gloo processes against one."""
+
+import contextlib
+import json
+import queue
+import signal
+import time
+from functools import partial
+from multiprocessing import get_context
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import data
+import model as models
+import train
+from checkpoints import FAMILIES, make_checkpoint
+from test_train import COMMON, metrics, mixed, toy  # noqa: F401 (fixtures)
+
+MLPS = {"Qwen3VLTextMLP", "Qwen3VLVisionMLP"}  # one inside each layer that is sharded and recomputed
+
+
+def observe(arguments):
+    """Trains in this process; -> what a rank can tell: weights kept by it, gradient exchanges, forward passes of the layers' insides."""
+    seen = {"reduce_scatters": 0, "forwards": 0}
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            seen[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    def count_forward(module, *_):
+        seen["forwards"] += type(module).__name__ in MLPS
+
+    def choose(model, config):
+        numbers = [(p.to_local() if config.fsdp else p).numel() for p in model.parameters()]
+        seen["share"] = sum(numbers) / sum(p.numel() for p in model.parameters())
+        return choose_parameters(model, config)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count_forward)
+    before, choose_parameters = signal.getsignal(signal.SIGTERM), train.choose_parameters
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "choose_parameters", choose)
+        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13 renamed it
+        patch.setattr(dist, name, count("reduce_scatters", getattr(dist, name)))
+        train.train(train.parse([str(a) for a in arguments]))
+    signal.signal(signal.SIGTERM, before)
+    hook.remove()
+    return seen
+
+
+def rank_main(rank, jobs, meeting, results):
+    torch.set_num_threads(1)
+    initialise = dist.init_process_group
+    for name, arguments in jobs.items():
+        with pytest.MonkeyPatch.context() as patch:  # ranks meet in a file: a port could be another program's by then
+            place = (meeting / name.replace("/", "-")).as_uri()
+            patch.setattr(dist, "init_process_group", partial(initialise, init_method=place, rank=rank, world_size=2))
+            patch.setenv("RANK", str(rank))
+            results.put((name, rank, observe(arguments)))
+
+
+def two_ranks(jobs, meeting, patience=180):
+    """jobs: {name: arguments of train.py}, run one after another. -> {(name, rank): what observe tells}. A hang fails the test."""
+    context, found = get_context("spawn"), {}
+    results = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(rank, jobs, meeting, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + patience
+    try:
+        while len(found) < 2 * len(jobs):
+            with contextlib.suppress(queue.Empty):
+                name, rank, seen = results.get(timeout=1)
+                found[name, rank] = seen
+            assert time.monotonic() < deadline, f"hangs after {list(found)}"
+            assert not any(process.exitcode for process in ranks), f"died after {list(found)}"
+    finally:
+        for process in ranks:
+            process.kill()
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(mixed, tmp_path_factory):  # noqa: F811
+    """Every run of this file -> (folder with one OUT a run, {(name, rank): what observe tells}). With micro-batches of one sample, a
+    rank computes on text alone while the other has pictures."""
+    top = tmp_path_factory.mktemp("fsdp")
+    samples = json.loads(mixed.read_text())
+    samples[3]["video"] = "absent.mp4"
+    one_bad = mixed.parent / "bad_for_fsdp.json"
+    one_bad.write_text(json.dumps(samples))
+    checkpoint = make_checkpoint(top / "qwen2_5_vl", "qwen2_5_vl")
+    parts = {"region": ["--train", "region"], "projector,llm": ["--train", "projector,llm"], "vision": ["--train", "vision"]}
+    parts["bad"] = ["--data", one_bad, "--max-bad", 0.5]
+    parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3]
+    parts["qwen2_5_vl"] += ["--frame-pixels", 3136, "--region-pixels", 3136]
+    job = lambda name, *arguments: ["--data", mixed, *COMMON, *parts.get(name.split("/")[0], []), "--out", top / name, *arguments]
+    resume = lambda name: ["--resume", top / name / "step-000001"]
+
+    save = ["--save-every", 1, "--keep", 3]
+    seen = {("one", 0): observe(job("one", *save)), ("one-recomputed", 0): observe(job("one-recomputed", "--grad-checkpoint"))}
+    for name in parts:
+        observe(job(f"{name}/one"))
+    jobs = {
+        "ddp-recomputed": job("ddp-recomputed", "--grad-checkpoint", "--micro-batch", 1),
+        "fsdp": job("fsdp", "--fsdp", "--micro-batch", 1, *save),
+        "fsdp-recomputed": job("fsdp-recomputed", "--fsdp", "--grad-checkpoint"),
+        "one-to-fsdp": job("one-to-fsdp", "--fsdp", *resume("one")),
+        "fsdp-to-fsdp": job("fsdp-to-fsdp", "--fsdp", *resume("fsdp")),
+    }
+    jobs |= {f"{name}/fsdp": job(f"{name}/fsdp", "--fsdp", "--micro-batch", 1) for name in parts}
+    seen |= two_ranks(jobs, tmp_path_factory.mktemp("meeting"))
+    observe(job("fsdp-to-one", *resume("fsdp")))
+    return top, seen
+
+
+def agree(found, expected):
+    for name in ("step", "loss", "grad_norm", "supervised_tokens"):
+        assert [m[name] for m in found] == pytest.approx([m[name] for m in expected], rel=2e-5), name
+
+
+@pytest.mark.parametrize("name", ["one-recomputed", "ddp-recomputed", "fsdp", "fsdp-recomputed"])
+def test_losses_and_gradient_norms_are_those_of_one_process(runs, name):
+    agree(metrics(runs[0] / name), metrics(runs[0] / "one"))
+
+
+@pytest.mark.parametrize("parts", ["region", "projector,llm", "vision", "bad", "qwen2_5_vl"])
+def test_so_they_are_with_frozen_parts_a_rank_that_has_nothing_and_weights_that_are_not_tied(runs, parts):
+    agree(metrics(runs[0] / parts / "fsdp"), metrics(runs[0] / parts / "one"))
+
+
+@pytest.mark.parametrize("name", ["one-to-fsdp", "fsdp-to-one", "fsdp-to-fsdp"])
+def test_a_checkpoint_goes_on_with_and_without_fsdp(runs, name):
+    """Two steps of three: the last one's loss depends on the moments that the first of them took from the checkpoint."""
+    agree(metrics(runs[0] / name), metrics(runs[0] / "one")[1:])
+
+
+def test_the_files_do_not_tell_that_the_model_was_sharded(runs):
+    top, _ = runs
+    for folder in ("final", "step-000002"):
+        one, fsdp = top / "one" / folder, top / "fsdp" / folder
+        assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in fsdp.iterdir())
+        assert (one / "config.json").read_bytes() == (fsdp / "config.json").read_bytes()
+        for file in ("model.safetensors", "region_encoder.safetensors"):
+            torch.testing.assert_close(load_file(fsdp / file), load_file(one / file), rtol=0, atol=1e-4)
+    one, fsdp = (torch.load(top / name / "step-000002" / "training.pt", weights_only=True) for name in ("one", "fsdp"))
+    assert one["config"] == fsdp["config"]
+    torch.testing.assert_close(fsdp["optimizer"], one["optimizer"], rtol=1e-2, atol=1e-5)
+
+
+def test_fsdp_keeps_half_of_the_weights_on_each_of_two_ranks_and_exchanges_gradients_once_a_step(runs):
+    _, seen = runs
+    for rank in range(2):
+        assert seen["fsdp", rank]["share"] == pytest.approx(0.5, abs=0.01) and seen["ddp-recomputed", rank]["share"] == 1
+        # 3 steps of 2 micro-batches; units: 2 blocks of the vision tower, 3 layers of the LLM, and what is left.
+        assert seen["fsdp", rank]["reduce_scatters"] == 3 * 6
+
+
+def test_grad_checkpoint_computes_each_layer_twice(runs):
+    _, seen = runs
+    layers = 2 + 3
+    assert seen["one", 0]["forwards"] == 3 * layers and seen["one-recomputed", 0]["forwards"] == 3 * 2 * layers
+    for rank in range(2):
+        assert seen["fsdp", rank]["forwards"] == 3 * 2 * layers  # two micro-batches
+        assert seen["fsdp-recomputed", rank]["forwards"] == 3 * 2 * layers  # one
+        assert seen["ddp-recomputed", rank]["forwards"] == 3 * 2 * 2 * layers
+
+
+def test_fsdp_without_ranks_is_refused(mixed, tmp_path):  # noqa: F811
+    with pytest.raises(SystemExit, match="--fsdp: shards over the ranks that torchrun starts"):
+        train.train(train.parse(["--data", str(mixed), "--out", str(tmp_path / "run"), "--fsdp"]))
