@@ -13,10 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import data
-import model as models
 import train
-from checkpoints import FAMILIES, make_checkpoint
+from checkpoints import make_checkpoint
 from test_train import COMMON, metrics, mixed, toy  # noqa: F401 (fixtures)
 
 MLPS = {"Qwen3VLTextMLP", "Qwen3VLVisionMLP"}  # one inside each layer that is sharded and recomputed
