@@ -199,3 +199,44 @@ def test_it_learns_four_samples_by_heart_and_eval_hears_them_back(mixed, tmp_pat
     assert sum(a["exact"] == a["answer"] for a in answers) == scores["rows"]["all"]["exact"]["right"]
     assert scores["rows"]["all"]["exact"]["right"] >= 0.8 * asked
     assert all(("full" in a) == a["regions"] for a in answers)
+
+
+# ------------------------------------------------------------------------------------------------ --bench
+
+
+def test_bench_prints_its_tables_and_writes_nothing(toy, tmp_path):
+    output = run("train.py", "--data", toy / "train.json", "--bench", "--workers", 0, "--batch-size", 4, "--out", tmp_path / "out")
+    for row in ("open, decode, ms", "handed over, MB", "wait for data, ms", "backward, ms", "tokens/s"):
+        (line,) = [line for line in output.splitlines() if line.strip().startswith(row)]
+        ours, straightforward, ratio = map(float, line.split()[-3:])
+        assert ours >= 0 and straightforward >= 0 and math.isfinite(ratio)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_compares_with_the_same_work(toy):
+    """The straightforward path reads the same pixels, masks and tokens as ours; the straightforward step has the same gradient."""
+    samples = data.read_samples(toy / "train.json")
+    config = train.parse(["--data", str(toy / "train.json")])
+    model, processor = train.build(config, samples)
+    dataset = data.ReferringDataset(samples, processor)
+    number = next(i for i in range(len(samples)) if len(samples[i].objects) > 1 and samples[i].media.endswith(".mp4"))
+    ours = dataset[0, number]
+    video, stills, masks, (input_ids, labels) = train.straightforward_sample(dataset, samples[number])
+    assert np.abs(video * 0.5 + 0.5 - ours["video_patches"] / 255).mean() < 0.01  # another decoder
+    assert np.abs(np.stack(stills) * 0.5 + 0.5 - np.stack(ours["still_patches"]) / 255).mean() < 0.01
+    cells = [data.coverage(mask.astype(np.uint8), *(side // 2 for side in ours["still_grid"])).ravel() for mask in masks]
+    np.testing.assert_array_equal(cells, ours["coverage"])
+    assert (input_ids == ours["input_ids"]).all() and (labels == ours["labels"]).all()
+
+    encoded, pad, device = [dataset[0, i] for i in range(6)], processor.tokenizer.pad_token_id, torch.device("cpu")
+    gradients = []
+    for collate, run_backward in (
+        (lambda s: train.micro_batches(s, 4, pad), train.backward),
+        (lambda s: train.straightforward_batches(s, pad), train.straightforward_backward),
+    ):
+        micro, _ = collate(encoded)
+        total = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
+        model.zero_grad(set_to_none=True)
+        run_backward(model, micro, total, device)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
