@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -416,13 +416,12 @@ def tidy(out, done):
 
 def backward(model, micro, total, device):
     """Adds the gradient of this rank's micro-batches to .grad: that of the loss summed over all ranks' supervised tokens, of which there
-    are `total`, divided by it. -> this rank's summed loss, a scalar on the device. Ranks exchange gradients once, after the last."""
+    are `total`, divided by it. -> this rank's summed loss, a scalar on the device. DDP exchanges gradients once, after the last; FSDP
+    after each, because the whole gradient, which would have to be kept until then, is what it is there to avoid."""
     loss_sum = torch.zeros((), device=device)
     for number, batch in enumerate(micro):
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         last = number + 1 == len(micro)
-        if isinstance(model, FSDPModule):  # until then each rank holds a whole gradient in memory
-            model.set_requires_gradient_sync(last)
         with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = model(batch)
