@@ -147,7 +147,36 @@ def preview(media, objects):
     return Image.fromarray(np.concatenate(rows))
 
 
-# ------------------------------------------------------------------------------------------------ many questions: generation
+# ------------------------------------------------------------------------------------------------ many questions
+
+
+# What of an entry goes into predictions.jsonl.
+KEPT = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
+
+
+def read_questions(samples, strict):
+    """-> (questions, keys): for each answer of each sample a dict for its line of predictions.jsonl, and its (number, turn).
+
+    A sample that is wrong raises its DataError if strict; else it becomes one question with an "error". Not all may be.
+    """
+    questions, keys = [], []
+    for number in range(len(samples)):
+        entry, _, _, position = samples.read(number)
+        entry = entry if isinstance(entry, dict) else {}
+        about = {"id": position} | {name: entry[name] for name in KEPT if name in entry} | {"type": str(entry.get("type") or "")}
+        try:
+            turns = samples[number].turns
+        except data.DataError as error:
+            if strict:
+                raise
+            turns, about["error"] = [("", "")], str(error)
+        for turn, (question, answer) in enumerate(turns):
+            pointed = "error" in about or any(data.REGION_TAG in earlier for earlier, _ in turns[: turn + 1])
+            questions.append(about | {"turn": turn, "question": question, "answer": answer.strip() or None, "regions": pointed})
+            keys.append((number, turn))
+    if all("error" in question for question in questions):
+        raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
+    return questions, keys
 
 
 class Questions(data.ReferringDataset):
@@ -160,17 +189,19 @@ class Questions(data.ReferringDataset):
             return error
 
 
+def collate(samples, **options):
+    """-> (a batch of the samples that could be encoded, None without any; for each sample its DataError or None)."""
+    errors = [sample if isinstance(sample, data.DataError) else None for sample in samples]
+    encoded = [sample for sample, error in zip(samples, errors) if error is None]
+    return data.collate(encoded, **options) if encoded else None, errors
+
+
 def batches(dataset, keys, device, batch_size=1, workers=0, **options):
-    """Yields for dataset[key], in order: a batch of those that could be encoded (None without any), and a DataError or None for each."""
-    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=list, num_workers=workers)
-    for samples in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(keys) == 1):
-        errors = [sample if isinstance(sample, data.DataError) else None for sample in samples]
-        encoded = [sample for sample, error in zip(samples, errors) if error is None]
-        batch = None
-        if encoded:
-            batch = data.collate(encoded, dataset.processor.tokenizer.pad_token_id, **options)
-            batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        yield batch, errors
+    """Yields what collate makes of dataset[key], in order, the batches on the device, with a progress bar."""
+    joined = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id, **options)
+    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=joined, num_workers=workers)
+    for batch, errors in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(keys) == 1):
+        yield batch and {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}, errors
 
 
 def answers(model, processor, questions, keys, max_new_tokens, **options):
@@ -249,35 +280,6 @@ def open_run(args):
         write_whole(args.out, lambda folder: write_file(folder, "run.json", json_lines([run])))
     elif read_jsonl(saved) != [run]:
         raise SystemExit(f"--out {args.out}: exists and holds no beginning of this run; name another folder, or remove it")
-
-
-# ------------------------------------------------------------------------------------------------ many questions: read, ask, score
-
-
-def read_questions(samples, strict):
-    """-> (questions, keys): for each answer of each sample a dict for its line of predictions.jsonl, and its (number, turn).
-
-    A sample that is wrong raises its DataError if strict; else it becomes one question with an "error". Not all may be.
-    """
-    questions, keys = [], []
-    for number in range(len(samples)):
-        entry, _, _, position = samples.read(number)
-        long = ("annotation", "masks", "conversations")
-        about = {name: value for name, value in entry.items() if name not in long} if isinstance(entry, dict) else {}
-        about = {"id": position} | about | {"type": str(about.get("type") or "")}
-        try:
-            turns = samples[number].turns
-        except data.DataError as error:
-            if strict:
-                raise
-            turns, about["error"] = [("", "")], str(error)
-        for turn, (question, answer) in enumerate(turns):
-            pointed = "error" in about or any(data.REGION_TAG in earlier for earlier, _ in turns[: turn + 1])
-            questions.append(about | {"turn": turn, "question": question, "answer": answer.strip() or None, "regions": pointed})
-            keys.append((number, turn))
-    if all("error" in question for question in questions):
-        raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
-    return questions, keys
 
 
 def read_predictions(path, questions):
@@ -366,6 +368,8 @@ def run_questions(args):
         if rank() == 0:
             open_run(args)
         model, processor = load(args.model, args.device)
+        if args.data:  # first, since it ends at a bad sample
+            scores["loss"] = mean_loss(model, processor, samples, args)
         for name, control in (("pred" if bench else "exact", "none"), *zip(args.control, args.control)):
             asked = {n: key for n, key in enumerate(keys) if questions[n]["regions"] or control == "none"}
             columns[name] = answer_all(model, processor, samples, asked, control, args)
@@ -375,8 +379,6 @@ def run_questions(args):
             raise next(iter(failed.values()))
         for n, error in failed.items():
             column[n], questions[n]["error"] = None, str(error)
-    if args.data:
-        scores["loss"] = mean_loss(model, processor, samples, args)
     first = rank() == 0
     if dist.is_initialized():  # what is left is for rank 0 alone, and a judge may take longer than the others can wait
         dist.barrier()
@@ -400,8 +402,8 @@ def report(questions, columns, scores, args):
     errors = [line["error"] for line in lines if "error" in line]
     write_file(args.out, "scores.json", json.dumps(scores | {"not_asked": len(errors)}, indent=2))
     if errors:
-        fate = "wrong above" if args.bench_q else "left out"
-        print(f"{len(errors)} of {len(lines)} questions could not be asked, {fate}; see predictions.jsonl. The first: {errors[0]}")
+        fate = "wrong above" if args.bench_q else "not judged"
+        print(f"{len(errors)} of {len(lines)} questions could not be asked: {fate}; the first: {errors[0]}")
 
 
 # ------------------------------------------------------------------------------------------------ VideoRefer-Bench
@@ -550,7 +552,7 @@ def judge(lines, args):
         with open(args.judge_prompt) as file:
             system = file.read()
     setting = {"judge": args.judge_model, "prompt": hashlib.sha256(system.encode()).hexdigest()[:12]}
-    wanted = {json.dumps(line["id"]): {k: line[k] for k in ("id", "video", "caption", "pred")} | setting for line in lines}
+    wanted = {json.dumps(line["id"]): {k: line.get(k) for k in ("id", "video", "caption", "pred")} | setting for line in lines}
     judged = read_jsonl(path)
     for line in judged:
         same = wanted.get(json.dumps(line["id"]), {}).items() <= line.items()

@@ -253,7 +253,7 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
     monkeypatch.setattr(evaluation, "choose", lambda reply, options: ("B", "letter"))  # right, whatever is said
     predictions, scores = run_bad("q", checkpoint, bad_file, tmp_path / "out", "--workers", 1)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("16 of 18 questions could not be asked, wrong above;") and "bad.json: sample 1 (id 1)" in last
+    assert last.startswith("16 of 18 questions could not be asked: wrong above;") and "bad.json: sample 1 (id 1)" in last
     assert [p["id"] for p in predictions] == list(range(18))
     assert [isinstance(p["pred"], str) for p in predictions] == [True, *[False] * 16, True]
     for n, (_, complaint) in enumerate(BAD_ENTRIES, start=1):
@@ -272,7 +272,7 @@ def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsy
     predictions, scores = run_bad("d", checkpoint, bad_file, tmp_path / "out", "--workers", 0, "--judge", url)
     assert [p["id"] for p in predictions if p["pred"] is None] == list(range(1 + wrong_in_q, 17))
     assert scores["not_asked"] == 10 and scores["replies"] == 8 == len(server.asked)
-    assert "10 of 18 questions could not be asked, left out;" in capsys.readouterr().out.splitlines()[-1]
+    assert "10 of 18 questions could not be asked: not judged;" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, tmp_path):
@@ -590,6 +590,7 @@ def test_an_array_becomes_the_mask_it_was():
         (["--frame", "3", "--polygon", "1,2,3,4"], "at least 3 points"),
         (["--frame", "3", "--polygon", "1,2,3,4,5,200"], "inside the picture"),
         (["--frame", "8", "--box", "1,2,30,40"], "expected a frame index below 8"),
+        (["--frame", "-1", "--box", "1,2,30,40"], "a frame index"),
         (["--box", "1,2,30,40"], "--frame before the first mask"),
         (["--frame", "3", "--box", "1,2,30,40", "--box", "1,2,30,40"], "one mask a frame"),
         (["--frame", "3", "--box", "1,2,30,40", "--frame", "3", "--box", "1,2,30,40"], "one mask a frame"),
