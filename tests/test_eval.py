@@ -3,6 +3,8 @@
 import http.server
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -638,3 +640,18 @@ def test_options_that_do_not_go_together(capsys, arguments, complaint):
     with pytest.raises(SystemExit):
         evaluation.main(arguments)
     assert complaint in capsys.readouterr().err
+
+
+def test_what_the_readme_shows_runs(checkpoint, world, capsys):
+    """Its three lines of Python, with a toy video, and the options of each of its commands."""
+    readme = (TOP / "README.md").read_text()
+    program = readme.split("```python\n")[1].split("```")[0]
+    for shown, toy in (("out/final", checkpoint), ("a.mp4", world / "videos" / "test0000.mp4"), ("{36", "{3"), ("100, 50, 200, 80", "10, 5, 20, 8")):
+        assert program.count(shown) == 1
+        program = program.replace(shown, str(toy))
+    exec(program, {})
+    assert capsys.readouterr().out.strip()
+    commands = re.findall(r"^(?:python|torchrun[^\n]*?) eval\.py (.*)$", readme + evaluation.__doc__.replace("\n    ", "\n"), re.MULTILINE)
+    assert len(commands) >= 12
+    for line in commands:
+        evaluation.parse(shlex.split(line, comments=True))
