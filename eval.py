@@ -595,6 +595,7 @@ def parse(argv=None):
     add("--video", "--image", help="what --ask is about")
     for name, (read, shown, text) in POINTERS.items():
         point = lambda value, name=name, read=read: (name, read(value))
+        point.__name__ = shown  # argparse names it when the value is wrong
         add(f"--{name}", dest="pointed", action="append", type=point, default=[], metavar=shown, help=text)
     add("--object", dest="pointed", action="append_const", const=("object", None), help="what follows belongs to the next object")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")

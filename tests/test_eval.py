@@ -61,17 +61,17 @@ def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     listed = ["(A) Sleeping", "(B) Licking its nose", "(C) Running"]
     box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
     entry = {"video": "a.mp4", "Question": "What is <object0><region> doing?", "options": listed, "frame_idx": "5", "annotation": box}
-    truth = [("x", 0), ("x", 1), ("y", 2), ("y", 0), ("y", 1)]
+    truth = [("x", 0), ("x", 1), ("y", 2), ("y", 0), ("y", 2)]
     questions = [entry | {"id": 10 + i, "type": kind, "Answer": listed[right]} for i, (kind, right) in enumerate(truth)]
     (tmp_path / "q.json").write_text(json.dumps(questions))
-    replies = {14: "licking its nose", 13: "", 12: "(C) Running", 11: "A", 10: "a"}  # right, none, right, wrong, right
+    replies = {14: "running.", 13: "", 12: "(C) Running", 11: "A", 10: "a"}  # right, none, right, wrong, right
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in replies.items()))
     evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["accuracy", "constant"] and rows[1:4] == [
         ["x", "1/2", "50.0", "%", "1/2", "50.0", "%"],
-        ["y", "2/3", "66.7", "%", "1/3", "33.3", "%"],
-        ["all", "3/5", "60.0", "%", "2/5", "40.0", "%"],
+        ["y", "2/3", "66.7", "%", "2/3", "66.7", "%"],
+        ["all", "3/5", "60.0", "%", "3/5", "60.0", "%"],
     ]
     assert "name a letter: 3; an option's whole text: 1; neither, which is wrong: 1" in " ".join(rows[4])
     for change, complaint in (
@@ -265,7 +265,21 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
     evaluation.main(["--bench-q", str(bad_file), "--score", str(tmp_path / "out" / "predictions.jsonl"), "--out", str(tmp_path / "scored")])
     assert capsys.readouterr().out.splitlines()[-1] == last
     again = json.loads((tmp_path / "scored" / "scores.json").read_text())
-    assert again["not_asked"] == 16 and again["rows"]["all"]["accuracy"] == counts
+    assert again["not_asked"] == 16 and again["rows"]["all"]["accuracy"] == counts and list(scores["rows"]) == ["x", "all"]
+    # Another model's predictions: what has no right answer, or no object at all, is wrong; whether masks are good is not asked here.
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": "B"}) + "\n" for i in range(18)))
+    evaluation.main(["--bench-q", str(bad_file), "--score", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "scored")])
+    other = json.loads((tmp_path / "scored" / "scores.json").read_text())
+    assert other["not_asked"] == 8 and other["rows"]["all"]["accuracy"] == {"right": 10, "asked": 18}
+
+
+def test_a_bad_sample_ends_data_before_anything_is_asked(checkpoint, world, tmp_path):
+    samples = json.loads((world / "test.json").read_text())[:3]
+    (world / "one_bad.json").write_text(json.dumps([*samples, samples[0] | {"id": 9, "video": "videos/none.mp4"}]))
+    with pytest.raises(data.DataError, match=r"one_bad.json: sample 3 \(id 9\)"):
+        arguments = ("--model", checkpoint, "--data", world / "one_bad.json", "--workers", 0, "--out", tmp_path / "out", "--device", "cpu")
+        evaluation.main([str(a) for a in arguments])
+    assert os.listdir(tmp_path / "out") == ["run.json"]
 
 
 def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsys):
@@ -584,6 +598,12 @@ def test_an_array_becomes_the_mask_it_was():
         evaluation._segmentation(np.ones((3, 4, 1)))
 
 
+def test_a_mask_that_is_no_picture_is_named():
+    for path, complaint in (("absent.png", "No such file or directory: 'absent.png'"), (__file__, "cannot identify image file")):
+        with pytest.raises(OSError, match=complaint):  # which the command line turns into its one line
+            evaluation.main(["--model", "m", "--video", "v", "--frame", "3", "--mask", path, "--ask", "What is <region>?"])
+
+
 @pytest.mark.parametrize(
     "pointed, complaint",
     [
@@ -619,7 +639,7 @@ def test_what_is_wrong_with_a_question_gets_one_error(world, checkpoint, loaded,
     "arguments, complaint",
     [
         (["--model", "m"], "required"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,20"], "--box: invalid"),
+        (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,20"], "--box: invalid X,Y,W,H value"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "a,b,c,d"], "--box: invalid"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,0,3"], "--box: invalid"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,nan,3"], "--box: invalid"),
@@ -642,7 +662,7 @@ def test_options_that_do_not_go_together(capsys, arguments, complaint):
     assert complaint in capsys.readouterr().err
 
 
-def test_what_the_readme_shows_runs(checkpoint, world, capsys):
+def test_what_the_readme_shows_runs(checkpoint, world, tmp_path, monkeypatch, capsys):
     """Its three lines of Python, with a toy video, and the options of each of its commands."""
     readme = (TOP / "README.md").read_text()
     program = readme.split("```python\n")[1].split("```")[0]
@@ -653,5 +673,7 @@ def test_what_the_readme_shows_runs(checkpoint, world, capsys):
     assert capsys.readouterr().out.strip()
     commands = re.findall(r"^(?:python|torchrun[^\n]*?) eval\.py (.*)$", readme + evaluation.__doc__.replace("\n    ", "\n"), re.MULTILINE)
     assert len(commands) >= 12
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((9, 9), 255, np.uint8)).save("cup.png")
     for line in commands:
         evaluation.parse(shlex.split(line, comments=True))
