@@ -15,16 +15,20 @@ indices are 0-based positions in the source video, in order of presentation.
 """
 
 import argparse
+import codecs
+import hashlib
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import re
 import textwrap
+import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
@@ -98,15 +102,16 @@ class Sample:
     type: str
 
 
-def read_samples(paths, media=None):
+def read_samples(paths, media=None, outside_paths=False):
     """Data files -> a sequence of Sample, parsed when asked for (structure only; media and masks are read by the dataset).
 
     paths: one path or several, each a JSON array or JSONL. media: the folder that media paths are relative to (default: each
-    file's own folder). Only byte offsets are kept, so that files of many gigabytes cost little memory.
+    file's own folder). outside_paths: also take media paths that are absolute or climb out of that folder.
     Raises DataError here where a file as a whole cannot be read, and on access where a sample is wrong.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    return Samples([(os.fspath(path), os.fspath(media) if media else os.path.dirname(path)) for path in paths])
+    files = [(os.fspath(path), os.fspath(media) if media else os.path.dirname(path)) for path in paths]
+    return Samples(files, outside_paths)
 
 
 def sample_texts(samples, limit=10_000):
@@ -117,37 +122,41 @@ def sample_texts(samples, limit=10_000):
 
 
 class Samples:
-    """The sequence that read_samples returns; safe to hand to worker processes: each access opens the file anew."""
+    """The sequence that read_samples returns. It holds no sample: each access reads a few bytes of a file, through a memory-mapped
+    index that all processes share. Safe to hand to worker processes: each access opens the file anew."""
 
-    def __init__(self, files):
-        self.files = files
-        spans = [_index_file(path) for path, _ in files]
-        self.spans = np.concatenate(spans)  # (samples, 2): first and last byte + 1
-        self.first = np.cumsum([0] + [len(s) for s in spans])  # the number of each file's first sample
+    def __init__(self, files, outside_paths=False):
+        self.files, self.outside_paths = files, outside_paths
+        self.indices = [_open_index(path) for path, _ in files]
+        self.first = np.cumsum([0] + [len(index) - 1 for index in self.indices])  # the number of each file's first sample
+
+    def __reduce__(self):  # a spawned process opens the index itself: pickled, a memory map would become a copy
+        return type(self), (self.files, self.outside_paths)
 
     def __len__(self):
-        return len(self.spans)
+        return int(self.first[-1])
 
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
         with within(*place):
-            return parse_sample(entry, place, media, position)
+            return parse_sample(self.prepare(entry), place, media, position, self.outside_paths)
+
+    def prepare(self, entry):
+        """For files of another format (eval.py): makes an entry of this one's out of a JSON value."""
+        return entry
 
     def read(self, i):
         """-> the i-th JSON value as the file has it, its place (file, sample name), its media folder, its position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         number = int(np.searchsorted(self.first, i, side="right")) - 1
-        path, media = self.files[number]
-        start, end = map(int, self.spans[i])
+        (path, media), position = self.files[number], i - int(self.first[number])
+        version, (start, end) = self.indices[number][[0, position + 1]].tolist()
         with open(path, "rb") as file:
+            if _version(file) != version:
+                raise DataError("expected the file as it was when it was opened, found that it has changed", path)
             file.seek(start)
-            text = file.read(end - start)
-        try:
-            entry = _DECODER.decode(text.decode())
-        except ValueError:
-            raise DataError("expected the JSON value that stood here when the file was opened, found that it changed", path) from None
-        position = i - int(self.first[number])
+            entry = _DECODER.decode(file.read(end - start).decode())
         name = f"sample {position}"
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {entry['id']!r})"
@@ -160,65 +169,138 @@ def _refuse_constant(name):
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SPACE = re.compile(r"[ \t\r\n]*")
+_CHUNK = 1 << 24  # bytes of a file that are held at a time
+_MAX_ENTRY = 1 << 28  # bytes; what does not parse within so many is taken for a syntax error
 
 
-def _index_file(path):
-    """(samples, 2) int64: where each element of a JSON array, or each line of a JSONL file, begins and ends, in bytes.
+def _version(file):
+    """What changes when an open file is written to: its size in bytes, and its time of modification in ns."""
+    status = os.fstat(file.fileno())
+    return [status.st_size, status.st_mtime_ns]
 
-    The whole file is parsed once, element by element, so that a syntax error is reported before training starts.
+
+def _open_index(path):
+    """-> memory-mapped int64 (1 + samples, 2): the data file's _version, then where each sample begins and ends, in bytes.
+
+    It is kept in the user's cache folder (data folders are often read-only), and made anew when the data file has changed.
     """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kept = os.path.join(cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".npy")
     with within(path):
         try:
             with open(path, "rb") as file:
-                text = file.read().decode("utf-8-sig")
-            spans = list(_array_spans(text) if text.lstrip().startswith("[") else _line_spans(text))
+                version = _version(file)
+                if os.path.exists(kept) and (index := _map_index(kept))[0].tolist() == version:
+                    return index
+                index = np.fromiter(chain(version, chain.from_iterable(_spans(file))), np.int64).reshape(-1, 2)
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at {error.start}") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
         except RecursionError:
             raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse") from None
-        expect(spans, "at least one sample", text[:40])
-    # Character positions become byte positions by encoding the text between them, each piece once.
-    edges = np.array(spans, dtype=np.int64)
-    if not text.isascii():
-        flat = [0, *edges.flatten().tolist()]
-        edges = np.cumsum([len(text[a:b].encode()) for a, b in zip(flat, flat[1:])]).reshape(-1, 2)
-    with open(path, "rb") as file:
-        return edges + (3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # the byte order mark that utf-8-sig dropped
+        expect(len(index) > 1, "at least one sample", "none")
+    aside = f"{kept}.{os.getpid()}.npy"
+    try:
+        os.makedirs(os.path.dirname(kept), exist_ok=True)
+        np.save(aside, index)
+        os.replace(aside, kept)
+    except OSError as error:
+        raise DataError(f"expected a cache folder that can be written to (set XDG_CACHE_HOME), found: {error.strerror}", kept) from None
+    return _map_index(kept)
 
 
-def _array_spans(text):
-    position = _SPACE.match(text, text.index("[") + 1).end()
-    while text[position : position + 1] != "]":
-        _, end = _DECODER.raw_decode(text, position)
-        yield position, end
-        position = _SPACE.match(text, end).end()
-        if text[position : position + 1] == ",":
-            position = _SPACE.match(text, position + 1).end()
-            if text[position : position + 1] == "]":
-                raise json.JSONDecodeError("Expecting a value after ','", text, position)
-        elif text[position : position + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    if _SPACE.match(text, position + 1).end() != len(text):
-        raise json.JSONDecodeError("Extra data after ']'", text, position + 1)
+def _map_index(kept):
+    return np.asarray(np.load(kept, mmap_mode="r"))  # as a plain array, which still lies on disk: np.memmap is slow to slice
 
 
-def _line_spans(text):
-    for line in re.finditer(r"[^\n]*\S[^\n]*", text):
+def _spans(file):
+    """Yields (first byte, last byte + 1) of each element of a JSON array, or of each line of a JSONL file.
+
+    The whole file is parsed, so that a syntax error is reported before training starts; but it is never held whole.
+    """
+    begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # past a byte order mark
+    file.seek(begin)
+    head = file.read(4096)
+    first = len(head) - len(head.lstrip())
+    return _array_spans(file, begin, begin + first + 1) if head[first:].startswith(b"[") else _line_spans(file, begin)
+
+
+def _array_spans(file, begin, byte):
+    """A window moves over the file, from byte on: what follows a bracket or comma. Where parsing fails in it, it moves on to there,
+    and grows if it stood there before."""
+    size, last = _CHUNK, False
+    while not last:
+        file.seek(byte)
+        window = file.read(size)
+        whole = len(window) < size  # it reaches the end of the file
         try:
-            _DECODER.decode(line.group())
+            text = codecs.utf_8_decode(window, "strict", whole)[0]  # the end of the window may cut a character in two
+        except UnicodeDecodeError as error:
+            raise _syntax_error(file, begin, byte + error.start, "not UTF-8") from None
+        position, here = 0, byte  # in characters of the window, in bytes of the file
+
+        def width(start, end):
+            return end - start if text.isascii() else len(text[start:end].encode())
+
+        try:
+            while not last:
+                start = _SPACE.match(text, position).end()
+                end = _DECODER.raw_decode(text, start)[1]
+                after = _SPACE.match(text, end).end()
+                if text[after : after + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
+                first = here + width(position, start)
+                here = first + width(start, after) + 1
+                yield first, first + width(start, end)
+                position, last = after + 1, text[after] == "]"
         except json.JSONDecodeError as error:
-            raise json.JSONDecodeError(error.msg, text, line.start() + error.pos) from None
-        yield line.span()
+            if whole or size > _MAX_ENTRY:
+                raise _syntax_error(file, begin, here + width(position, error.pos), f"not valid JSON: {error.msg}") from None
+            size = _CHUNK if position else 2 * size
+        byte = here
+    file.seek(byte)
+    while window := file.read(_CHUNK):
+        if window.strip(b" \t\r\n"):
+            extra = byte + len(window) - len(window.lstrip(b" \t\r\n"))
+            raise _syntax_error(file, begin, extra, "not valid JSON: Extra data after ']'")
+        byte += len(window)
 
 
-def parse_sample(entry, place, media, position):
-    """One JSON value -> Sample, or DataError. place: (file, sample name); media: folder; position: the id if it has none."""
+def _line_spans(file, begin):
+    file.seek(begin)
+    byte = begin
+    for line in file:
+        if line.strip(b" \t\r\n"):
+            try:
+                text = line.decode()
+                _DECODER.decode(text)
+            except UnicodeDecodeError as error:
+                raise _syntax_error(file, begin, byte + error.start, "not UTF-8") from None
+            except json.JSONDecodeError as error:
+                at = byte + len(text[: error.pos].encode())
+                raise _syntax_error(file, begin, at, f"not valid JSON: {error.msg}") from None
+            yield byte, byte + len(line)
+        byte += len(line)
+
+
+def _syntax_error(file, begin, byte, reason):
+    """-> DataError that tells a byte's line and column, counted in characters from 1; begin: the byte of the first."""
+    line, column = 1, 1
+    file.seek(begin)
+    while begin < byte:
+        chunk = np.frombuffer(file.read(min(_CHUNK, byte - begin)), np.uint8)
+        begin += len(chunk)
+        breaks = np.flatnonzero(chunk == ord("\n"))
+        if len(breaks):
+            line, column, chunk = line + len(breaks), 1, chunk[breaks[-1] + 1 :]
+        column += np.count_nonzero(chunk & 0xC0 != 0x80)  # all but UTF-8's continuation bytes
+    return DataError(f"line {line}, column {column}: {reason}")
+
+
+def parse_sample(entry, place, media, position, outside_paths=False):
+    """One JSON value -> Sample, or DataError. place: (file, sample name); media: folder; position: the id if it has none;
+    outside_paths: media may lie outside of that folder."""
     expect(isinstance(entry, dict), "a JSON object", entry)
-    path = _media_path(entry, media)
+    path = _media_path(entry, media, outside_paths)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=path is not None)
     objects = _parse_objects(entry)
@@ -236,13 +318,15 @@ def parse_sample(entry, place, media, position):
     return Sample(place, entry.get("id", position), path, turns, objects, size, kind)
 
 
-def _media_path(entry, media):
+def _media_path(entry, media, outside_paths):
     found = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
     expect(len(found) <= 1, "a video or an image, not both", found)
     for key, name in found.items():
         if isinstance(name, list) and len(name) == 1:  # the later files write ["a.mp4"]
             name = name[0]
         expect(isinstance(name, str) and name and "\0" not in name, f"{key}: one path", name)
+        inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
+        expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
         return os.path.join(media, name)
     return None
 
@@ -399,18 +483,14 @@ def coverage(mask, gh, gw):
     mask's resolution, and an object of one pixel still has a coverage above 0.
     """
     height, width = mask.shape
-    cells = _integrate(_integrate(mask, gh).T, gw).T
-    return np.clip(cells * (gh * gw / (height * width)), 0, 1).astype(np.float32)
+    inside = _overlap(gh, height) @ torch.from_numpy(mask).double() @ _overlap(gw, width).T  # pixels, (gh, gw)
+    return (inside * (gh * gw / (height * width))).clip(0, 1).float().numpy()
 
 
-def _integrate(rows, cells):
-    """(L, M) -> float64 (cells, M): the integral over each of `cells` equal stretches of axis 0."""
-    length = len(rows)
-    below = np.zeros((length + 1, rows.shape[1]), dtype=np.uint32 if rows.dtype == np.uint8 else np.float64)
-    np.cumsum(rows, axis=0, out=below[1:])
-    edges = np.arange(cells + 1) * length / cells
-    whole = np.minimum(edges.astype(int), length - 1)
-    return np.diff(below[whole] + (edges - whole)[:, None] * rows[whole], axis=0)
+def _overlap(cells, pixels):
+    """-> float64 (cells, pixels): how much of each pixel of a side lies in each of the equal cells that it is cut into."""
+    edges, left = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells, torch.arange(pixels)
+    return (torch.minimum(edges[1:], left + 1) - torch.maximum(edges[:-1], left)).clip(min=0)
 
 
 def mask_box(mask):
@@ -443,7 +523,7 @@ class MediaInfo:
 
 def media_info(path):
     """-> MediaInfo. Decodes one picture at most where packets tell the frames apart (see read_frames), else all of them."""
-    return read_media(path, lambda info: [])[0]
+    return read_media(path, [])[0]
 
 
 def read_frames(path, indices):
@@ -459,33 +539,37 @@ def read_frames(path, indices):
     keyframe with a pts at or before the wanted one. So frames shown before a keyframe but stored after it, which decord gets
     wrong, start from the keyframe before. Where packets have no reliable pts, frames are decoded from 0 and counted.
     """
-    return read_media(path, lambda info: indices)[1]
+    indices = list(indices)
+    info, pictures = read_media(path, indices)
+    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+    for row, k in enumerate(indices):
+        frames[row] = pictures[k]
+    return frames
 
 
-def read_media(path, choose):
-    """-> (MediaInfo, uint8 (n, H, W, 3) RGB) of the frames that choose(MediaInfo) lists; the file is indexed only once."""
+def read_media(path, indices):
+    """-> (MediaInfo, {frame number: uint8 (H, W, 3) RGB}); read_frames without the copy that joins the pictures."""
     path = Path(path)
     if path.is_dir():
         files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
         if not files:
             raise DataError(f"{path}: expected a folder of images, found none in it")
-        return _read_images(path, sorted(files, key=_natural_order), choose, is_image=False)
+        return _read_images(path, sorted(files, key=_natural_order), indices, is_image=False)
     if not path.is_file():
         raise DataError(f"{path}: expected a media file or a folder of images, found no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: expected a media file, found an empty one")
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_images(path, [path], choose, is_image=True)
-    return _read_video(path, choose)
+        return _read_images(path, [path], indices, is_image=True)
+    return _read_video(path, indices)
 
 
 def _check_indices(path, indices, num_frames):
-    """-> list of int, or DataError."""
-    indices = list(indices)
+    """-> the indices as rising int, each once, or DataError."""
     for k in indices:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k < num_frames:
             raise DataError(f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}")
-    return [int(k) for k in indices]
+    return sorted({int(k) for k in indices})
 
 
 def _natural_order(file):
@@ -493,11 +577,11 @@ def _natural_order(file):
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)], file.name
 
 
-def _read_images(path, files, choose, is_image):
+def _read_images(path, files, indices, is_image):
     height, width, _ = _load_image(files[0]).shape
     info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
-    indices = _check_indices(path, choose(info), len(files))
-    return info, _stack(info, indices, {k: _load_image(files[k]) for k in set(indices)}, name=lambda k: files[k])
+    pictures = {k: _load_image(files[k]) for k in _check_indices(path, indices, len(files))}
+    return info, _of_one_size(pictures, info, name=lambda k: files[k])
 
 
 def _load_image(file):
@@ -509,15 +593,12 @@ def _load_image(file):
         raise DataError(f"{file}: expected an image, found one that does not decode: {error}") from error
 
 
-def _stack(info, indices, pictures, name):
-    """-> uint8 (len(indices), H, W, 3). name(k) says in an error which picture it was."""
-    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
-    for row, k in enumerate(indices):
-        if pictures[k].shape != frames.shape[1:]:
-            raise DataError(f"{name(k)}: expected the first frame's height and width {frames.shape[1:3]}, "
-                            f"found {pictures[k].shape[:2]}")
-        frames[row] = pictures[k]
-    return frames
+def _of_one_size(pictures, info, name):
+    """-> the pictures, or DataError. name(k) says which picture it was."""
+    for k, picture in pictures.items():
+        if picture.shape[:2] != (info.height, info.width):
+            raise DataError(f"{name(k)}: expected the first frame's height and width {info.height, info.width}, found {picture.shape[:2]}")
+    return pictures
 
 
 def _open_video(path):
@@ -539,25 +620,24 @@ def _to_rgb(frame, reformatter):
     return np.rot90(rgb, round(frame.rotation / 90))     # both count counterclockwise
 
 
-def _read_video(path, choose):
+def _read_video(path, indices):
     try:
         _check_whole(path)
         info, times, keyframes = _index_video(path)
-        indices = _check_indices(path, choose(info), info.num_frames)
-        wanted = sorted(set(indices))
+        wanted = _check_indices(path, indices, info.num_frames)
         try:
-            pictures = _decode(path, times, keyframes, wanted)
+            pictures = _decode(path, times, keyframes, wanted, skip=True)
         except av.error.FFmpegError:                     # some files refuse to be sought in
             pictures = {}
-        if len(pictures) < len(wanted):                  # some lead astray: decode again, from the first packet
-            pictures = _decode(path, times, [0], wanted)
+        if len(pictures) < len(wanted):                  # some lead astray: decode again, all from the first packet
+            pictures = _decode(path, times, [0], wanted, skip=False)
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
                         f"video): {error.strerror}") from error
     missing = [k for k in wanted if k not in pictures]
     if missing:
         raise DataError(f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded")
-    return info, _stack(info, indices, pictures, name=lambda k: f"{path}, frame {k}")
+    return info, _of_one_size(pictures, info, name=lambda k: f"{path}, frame {k}")
 
 
 def _check_whole(path):
@@ -622,8 +702,11 @@ def _index_video(path, count=False):
     return info, times, sorted({0} | {bisect_left(times, t) for t in keyframe_pts if t <= times[-1]})
 
 
-def _decode(path, times, keyframes, wanted):
-    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if anything is odd."""
+def _decode(path, times, keyframes, wanted, skip):
+    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if anything is odd.
+
+    skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to (most B-frames).
+    """
     runs, previous = [(0, [])], 0                        # (keyframe to start at, frames to fetch in one go from there)
     for k in wanted:
         keyframe = keyframes[bisect_right(keyframes, k) - 1]
@@ -635,11 +718,13 @@ def _decode(path, times, keyframes, wanted):
     pictures, reformatter = {}, VideoReformatter()
     with _open_video(path) as container:
         stream = _video_stream(path, container)
+        skip = skip and times is not None and stream.codec.canonical_name == "h264"
+        needed = {times[k] for k in wanted} if skip else None
         for keyframe, group in (run for run in runs if run[1]):
             expected, start = None, times[keyframe] if keyframe else None
-            for count, frame in enumerate(_frames_from(container, stream, start)):
+            for count, frame in enumerate(_frames_from(container, stream, start, needed)):
                 k = number.get(frame.pts) if times else count
-                if k is None or expected not in (None, k) or frame.is_corrupt and k in asked:
+                if k is None or expected not in (None, k) and not skip or frame.is_corrupt and k in asked:
                     break                                # a gap: here packets and frames do not go together one to one
                 if k in asked:
                     pictures[k] = _to_rgb(frame, reformatter)
@@ -649,9 +734,10 @@ def _decode(path, times, keyframes, wanted):
     return pictures
 
 
-def _frames_from(container, stream, time):
+def _frames_from(container, stream, time, needed):
     """Yield frames from the keyframe with pts `time` on, or from an earlier one where the container's own index leads there;
-    None: from the first packet. Yields nothing where that is not safe.
+    None: from the first packet. Yields nothing where that is not safe. needed: the pts of the frames that must come; of the
+    others, those that nothing refers to may be missing. None: all must come.
 
     The keyframe itself must come out first. H.264 with intra refresh has none: it flags packets where a gradual refresh
     begins, and what FFmpeg puts out before the refresh is over was seen to be grey in places.
@@ -660,7 +746,12 @@ def _frames_from(container, stream, time):
         container.seek(time, stream=stream)
     packets = container.demux(stream)
     start = next(packets)
-    frames = (frame for packet in chain([start], packets) for frame in packet.decode())
+
+    def decode(packet):
+        stream.codec_context.skip_frame = "DEFAULT" if needed is None or packet.pts in needed else "NONREF"
+        return packet.decode()
+
+    frames = (frame for packet in chain([start], packets) for frame in decode(packet))
     if time is not None:
         if not start.is_keyframe or start.pts > time:
             return
@@ -820,6 +911,11 @@ class Processor:
 # ------------------------------------------------------------------------------------------------ data set and batches
 
 
+def evenly(items, count):
+    """-> at most `count` of the items (a sequence, not empty), evenly spread: the first and, if there is more than one, the last too."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
 def region_token_count(num_frames, limit):
     """How many tokens an object with so many usable frames becomes: the one rule for placeholders and features alike."""
     return min(num_frames, limit)
@@ -831,12 +927,13 @@ class ReferringDataset(torch.utils.data.Dataset):
     dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks. A sample that cannot
     be used comes back as its DataError, not raised, because an exception would end the worker: the caller decides.
     control: "none"; "full" replaces every mask by the whole frame; "shuffle" by the masks of another sample's object.
+    timeout: seconds that a media file may take to be read.
     """
 
-    def __init__(self, samples, processor, single_frame=0.0, seed=0, control="none", cache_bytes=64 << 20):
+    def __init__(self, samples, processor, single_frame=0.0, seed=0, control="none", cache_bytes=64 << 20, timeout=120.0):
         self.samples, self.processor, self.settings = samples, processor, processor.settings
-        self.single_frame, self.seed, self.control = single_frame, seed, control
-        self.cache = FrameCache(cache_bytes)
+        self.single_frame, self.seed, self.control, self.timeout = single_frame, seed, control, timeout
+        self.cache, self.hung = FrameCache(cache_bytes), set()
 
     def __len__(self):
         return len(self.samples)
@@ -887,7 +984,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         }
 
     def _info(self, sample):
-        info = self.cache.get(sample.media) or self.cache.put(sample.media, media_info(sample.media))
+        info = self.cache.get(sample.media) or self.cache.put(sample.media, self._in_time(media_info, sample.media))
         if sample.size is not None:
             _same_shape(sample.size, (info.height, info.width), "height and width")
         return info
@@ -900,8 +997,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         if info.is_image:
             stills = [0]  # the image itself is the one still, with or without regions
         else:
-            count = min(self.settings.num_frames, info.num_frames)
-            sampled = np.linspace(0, info.num_frames - 1, count).round().astype(int).tolist()
+            sampled = evenly(range(info.num_frames), self.settings.num_frames)
         still_size, frame_size = processor.still_size(*size), processor.frame_size(*size)
         wanted = [(frame, still_size) for frame in stills] + [(frame, frame_size) for frame in sampled]
         pictures = self._pictures(sample.media, wanted)
@@ -933,8 +1029,7 @@ class ReferringDataset(torch.utils.data.Dataset):
         def choose(frames):
             if rng.random() < self.single_frame:  # the paper trains on a mix of single-frame and multi-frame regions
                 return [frames[rng.integers(len(frames))]]
-            count = min(len(frames), self.settings.region_frames)
-            return [frames[i] for i in np.linspace(0, len(frames) - 1, count).round().astype(int)]
+            return evenly(frames, self.settings.region_frames)
 
         masks = decode(choose(sorted(segmentations)))
         if not all(mask.any() for mask in masks.values()):  # an empty mask: hidden there; choose among the frames that are left
@@ -960,12 +1055,34 @@ class ReferringDataset(torch.utils.data.Dataset):
         """[(frame, (height, width))] -> list of uint8 (height, width, 3); what the cache lacks is decoded in one pass."""
         pictures = {key: self.cache.get((path, key)) for key in wanted}
         missing = [key for key, picture in pictures.items() if picture is None]
-        indices = sorted({frame for frame, _ in missing})
-        frames = dict(zip(indices, read_frames(path, indices))) if indices else {}
+        frames = self._in_time(read_media, path, [frame for frame, _ in missing])[1] if missing else {}
         for frame, (height, width) in missing:
             picture = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
             pictures[frame, (height, width)] = self.cache.put((path, (frame, (height, width))), np.asarray(picture))
         return [pictures[key] for key in wanted]
+
+    def _in_time(self, read, path, *arguments):
+        """read(path, *arguments), or DataError when it takes longer than the timeout. A thread that hangs in a decoder cannot be
+        ended: it is left behind, and so is the file, which is never tried again."""
+        done = queue.SimpleQueue()
+
+        def work():
+            try:
+                done.put((read(path, *arguments), None))
+            except Exception as error:
+                done.put((None, error))
+
+        try:
+            if path in self.hung:
+                raise queue.Empty
+            threading.Thread(target=work, daemon=True).start()
+            result, error = done.get(timeout=self.timeout)
+        except queue.Empty:
+            self.hung.add(path)
+            raise DataError(f"{path}: expected to be read within {self.timeout:g} s (--timeout), found that it was not") from None
+        if error is not None:
+            raise error
+        return result
 
 
 _NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
@@ -1144,11 +1261,11 @@ def read_all(dataset, numbers, workers, timeout):
 
     A sample that takes longer than timeout seconds, or that ends its process, is a DataError as well; another process goes on.
     """
-    waiting, readers = deque(numbers), [Reader(dataset) for _ in range(workers)]
+    waiting, readers = iter(numbers), [Reader(dataset) for _ in range(workers)]
     while True:
         for reader in readers:
-            if reader.number is None and waiting:
-                reader.give(waiting.popleft(), timeout)
+            if reader.number is None and (number := next(waiting, None)) is not None:
+                reader.give(number, timeout)
         busy = [reader for reader in readers if reader.number is not None]
         if not busy:
             break
@@ -1222,8 +1339,8 @@ class Findings:
 
 
 def check(samples, dataset, options):
-    """Structure first, then, unless options say no, media and masks -> (Findings, numbers of the samples that are right)."""
-    right = []
+    """Structure first, then, unless options say no, media and masks -> (Findings, which samples are right: bool (samples,))."""
+    right = np.zeros(len(samples), bool)
     aside = options.problems and f"{options.problems}.tmp"
     with open(aside, "w") if aside else nullcontext() as file:
         findings = Findings(file)
@@ -1233,22 +1350,21 @@ def check(samples, dataset, options):
             except DataError as error:
                 findings.add_problem(error)
                 continue
-            right.append(number)
+            right[number] = True
             if options.structure_only:
                 findings.add_sample(sample, sample.media and "media")
         if not options.structure_only:
-            numbers, right = right, []
-            every = read_all(dataset, numbers, options.workers, options.timeout)
-            for number, found in tqdm(every, total=len(numbers), desc="media and masks", leave=False):
+            every = read_all(dataset, map(int, np.flatnonzero(right)), options.workers, options.timeout)
+            for number, found in tqdm(every, total=int(right.sum()), desc="media and masks", leave=False):
                 if isinstance(found, DataError):
                     findings.add_problem(found)
+                    right[number] = False
                     continue
-                right.append(number)
                 findings.add_sample(samples[number], found[1])
                 findings.counts["tokens"][found[0]] += 1
     if aside:
         os.replace(aside, options.problems)
-    return findings, sorted(right)
+    return findings, right
 
 
 # ------------------------------------------------------------------------------------------------ a picture of some samples
@@ -1259,9 +1375,9 @@ PANEL, TEXT_WIDTH, LINE = 192, 420, 17  # pixels: the height of a frame, the wid
 def preview(dataset, numbers, samples_shown=5, frames_shown=3):
     """-> PIL image: a row a sample. Frames with the masks drawn in, below each its cells, as bright as they are covered; beside them
     the conversation, its `<region>` tags numbered as the objects in the picture are."""
-    pointed = [number for number in numbers if dataset.samples[number].objects] or numbers
-    chosen = [pointed[i] for i in np.linspace(0, len(pointed) - 1, min(samples_shown, len(pointed))).round().astype(int)]
-    rows = [_preview_row(dataset, dataset.samples[number], frames_shown) for number in chosen]
+    some = [dataset.samples[int(number)] for number in evenly(numbers, 200)]
+    chosen = evenly([sample for sample in some if sample.objects] or some, samples_shown)
+    rows = [_preview_row(dataset, sample, frames_shown) for sample in chosen]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     for row, top in zip(rows, accumulate([row.height for row in rows], initial=0)):
         sheet.paste(row, (0, top))
@@ -1272,7 +1388,7 @@ def _preview_row(dataset, sample, frames_shown):
     info = sample.media and dataset._info(sample)
     objects = [dataset._masks(sample, number, info, np.random.default_rng(0)) for number in range(len(sample.objects))]
     frames = sorted({frame for masks in objects for frame in masks}) or ([0] if info else [])
-    frames = [frames[i] for i in sorted(set(np.linspace(0, len(frames) - 1, frames_shown).round().astype(int)))] if frames else []
+    frames = evenly(frames, frames_shown) if frames else []
     panels = []
     for frame, picture in zip(frames, read_frames(sample.media, frames) if frames else []):
         masks = [masks.get(frame) for masks in objects]
@@ -1313,6 +1429,7 @@ def main(argv=None):
     add = parser.add_argument
     add("files", nargs="+", help="data files: JSON arrays or JSONL")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
+    add("--outside-paths", action="store_true", help="also take media paths that are absolute or climb out of that folder")
     add("--structure-only", action="store_true", help="do not open media, do not decode masks")
     add("--problems", metavar="JSONL", help="write every problem to this file")
     add("--preview", metavar="PNG", help="draw some of the samples that are right")
@@ -1325,7 +1442,7 @@ def main(argv=None):
 
     import model  # here, because data stands alone but for this
 
-    samples = read_samples(options.files, options.media)
+    samples = read_samples(options.files, options.media, options.outside_paths)
     tiny = options.model == "tiny"
     defaults = {} if tiny else {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
     given = {f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None}
@@ -1335,12 +1452,12 @@ def main(argv=None):
         processor = Processor(tokenizer, image_processor, backbone.config, settings)
     else:
         processor = Processor.from_pretrained(options.model, settings)
-    dataset = ReferringDataset(samples, processor)
+    dataset = ReferringDataset(samples, processor, timeout=None)  # its process is killed instead
     findings, right = check(samples, dataset, options)
     findings.report(len(samples))
-    if options.preview and right:
+    if options.preview and right.any():
         with open(options.preview + ".tmp", "wb") as file:
-            preview(dataset, right).save(file, "PNG", optimize=True)
+            preview(dataset, np.flatnonzero(right)).save(file, "PNG", optimize=True)
         os.replace(options.preview + ".tmp", options.preview)
     return 1 if findings.problems else 0
 

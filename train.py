@@ -24,16 +24,21 @@ import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import model as models
+
+
+FRAME_CACHE = 128 << 20  # bytes of decoded frames that all workers of a rank keep together: a small data set is decoded once
 
 
 def option(default, help):
@@ -46,6 +51,7 @@ class Config:
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
+    outside_paths: bool = option(False, "also take media paths that are absolute or climb out of that folder")
     model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
     out: str = option("out", "folder for all that is written; must not hold an earlier run, unless that is resumed")
     train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
@@ -65,6 +71,7 @@ class Config:
     single_frame: float = option(0.25, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)")
     max_length: int = option(4096, "tokens of a sample at most; a longer one is refused, never cut")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
+    timeout: float = option(120.0, "seconds that a media file may take to be read; one that hangs is left out")
     workers: int = option(2, "processes that load data, on each rank")
     seed: int = option(0, "of the weights, the order and every random choice")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
@@ -78,7 +85,9 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = dict(nargs="+", required=True) if f.name == "data" else dict(type=f.type, default=f.default)
-        shown = "" if f.default is None else f" (default: {f.default})"
+        if f.type is bool:
+            kind = dict(action="store_true")
+        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
     return Config(**vars(parser.parse_args(argv)))
 
@@ -106,6 +115,16 @@ def init_distributed(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(device)
+
+
+@contextlib.contextmanager
+def rank0_first():
+    """The other ranks enter when rank 0 is through."""
+    if world_size() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def sum_over_ranks(values, device):
@@ -275,7 +294,7 @@ def save(model, processor, folder):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
-FREE = ("media", "out", "micro_batch", "max_bad", "workers", "log_every", "save_every", "keep", "resume", "device")
+FREE = ("media", "outside_paths", "out", "micro_batch", "max_bad", "timeout", "workers", "log_every", "save_every", "keep", "resume", "device")
 
 
 def checkpoints(out):
@@ -347,7 +366,8 @@ def tidy(out, done):
 def train(config):
     device = init_distributed(config.device)
     checkpoint, state = read_checkpoint(config)
-    samples = data.read_samples(config.data, config.media)
+    with rank0_first():  # it makes the index of the data files, the others find it
+        samples = data.read_samples(config.data, config.media, config.outside_paths)
     model, processor = build(config, samples, checkpoint)
     optimized = choose_parameters(model, config)
     model.to(device).train()
@@ -359,8 +379,10 @@ def train(config):
         config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
     done = state["done"] if state else 0
     order = Order(len(samples), config.batch_size, config.steps, config.seed, rank(), world_size(), start=done)
+    cache = FRAME_CACHE // max(config.workers, 1)
+    dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, cache_bytes=cache, timeout=config.timeout)
     loader = DataLoader(
-        data.ReferringDataset(samples, processor, config.single_frame, config.seed),
+        dataset,
         batch_sampler=order,
         num_workers=config.workers,
         collate_fn=partial(micro_batches, micro_batch=config.micro_batch, pad_token_id=processor.tokenizer.pad_token_id),
@@ -447,6 +469,103 @@ def train(config):
         dist.destroy_process_group()
     if stop:
         raise SystemExit(128 + signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------------ python train.py --bench
+
+
+@contextlib.contextmanager
+def stopwatch(places, now=time.perf_counter):
+    """{stage: [(owner, attribute), ...]} -> {stage: seconds}, spent in those functions while the context lasts."""
+    seconds = dict.fromkeys(places, 0.0)
+
+    def timed(function, stage):
+        def call(*arguments, **named):
+            start = now()
+            try:
+                return function(*arguments, **named)
+            finally:
+                seconds[stage] += now() - start
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for stage, functions in places.items():
+            for owner, attribute in functions:
+                stack.enter_context(mock.patch.object(owner, attribute, timed(getattr(owner, attribute), stage)))
+        yield seconds
+
+
+def num_bytes(value):
+    """The bytes of all arrays and tensors in nested lists, tuples and dicts."""
+    if isinstance(value, (list, tuple, dict)):
+        return sum(map(num_bytes, value.values() if isinstance(value, dict) else value))
+    return getattr(value, "nbytes", 0)
+
+
+def straightforward_sample(dataset, sample):
+    """A sample of a video read the way VideoRefer's own code reads one, for comparison: decord decodes the sampled frames, then the
+    annotated ones; pixels become float32, and masks float32 at the resolution of the video. -> its arrays."""
+    import decord  # for this comparison and the tests alone
+
+    processor, settings = dataset.processor, dataset.settings
+
+    def read(choose, size):
+        reader = decord.VideoReader(sample.media, num_threads=1)
+        frames = choose(len(reader))
+        pictures = reader.get_batch(frames).asnumpy()
+        height, width = pictures.shape[1:3]
+        small = [Image.fromarray(picture).resize(size(height, width)[::-1], Image.Resampling.BICUBIC) for picture in pictures]
+        return frames, reader.get_avg_fps(), (height, width), (np.stack(small).astype(np.float32) / 255 - 0.5) / 0.5
+
+    annotated = [data.evenly(sorted(masks), settings.region_frames) for masks in sample.objects]
+    sampled, fps, size, pictures = read(lambda total: data.evenly(range(total), settings.num_frames), processor.frame_size)
+    video = processor.video_patches(pictures)
+    stills = [processor.still_patches(picture) for picture in read(lambda _: sorted(set().union(*annotated)), processor.still_size)[-1]]
+    chosen = [masks[frame] for masks, frames in zip(sample.objects, annotated) for frame in frames]
+    masks = [data.decode_mask(mask, *size).astype(np.float32) for mask in chosen]
+    prompt = processor.video_prompt(sampled, fps, math.prod(processor.frame_size(*size)) // processor.factor**2)
+    tokens = [data.region_token_count(len(frames), settings.region_tokens) for frames in annotated]
+    return video, stills, masks, processor.encode(sample.turns, "video", prompt, tokens)
+
+
+def bench_data(dataset, repeats=3):
+    """Prints what a sample costs on its way to a batch, beside the straightforward path: medians over samples and repeats, nothing
+    cached. In time of a processor core, whatever the threads: a DataLoader runs one worker a core."""
+    import decord
+
+    torch.set_num_threads(1)  # as in a worker
+    some = [dataset.samples[i] for i in data.evenly(range(len(dataset)), 100)]
+    videos = data.evenly([s for s in some if s.objects and s.media and not data.media_info(s.media).is_image] or [None], 8)
+    if videos[0] is None:
+        raise SystemExit("--bench: expected samples with regions in a video, found none")
+    stages = {
+        "open, decode": [(data, "read_media"), (decord.VideoReader, "__init__"), (decord.VideoReader, "get_batch")],
+        "resize": [(Image.Image, "resize")],
+        "masks": [(data, "decode_mask"), (data, "coverage"), (data, "mask_box")],
+        "patchify": [(data.Processor, "still_patches"), (data.Processor, "video_patches")],
+        "tokens": [(data.Processor, "encode")],
+    }
+    ways = {"ours": lambda s: dataset.encode(s, np.random.default_rng(0)), "straightforward": lambda s: straightforward_sample(dataset, s)}
+    found = {way: [] for way in ways}
+    for sample in videos * repeats:
+        for way, read in ways.items():
+            dataset.cache = data.FrameCache(0)
+            with stopwatch(stages, time.process_time) as seconds:
+                start = time.process_time()
+                encoded = read(sample)
+                total = time.process_time() - start
+            found[way].append([1000 * s for s in seconds.values()] + [1000 * total, num_bytes(encoded) / 1e6])
+    medians = {way: np.median(rows, axis=0) for way, rows in found.items()}
+    print(f"\ndata path of a sample: median of {len(videos)} samples, {repeats} times each, on one core")
+    rows = zip([*(f"{stage}, ms" for stage in stages), "all, ms", "handed over, MB"], *medians.values())
+    print_table(["", *ways, "ratio"], [[name, *values, values[1] / values[0]] for name, *values in rows])
+
+
+def print_table(head, rows):
+    print("".join(f"{name:>18}" for name in head))
+    for name, *values in rows:
+        print(f"{name:>18}" + "".join(f"{value:18.2f}" for value in values))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ The number's 8 bits are a row of black and white blocks, the complement of each 
 blurred, smeared or mixed from two frames breaks the complement rule instead of passing for another number. A texture
 that drifts lies over the blocks, so that the encoders have motion to predict and P and B frames are worth something.
 """
+import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
 
 HEIGHT, WIDTH, BITS, RATE = 64, 128, 8, 24
 
@@ -123,3 +127,32 @@ def remux(source, target, change):
                 changed.pts, changed.dts, changed.duration = packet.pts, packet.dts, packet.duration
                 new.mux(changed)
     return Path(target)
+
+
+def write_bench(folder):
+    """For `train.py --bench`: 10 s of 720p video, a textured scene that the camera pans over, with one disc annotated on 8 frames."""
+    rng, (height, width), num_frames = np.random.default_rng(0), (720, 1280), 300
+    layers = [Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)).resize((2000, 2000)) for s in (4, 16, 64)]
+    scene = np.mean([np.asarray(layer, np.float32) for layer in layers], axis=0).astype(np.uint8)
+    y, x = np.mgrid[:height, :width]
+
+    def disc(k):
+        return (y - 360 - 150 * np.sin(k / 40)) ** 2 + (x - 200 - 3 * k) ** 2 < 110**2
+
+    def frame(k):
+        picture = scene[k : k + height, 2 * k : 2 * k + width].copy()
+        picture[disc(k)] = 255 - picture[disc(k)] // 2
+        return picture
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(folder / "clip.mp4", pictures=[frame(k) for k in range(num_frames)], rate=30)
+    masks = {k: coco_mask.encode(np.asfortranarray(disc(k).astype(np.uint8))) for k in range(20, num_frames, 37)}
+    annotation = {str(k): {"segmentation": mask | {"counts": mask["counts"].decode()}} for k, mask in masks.items()}
+    turns = [{"from": "human", "value": "What is <region> doing?"}, {"from": "gpt", "value": "It moves to the right."}]
+    sample = {"id": 0, "video": "clip.mp4", "conversations": turns, "annotation": [annotation]}
+    (folder / "data.json").write_text(json.dumps([sample]))
+
+
+if __name__ == "__main__":
+    write_bench(sys.argv[1])

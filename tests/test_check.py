@@ -112,15 +112,6 @@ def test_a_sample_that_hangs_or_kills_its_reader_is_a_problem_and_the_others_are
         assert isinstance(found[n], data.DataError) and f"sample {n}" in str(found[n]) and reason in str(found[n])
 
 
-def test_a_file_that_changes_under_a_run_is_a_data_error(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(RIGHT))
-    samples = data.read_samples(path)
-    path.write_text(json.dumps(RIGHT)[7:])
-    with pytest.raises(data.DataError, match="found that it changed"):
-        samples[2]
-
-
 def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
     """A white picture, 2 : 1, with a box over its left half: the cells of that half are bright, the others dark."""
     sample = {"image": "white.png", "conversations": TURNS, "annotation": [{"0": box(0, 0, 32, 32)}]}

@@ -1,6 +1,8 @@
 """Parsing, masks and coverage, each against an independent truth; and every kind of bad input, which must name its place."""
 
 import json
+import os
+import pickle
 import re
 
 import numpy as np
@@ -100,7 +102,7 @@ def test_array_and_lines_and_several_files_read_alike(folder):
         ('[{"id": 1}\n {"id": 2}]', 2, 2),
         ('[{"id": 1}, ]', 1, 13),
         ('[{"id": 1}', 1, 11),
-        ('[{"id": 1}] []', 1, 12),
+        ('[{"id": 1}] []', 1, 13),
         ('{"id": 1}\n{"id": }\n', 2, 8),
         ('[{"a": "unfinished}]', 1, 8),
     ],
@@ -123,6 +125,70 @@ def test_missing_and_undecodable_files_are_refused(folder):
     (folder / "latin.json").write_bytes(b'[{"id": "\xe9"}]')
     with pytest.raises(DataError, match="UTF-8"):
         data.read_samples(folder / "latin.json")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 1000])
+def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypatch, chunk):
+    monkeypatch.setattr(data, "_CHUNK", chunk)
+    entries = [{"id": 0, "deep": [[{"a": []}], "]},{["]}, 12345678, -1.5e-3, "ünï \\ \"[,", [], {}, None, True, {"id": "😀" * 9}, 7]
+    spellings = {
+        "compact.json": json.dumps(entries, separators=(",", ":"), ensure_ascii=False),
+        "pretty.json": "\ufeff \r\n" + json.dumps(entries, indent=3, ensure_ascii=False) + " \n\t",
+        "lines.jsonl": "\n".join(json.dumps(e, ensure_ascii=False) for e in [*entries, 8]),
+    }
+    for name, text in spellings.items():
+        samples = data.read_samples(write(folder, text, name))
+        assert [samples.read(i)[0] for i in range(len(samples))] == entries + [8] * (name == "lines.jsonl")
+    for text, line, column in (("[{},\n 1234567 8]", 2, 10), ('["ü",\n"ü" x]', 2, 5), ("[1, 2] \n\n 3", 3, 2), ("[1, 2", 1, 6), ('["a', 1, 2)):
+        with pytest.raises(DataError, match=f"line {line}, column {column}: "):
+            data.read_samples(write(folder, text))
+
+
+def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypatch):
+    path = write(folder, [good(), good()])
+    data.read_samples(path)
+    monkeypatch.setattr(data, "_spans", None)  # cannot be called: the second time nothing is parsed
+    samples = data.read_samples(path)
+    assert len(samples) == 2
+    again = pickle.loads(pickle.dumps(samples))  # a spawned worker gets the path of the index, not its content
+    assert again[1] == samples[1] and len(pickle.dumps(samples)) < 1000
+    monkeypatch.undo()
+    write(folder, [good(), good(), good()])
+    with pytest.raises(DataError, match="found that it has changed"):
+        samples[0]
+    assert len(data.read_samples(path)) == 3
+
+
+def test_an_index_that_cannot_be_kept_says_where(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(write(folder, "a file, not a folder", "cache")))
+    with pytest.raises(DataError, match="cache/nanorefer.*XDG_CACHE_HOME.*Not a directory"):
+        data.read_samples(write(folder, [good()]))
+
+
+@pytest.mark.parametrize("path", ["../a.mp4", "/a.mp4", "b/../../a.mp4", ".."])
+def test_media_outside_of_their_folder_are_refused_unless_allowed(folder, path):
+    file = write(folder, [good() | {"video": path}])
+    with pytest.raises(DataError, match=r"sample 0.*video: a path inside the media folder \(or --outside-paths\), found"):
+        data.read_samples(file)[0]
+    assert data.read_samples(file, outside_paths=True)[0].media == os.path.join(folder, path)
+    assert data.read_samples(write(folder, [good() | {"video": "b/../..a.mp4"}]))[0].media.endswith("b/../..a.mp4")
+
+
+def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypatch, processor):
+    plain = {"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]}
+    never, _ = os.pipe()
+    real, opened = data.media_info, []
+
+    def media_info(path):
+        opened.append(path)
+        return os.read(never, 1) if path.endswith("clip") else real(path)  # blocks in C, as a decoder does
+
+    monkeypatch.setattr(data, "media_info", media_info)
+    dataset = data.ReferringDataset(data.read_samples(write(folder, [good(), plain, good()])), processor, timeout=1.0)
+    found = [dataset[0, i] for i in range(3)]
+    for error in (found[0], found[2]):
+        assert re.search(r"sample \d.*clip: expected to be read within 1 s \(--timeout\)", str(error))
+    assert found[1]["kind"] == "image" and len(opened) == 2  # and the file is not tried twice
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -412,12 +478,14 @@ def test_hidden_and_empty_frames_are_skipped(folder, processor):
 
 
 def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monkeypatch):
-    asked = []
-    monkeypatch.setattr(data, "read_frames", lambda path, indices, read=data.read_frames: asked.append(indices) or read(path, indices))
+    loaded = []
+    monkeypatch.setattr(data, "_load_image", lambda file, load=data._load_image: loaded.append(file.name) or load(file))
     entry = good()
     entry[A] = [box_of("0", "3"), box_of("3", "11")]  # 0 and 11 are among the video's own eight, too
     dataset = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)
     first = dataset[0, 0]
-    assert asked == [[0, 2, 3, 5, 6, 8, 9, 11]] and first["region_still"] == [0, 1, 1, 2]
+    assert sorted(loaded)[-7:] == ["f11.png", "f2.png", "f3.png", "f5.png", "f6.png", "f8.png", "f9.png"]
+    assert {*loaded[:-7]} == {"f0.png"} and first["region_still"] == [0, 1, 1, 2]  # the first also tells the size
+    loaded.clear()
     np.testing.assert_array_equal(dataset[1, 0]["video_patches"], first["video_patches"])
-    assert len(asked) == 1  # the second epoch comes from the cache
+    assert not loaded  # the second epoch comes from the cache

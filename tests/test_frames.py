@@ -104,6 +104,17 @@ def test_seeks_save_decoding(videos, name, decoded):
     assert len(decoded) == 1 and decoded[0] < n - 10, decoded                 # one stretch, much shorter than the file
 
 
+def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, decoded):
+    """With x264's plain B-frames, two of three frames are such. The one that is wanted comes, whichever it is."""
+    path = write_video(tmp_path / "b.mp4", options={"x264-params": X264 + "keyint=72:bframes=2:b-pyramid=none"})
+    truth = forward(path)
+    for k in range(72):
+        assert (read_frames(path, [k])[0] == truth[k]).all(), k
+    decoded.clear()
+    assert (read_frames(path, [10, 70]) == truth[[10, 70]]).all()
+    assert len(decoded) == 1 and decoded[0] < 30
+
+
 def test_one_pass_serves_near_frames_and_far_ones_get_seeks(tmp_path, decoded):
     path = write_video(tmp_path / "long.mp4", num_frames=250, options=SHORT_GOP)
     assert numbers(path, [245, 2, 120, 122, 120]) == [245, 2, 120, 122, 120]
@@ -117,8 +128,8 @@ def test_a_seek_that_goes_astray_falls_back_to_the_start(clip, decoded, monkeypa
     """Some files' index leads to a later keyframe. The frame must still come, or DataError: never a neighbour."""
     truth, frames_from = forward(clip), data._frames_from
 
-    def astray(container, stream, time):
-        return frames_from(container, stream, None if time is None else time + 24 * 512)     # two keyframes too late
+    def astray(container, stream, time, needed):
+        return frames_from(container, stream, None if time is None else time + 24 * 512, needed)     # two keyframes too late
 
     monkeypatch.setattr(data, "_frames_from", astray)
     assert (read_frames(clip, [40])[0] == truth[40]).all()
@@ -147,9 +158,9 @@ def test_a_bad_seek_falls_back_to_the_start(videos, name, miss, monkeypatch):
     if miss is not None:
         _, times, keyframes = data._index_video(videos[name])
         with av.open(str(videos[name])) as container:
-            assert not list(frames_from(BadSeek(container, miss), container.streams.video[0], times[keyframes[2]]))
-    monkeypatch.setattr(data, "_frames_from", lambda container, stream, time: frames_from(
-        BadSeek(container, miss), stream, time))
+            assert not list(frames_from(BadSeek(container, miss), container.streams.video[0], times[keyframes[2]], None))
+    monkeypatch.setattr(data, "_frames_from", lambda container, stream, time, needed: frames_from(
+        BadSeek(container, miss), stream, time, needed))
     for k in range(20, 72, 3):
         assert (read_frames(videos[name], [k])[0] == truth[k]).all(), k
 
@@ -250,9 +261,9 @@ def test_gif_matches_pillow(videos):
             assert (frame == np.asarray(gif.convert("RGB"))).all()
 
 
-def test_one_index_serves_choosing_and_reading(clip):
-    info, frames = read_media(clip, lambda info: np.linspace(0, info.num_frames - 1, 4).round().astype(int))
-    assert info.num_frames == 72 and [read_number(f) for f in frames] == [0, 24, 47, 71]
+def test_frames_come_by_number_or_as_one_array(clip):
+    info, frames = read_media(clip, (71, 24, 0, 47, 24))
+    assert info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {k: k for k in (0, 24, 47, 71)}
     assert read_frames(clip, []).shape == (0, 64, 128, 3)
     assert numbers(clip, (k for k in (3, 4))) == [3, 4]
 
