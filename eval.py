@@ -71,7 +71,7 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128):
     masks = [{str(f): {"segmentation": _segmentation(m)} for f, m in frames.items()} for frames in objects]
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "-"}]  # its answer is not read
     entry = {"video": os.fspath(media), "conversations": turns, "annotation": masks}
-    sample = data.parse_sample(entry, (os.fspath(media),), "", 0)
+    sample = data.parse_sample(entry, (os.fspath(media),), "", 0, outside_paths=True)
     answer = next(answers(model, processor, Questions([sample], processor), [(0, 0)], max_new_tokens))[0]
     if isinstance(answer, data.DataError):
         raise answer
@@ -355,7 +355,7 @@ def score_choices(questions, replies):
 
 def run_questions(args):
     bench = args.bench_q or args.bench_d
-    samples = Bench(args) if bench else data.read_samples(args.data, args.media)
+    samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
     questions, keys = read_questions(samples, strict=not bench)
     columns, scores = {}, {}
     if bench:
@@ -413,21 +413,20 @@ class Bench(data.Samples):
     """VideoRefer-Bench-Q or -D as samples of one turn. With --score there are no masks to read, and --mode does not matter."""
 
     def __init__(self, args):
-        path = args.bench_q or args.bench_d
-        super().__init__([(path, args.media or os.path.dirname(path))])
-        self.turn = partial(bench_q_turn, no_options=args.no_options) if args.bench_q else bench_d_turn
-        self.single = args.mode == "single" and not args.score
+        self.args, path = args, args.bench_q or args.bench_d
+        super().__init__([(path, args.media or os.path.dirname(path))], args.outside_paths)
 
-    def __getitem__(self, i):
-        entry, place, media, position = self.read(i)
-        with data.within(*place):
-            data.expect(isinstance(entry, dict), "a JSON object", entry)
-            question, answer = self.turn(entry)
-            entry["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            listed, frame = entry.get("annotation"), str(entry.get("frame_idx"))
-            if self.single and isinstance(listed, list):  # each object on the published frame alone
-                entry["annotation"] = [{frame: frames.get(frame)} if isinstance(frames, dict) else frames for frames in listed]
-            return data.parse_sample(entry, place, media, position)
+    def __reduce__(self):
+        return type(self), (self.args,)
+
+    def prepare(self, entry):
+        data.expect(isinstance(entry, dict), "a JSON object", entry)
+        question, answer = bench_q_turn(entry, self.args.no_options) if self.args.bench_q else bench_d_turn(entry)
+        listed, frame = entry.get("annotation"), str(entry.get("frame_idx"))
+        if self.args.mode == "single" and not self.args.score and isinstance(listed, list):  # each object on the published frame alone
+            listed = [{frame: frames.get(frame)} if isinstance(frames, dict) else frames for frames in listed]
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return entry | {"conversations": turns, "annotation": listed}
 
 
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)
@@ -600,6 +599,7 @@ def parse(argv=None):
     add("--object", dest="pointed", action="append_const", const=("object", None), help="what follows belongs to the next object")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
+    add("--outside-paths", action="store_true", help="also take media paths that are absolute or climb out of that folder")
     add("--control", nargs="+", choices=("full", "shuffle"), default=[], help="ask --data again with the masks replaced")
     add("--mode", choices=("single", "multi"), default="single", help="benchmarks: masks on the published frame alone, or on all")
     add("--no-options", action="store_true", help="--bench-q: ask the question alone; an option's text is the answer")

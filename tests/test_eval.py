@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -97,7 +98,7 @@ def test_the_published_prompt_word_for_word(tmp_path):
 
     def read(name, mode, no_options=False):
         path, kind = str(tmp_path / name), name[0]
-        files = {"bench_q": path if kind == "q" else None, "bench_d": path if kind == "d" else None, "media": None, "score": None}
+        files = {"bench_q": path if kind == "q" else None, "bench_d": path if kind == "d" else None, "media": None, "score": None, "outside_paths": False}
         sample = evaluation.Bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
         return sample.turns[0], [sorted(frames) for frames in sample.objects]
 
@@ -273,6 +274,16 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
     assert other["not_asked"] == 8 and other["rows"]["all"]["accuracy"] == {"right": 10, "asked": 18}
 
 
+def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_path):
+    entries = json.loads(bad_file.read_text())
+    (tmp_path / "q.json").write_text(json.dumps([entries[0] | {"video": str(bad_file.parent / entries[0]["video"])}]))
+    arguments = ["--bench-q", str(tmp_path / "q.json"), "--score", "p.jsonl"]
+    with pytest.raises(data.DataError, match="inside the media folder"):
+        evaluation.Bench(evaluation.parse(arguments))[0]
+    samples = evaluation.Bench(evaluation.parse([*arguments, "--outside-paths"]))
+    assert pickle.loads(pickle.dumps(samples))[0] == samples[0]
+
+
 def test_a_bad_sample_ends_data_before_anything_is_asked(checkpoint, world, tmp_path):
     samples = json.loads((world / "test.json").read_text())[:3]
     (world / "one_bad.json").write_text(json.dumps([*samples, samples[0] | {"id": 9, "video": "videos/none.mp4"}]))
@@ -312,7 +323,7 @@ def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, 
     "content, complaint",
     [
         ("{", "not valid JSON"),
-        ("[]", "at least one sample"),
+        ("[]", "q.json: "),
         ('{"questions": []}', "and none of the other 0 can be used"),
         ('[{"id": 1}, {"id": 2}]', "found None; and none of the other 1 can be used"),
         (None, "a readable file"),
