@@ -348,7 +348,7 @@ def score_choices(questions, replies):
         if "error" not in question:
             question["choice"], question["by"] = choose(replies[n], read_options(question)[0])
     rows = score(questions, {"accuracy": {n: question["choice"] for n, question in enumerate(questions)}})
-    told = Counter(question["by"] for question in questions)
+    told = {by: sum(question["by"] == by for question in questions) for by in ("letter", "text", "none")}
     print(f"replies that name a letter: {told['letter']}; an option's whole text: {told['text']}; neither, which is wrong: {told['none']}")
     return {"rows": rows, "replies": told}
 
@@ -368,8 +368,7 @@ def run_questions(args):
         if rank() == 0:
             open_run(args)
         model, processor = load(args.model, args.device)
-        if args.data:  # first, since it ends at a bad sample
-            scores["loss"] = mean_loss(model, processor, samples, args)
+        scores = {"mode": args.mode, "no_options": args.no_options} if bench else {"loss": mean_loss(model, processor, samples, args)}
         for name, control in (("pred" if bench else "exact", "none"), *zip(args.control, args.control)):
             asked = {n: key for n, key in enumerate(keys) if questions[n]["regions"] or control == "none"}
             columns[name] = answer_all(model, processor, samples, asked, control, args)
@@ -397,6 +396,8 @@ def report(questions, columns, scores, args):
     lines = [question | {name: column[n] for name, column in columns.items() if n in column} for n, question in enumerate(questions)]
     if not args.score:  # they may be another run's
         write_file(args.out, "predictions.jsonl", json_lines(lines))
+    if args.bench_d:
+        print(f"{len(lines)} descriptions")
     if args.judge:
         scores |= judge([line for line in lines if "error" not in line], args)
     errors = [line["error"] for line in lines if "error" in line]

@@ -262,6 +262,7 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
     for n, (_, complaint) in enumerate(BAD_ENTRIES, start=1):
         assert complaint in predictions[n]["error"] and f"bad.json: sample {n} (id {n})" in predictions[n]["error"]
     counts = {"right": 2, "asked": 18}
+    assert scores["mode"] == "single" and scores["replies"] == {"letter": 2, "text": 0, "none": 0}
     assert scores["not_asked"] == 16 and scores["rows"]["all"]["accuracy"] == scores["rows"]["x"]["accuracy"] == counts
     evaluation.main(["--bench-q", str(bad_file), "--score", str(tmp_path / "out" / "predictions.jsonl"), "--out", str(tmp_path / "scored")])
     assert capsys.readouterr().out.splitlines()[-1] == last
