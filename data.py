@@ -222,6 +222,8 @@ def _spans(file):
     file.seek(begin)
     head = file.read(4096)
     first = len(head) - len(head.lstrip())
+    if b"".join(head.split()) == b"[]":
+        return iter(())
     return _array_spans(file, begin, begin + first + 1) if head[first:].startswith(b"[") else _line_spans(file, begin)
 
 
