@@ -393,8 +393,8 @@ def _parse_frames(frames, wrapped):
             if wrapped and mask is not None:
                 expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
                 mask = mask.get("segmentation")
-            if mask is not None:  # null or absent: the object is hidden on this frame
-                parsed[int(key)] = mask
+            parsed[int(key)] = mask
+    parsed = {frame: mask for frame, mask in parsed.items() if mask is not None}  # null or absent: the object is hidden there
     expect(parsed, "a mask on at least one frame", sorted(frames))
     return parsed
 

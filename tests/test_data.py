@@ -280,6 +280,7 @@ BAD_SAMPLES = {
     "frame not a number": (spoil([A, 0, "1.5"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '1.5'"),
     "frame of many digits": (spoil([A, 0, "0" * 5000], {}), "object 0: frame '0{20}': .*whole number from 0, found '0+[.]{3}$"),
     "the same frame twice": (spoil([A, 0, "01"], {"segmentation": square(1, 1, 9, 9)}), "each frame once"),
+    "the same frame twice, hidden once": (lambda e: e[A].insert(0, {"01": None, **e[A].pop(0)}), "object 0.*frame '1'.*each frame once"),
     "mask not wrapped": (spoil([A, 0, "1"], square(1, 1, 9, 9)), "object 0.*frame '1'.*segmentation"),
     "size of another type": (spoil(["height"], "24"), "height and width"),
     "half a size": (spoil(["width"], 32), "height and width"),
