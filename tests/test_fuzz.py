@@ -178,7 +178,7 @@ def make_mask(rng):
     if rng.random() < 0.5:
         low, high = rng.choice([(0, 1)] * 6 + [(-1, 2), (-1.01, 2.01)])  # as far outside as is allowed, and a little further
         kind, count = rng.choice([float, int, lambda x: round(x, 1)]), rng.choice([1, 1, 2, 3])
-        points = [rng.choice([3, 4, 6, 20] * 10 + [3000]) for _ in range(count)]
+        points = [rng.choice([3, 4, 6, 20] * 10 + [2, 3000]) for _ in range(count)]
         polygons = [[kind(rng.uniform(low, high) * side) for _ in range(n) for side in (width, height)] for n in points]
         return rng.choice([polygons, polygons[0], polygons[0][:2] * 3]), height, width
     share = rng.choice([0.1, 0.5, 0.9])
@@ -226,8 +226,10 @@ def hostile(rng):
 
 def mutate(rng, value):
     """-> value with one change somewhere inside, mostly made in place."""
-    if isinstance(value, (dict, list)) and value and rng.random() < 0.75:  # further down
-        key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    frames = [key for key in keys if str(key).isdigit() and isinstance(value, dict)]
+    if keys and rng.random() < (0.5 if frames else 0.75):  # further down
+        key = rng.choice(keys)
         value[key] = mutate(rng, value[key])
     elif rng.random() < 0.25:
         return hostile(rng) if rng.random() < 0.6 else rng.choice([[value], {"segmentation": value}, shown(value)])
@@ -242,7 +244,6 @@ def mutate(rng, value):
     elif isinstance(value, dict):
         moved = value.pop(rng.choice(list(value)), None) if value and rng.random() < 0.7 else hostile(rng)
         if rng.random() < 0.7:
-            frames = [key for key in value if key.isdigit()]
             value[rng.choice(FRAMES + ["0" + key for key in frames] if frames else KEYS)] = moved
     elif type(value) in (int, float):
         return rng.choice([value + 1, value - 1, -value, value * 3, value + 0.5 if abs(value) < 2**50 else 0, bool(value)])
