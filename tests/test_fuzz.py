@@ -278,7 +278,7 @@ def agree(specification, function, *arguments, longest=1000):
         found = function(*arguments)
     except data.DataError as refusal:
         error = str(refusal)
-    assert (expected is None) == (found is None), f"refused, but valid: {error[:300]}" if error else f"accepted, but invalid: {shown(found)}"
+    assert (expected is None) == (found is None), f"refused, but valid: {error}"[:300] if error else f"accepted, but invalid: {shown(found)}"
     if error is not None:
         assert re.search("expected .*found|not valid JSON|UTF-8", error), f"the error does not tell: {error[:300]}"
         assert error.isprintable() and len(error) < longest, f"the error is not one line that can be printed: {error[:300]!r}"
