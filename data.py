@@ -77,7 +77,10 @@ def within(*places):
 def expect(condition, expected, found):
     """Raises a DataError that says what was expected and what was found (shortened) unless condition holds."""
     if not condition:
-        text = repr(found)
+        try:
+            text = repr(found)
+        except (RecursionError, ValueError):  # nested too deeply, or a whole number of more than 4300 digits
+            text = f"a {type(found).__name__} too large to print"
         raise DataError(f"expected {expected}, found {text if len(text) <= 80 else text[:77] + '...'}")
 
 
@@ -343,6 +346,7 @@ def _parse_turns(conversations, has_media):
             speaker, value = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
+            expect(not re.search("[\ud800-\udfff]", value), "value: characters, not halves of surrogate pairs", value)  # tokenizers refuse
             turns.append((speaker, value))
     while turns and turns[0][0] == "gpt":  # an answer to nothing teaches nothing; the media stay
         turns.pop(0)
@@ -386,14 +390,14 @@ def _parse_objects(entry):
 def _parse_frames(frames, wrapped):
     parsed = {}
     for key, mask in frames.items():
-        with within(f"frame {key!r}"):
+        with within(f"frame {key[:20]!r}"):
             expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
             expect(int(key) not in parsed, "each frame once", key)
             if wrapped and mask is not None:
                 expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
                 mask = mask.get("segmentation")
-            if mask is not None:  # null or absent: the object is hidden on this frame
-                parsed[int(key)] = mask
+            parsed[int(key)] = mask
+    parsed = {frame: mask for frame, mask in parsed.items() if mask is not None}  # null or absent: the object is hidden there
     expect(parsed, "a mask on at least one frame", sorted(frames))
     return parsed
 
@@ -433,12 +437,13 @@ def _rle_runs(counts):
     """The run lengths inside a compressed RLE string (COCO's rleFrString).
 
     A number is little-endian groups of 5 bits, one character each (offset 48; 0x20: more follow; 0x10 in the last: negative);
-    from the fourth run on it is the difference to the run two before.
+    from the fourth run on it is the difference to the run two before. Six characters are more than a mask of MAX_MASK_AREA needs;
+    with seven, pycocotools shifts bits out of a C int and reads another number.
     """
     runs, value, shift = [], 0, 0
     for char in counts:
         bits = ord(char) - 48
-        expect(0 <= bits < 64 and shift < 40, "counts: a compressed RLE string", counts)
+        expect(0 <= bits < 64 and shift < 30, "counts: a compressed RLE string", counts)
         value |= (bits & 0x1F) << shift
         shift += 5
         if not bits & 0x20:
@@ -475,7 +480,7 @@ def decode_mask(segmentation, height, width):
 def _same_shape(size, frame, what):
     """Two (height, width) of one aspect ratio, up to rounding by a pixel of the smaller picture."""
     (h, w), (frame_h, frame_w) = size, frame
-    same = abs(w * frame_h - h * frame_w) <= max(frame_h, frame_w)
+    same = abs(w * frame_h - h * frame_w) <= max(h, w, frame_h, frame_w)
     expect(same, f"a {what} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
 
 

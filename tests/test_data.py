@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -256,6 +257,7 @@ BAD_SAMPLES = {
     "turn of another type": (spoil([C, 1], "hi"), "turn 1.*'hi'"),
     "unknown speaker": (spoil([C, 0, "from"], "user"), "turn 0.*human or gpt.*'user'"),
     "text of another type": (spoil([C, 0, "value"], 3), "turn 0.*value.*3"),
+    "half a character": (spoil([C, 1, "value"], "a\ud83d"), r"turn 1.*halves of surrogate pairs, found 'a\\ud83d'"),  # JSON can write it
     "empty answer": (spoil([C, 1, "value"], " "), "turn 1.*not empty"),
     "two human turns": (spoil([C, 1, "from"], "human"), "gpt as turn 1, found 'human'"),
     "no answer": (spoil([C], [{"from": "human", "value": "<region> <region>"}]), "supervised token"),
@@ -276,7 +278,9 @@ BAD_SAMPLES = {
     "object without a mask": (spoil([A, 1], {"3": {"segmentation": None}}), "object 1.*at least one frame"),
     "negative frame": (spoil([A, 0, "-1"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '-1'.*whole number from 0"),
     "frame not a number": (spoil([A, 0, "1.5"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '1.5'"),
+    "frame of many digits": (spoil([A, 0, "0" * 5000], {}), "object 0: frame '0{20}': .*whole number from 0, found '0+[.]{3}$"),
     "the same frame twice": (spoil([A, 0, "01"], {"segmentation": square(1, 1, 9, 9)}), "each frame once"),
+    "the same frame twice, hidden once": (lambda e: e[A].insert(0, {"01": None, **e[A].pop(0)}), "object 0.*frame '1'.*each frame once"),
     "mask not wrapped": (spoil([A, 0, "1"], square(1, 1, 9, 9)), "object 0.*frame '1'.*segmentation"),
     "size of another type": (spoil(["height"], "24"), "height and width"),
     "half a size": (spoil(["width"], 32), "height and width"),
@@ -342,6 +346,7 @@ def test_mask_of_another_resolution_of_the_same_shape_keeps_its_size():
     assert data.decode_mask(compressed(small), 720, 960).shape == (12, 16)
     odd = np.ones((480, 854), np.uint8)  # 480p of a 720p film: the width is rounded
     assert data.decode_mask(compressed(odd), 720, 1280).shape == (480, 854)
+    assert data.decode_mask(compressed(np.ones((720, 1280), np.uint8)), 240, 426).shape == (720, 1280)  # the film is 240p, cut to even
 
 
 BAD_MASKS = {
@@ -355,6 +360,9 @@ BAD_MASKS = {
     "compressed, other characters": ({"size": [4, 4], "counts": "\u00e9~ "}, "compressed RLE string"),
     "compressed, unfinished number": ({"size": [4, 4], "counts": "P" * 3}, "compressed RLE string"),
     "compressed, endless number": ({"size": [4, 4], "counts": "P" * 99 + "0"}, "compressed RLE string"),
+    "compressed, a number too long for pycocotools": ({"size": [4, 4], "counts": "0<1goooooO"}, "compressed RLE string"),
+    "sum too large to print": ({"size": [4, 4], "counts": [9 * 10**4299] * 2}, "sum to 4 . 4 = 16, found a int too large to print"),
+    "nested too deeply to print": ([reduce(lambda nest, _: [nest], range(5000))], "at least 3 points.*found a list too large to print"),
     "no size": ({"counts": [16]}, "size"),
     "size zero": ({"size": [0, 4], "counts": []}, "size"),
     "size absurd": ({"size": [10**9, 10**9], "counts": [10**18]}, "size"),
