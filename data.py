@@ -52,6 +52,7 @@ REGION_TAG = "<region>"  # what a question writes where an object is meant
 REGION_PAD = "<|region_pad|>"  # the placeholder token that the model replaces by a region's features
 MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
 ANSWER_MARK = "\ue000"  # stands for an answer while a chat template is rendered: a character of the private use area
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can write it, tokenizers and file systems refuse it
 MAX_MASK_AREA = 1 << 26  # pixels; above it, a "size" is a typing error or an attack, not a mask
 
 
@@ -77,11 +78,16 @@ def within(*places):
 def expect(condition, expected, found):
     """Raises a DataError that says what was expected and what was found (shortened) unless condition holds."""
     if not condition:
-        try:
-            text = repr(found)
-        except (RecursionError, ValueError):  # nested too deeply, or a whole number of more than 4300 digits
-            text = f"a {type(found).__name__} too large to print"
-        raise DataError(f"expected {expected}, found {text if len(text) <= 80 else text[:77] + '...'}")
+        raise DataError(f"expected {expected}, found {shorten(found)}")
+
+
+def shorten(value):
+    """-> repr(value), or its beginning."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a whole number of more than 4300 digits
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ------------------------------------------------------------------------------------------------ samples: parse and check
@@ -160,10 +166,14 @@ class Samples:
             if _version(file) != version:
                 raise DataError("expected the file as it was when it was opened, found that it has changed", path)
             file.seek(start)
-            entry = _DECODER.decode(file.read(end - start).decode())
+            text = file.read(end - start).decode()
         name = f"sample {position}"
+        try:
+            entry = _DECODER.decode(text)
+        except RecursionError:  # the index was made with more of the stack left
+            raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse", path, name) from None
         if isinstance(entry, dict) and "id" in entry:
-            name += f" (id {entry['id']!r})"
+            name += f" (id {shorten(entry['id'])})"
         return entry, (path, name), media, position
 
 
@@ -201,6 +211,8 @@ def _open_index(path):
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
         except RecursionError:
             raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse") from None
+        except ValueError as error:  # not DataError, which is one too: int() refuses thousands of digits
+            raise error if isinstance(error, DataError) else DataError(f"expected ordinary numbers, found: {error}") from None
         expect(len(index) > 1, "at least one sample", "none")
     aside = f"{kept}.{os.getpid()}.npy"
     try:
@@ -309,7 +321,7 @@ def parse_sample(entry, place, media, position, outside_paths=False):
     path = _media_path(entry, media, outside_paths)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=path is not None)
-    objects = _parse_objects(entry)
+    objects = _parse_objects(entry, path is not None and Path(path).suffix.lower() in IMAGE_SUFFIXES)
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expect(tags == len(objects), f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})", tags)
     if objects and path is None:
@@ -319,7 +331,7 @@ def parse_sample(entry, place, media, position, outside_paths=False):
         size = (entry.get("height"), entry.get("width"))
         valid = all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in size)
         expect(valid and size[0] * size[1] <= MAX_MASK_AREA, "height and width: two positive integers", size)
-    kind = entry.get("type", "")
+    kind = "" if entry.get("type") is None else entry["type"]
     expect(isinstance(kind, str), "type: a string", kind)
     return Sample(place, entry.get("id", position), path, turns, objects, size, kind)
 
@@ -330,7 +342,8 @@ def _media_path(entry, media, outside_paths):
     for key, name in found.items():
         if isinstance(name, list) and len(name) == 1:  # the later files write ["a.mp4"]
             name = name[0]
-        expect(isinstance(name, str) and name and "\0" not in name, f"{key}: one path", name)
+        valid = isinstance(name, str) and name and "\0" not in name and not HALF_CHARACTER.search(name)
+        expect(valid, f"{key}: one path", name)
         inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
         expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
         return os.path.join(media, name)
@@ -346,7 +359,7 @@ def _parse_turns(conversations, has_media):
             speaker, value = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
-            expect(not re.search("[\ud800-\udfff]", value), "value: characters, not halves of surrogate pairs", value)  # tokenizers refuse
+            expect(not HALF_CHARACTER.search(value), "value: characters, not halves of surrogate pairs", value)
             turns.append((speaker, value))
     while turns and turns[0][0] == "gpt":  # an answer to nothing teaches nothing; the media stay
         turns.pop(0)
@@ -368,8 +381,8 @@ def _parse_turns(conversations, has_media):
     return [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
 
 
-def _parse_objects(entry):
-    """The objects' masks under either key: `annotation` {"36": {"segmentation": SEG}} or the later `masks` {"36": SEG}."""
+def _parse_objects(entry, is_image):
+    """The objects' masks under either key: `annotation` {"36": {"segmentation": SEG}} or the later `masks` {"36": SEG}; of images, SEG."""
     keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
     expect(len(keys) <= 1, "annotation or masks, not both", keys)
     if not keys:
@@ -380,8 +393,8 @@ def _parse_objects(entry):
         objects = []
         for number, frames in enumerate(listed):
             with within(f"object {number}"):
-                if keys[0] == "masks" and (isinstance(frames, list) or isinstance(frames, dict) and "counts" in frames):
-                    frames = {"0": frames}  # an image: the segmentation itself
+                if keys[0] == "masks" and is_image and (isinstance(frames, list) or isinstance(frames, dict) and "counts" in frames):
+                    frames = {"0": frames}
                 expect(isinstance(frames, dict), "frame index -> mask", frames)
                 objects.append(_parse_frames(frames, wrapped=keys[0] == "annotation"))
     return objects
@@ -559,6 +572,13 @@ def read_frames(path, indices):
 def read_media(path, indices):
     """-> (MediaInfo, {frame number: uint8 (H, W, 3) RGB}); read_frames without the copy that joins the pictures."""
     path = Path(path)
+    try:
+        return _read_folder_or_file(path, indices)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise DataError(f"{path}: expected a media file or a folder of images, found: {error.strerror}") from None
+
+
+def _read_folder_or_file(path, indices):
     if path.is_dir():
         files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
         if not files:
@@ -1347,6 +1367,14 @@ class Findings:
             print("".join(f"    {place}\n" for place in first) + f"    and {count - len(first)} more" * (count > len(first)), end="\n")
 
 
+def check_masks(sample):
+    """DataError unless every mask is well formed; training itself reads those frames alone that it chooses."""
+    for number, masks in enumerate(sample.objects):
+        for frame, segmentation in masks.items():
+            with within(*sample.place, f"object {number}", f"frame {frame}"):
+                check_segmentation(segmentation)
+
+
 def check(samples, dataset, options):
     """Structure first, then, unless options say no, media and masks -> (Findings, which samples are right: bool (samples,))."""
     right = np.zeros(len(samples), bool)
@@ -1356,6 +1384,7 @@ def check(samples, dataset, options):
         for number in tqdm(range(len(samples)), desc="structure", leave=False, mininterval=0.5):
             try:
                 sample = samples[number]
+                check_masks(sample)
             except DataError as error:
                 findings.add_problem(error)
                 continue

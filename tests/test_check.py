@@ -112,6 +112,15 @@ def test_a_sample_that_hangs_or_kills_its_reader_is_a_problem_and_the_others_are
         assert isinstance(found[n], data.DataError) and f"sample {n}" in str(found[n]) and reason in str(found[n])
 
 
+@pytest.mark.parametrize("options", [(), ("--structure-only",)])
+def test_masks_are_checked_on_frames_that_training_might_not_choose(folder, options):
+    masks = {str(k): {"segmentation": [[1, 1, 9, 1, 9, 9]]} for k in range(20)}
+    wrong = [masks | {"13": {"segmentation": mask}} for mask in (5, {}, [], "x", {"size": [4, 4]}, {"size": [4, 4], "counts": [3]})]
+    wrong.append({"1": {"segmentation": [[1, 1, 9, 1]]}})
+    status, output = check(folder, [{"video": "a.mp4", "conversations": TURNS, "annotation": [m]} for m in wrong], *options)
+    assert status == 1 and "7 samples, 0 of them right" in output and output.count("object 0: frame 13") == 6
+
+
 def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
     """A white picture, 2 : 1, with a box over its left half: the cells of that half are bright, the others dark."""
     sample = {"image": "white.png", "conversations": TURNS, "annotation": [{"0": box(0, 0, 32, 32)}]}

@@ -160,6 +160,14 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypat
     assert len(data.read_samples(path)) == 3
 
 
+def test_numbers_and_ids_without_end_stay_out_of_messages(folder):
+    with pytest.raises(DataError, match="data.json: expected ordinary numbers, found: Exceeds the limit"):
+        data.read_samples(write(folder, '[{"id": %s}]' % ("7" * 5000)))
+    with pytest.raises(DataError) as caught:
+        read_one(folder, {"id": "x" * 10**6})
+    assert len(str(caught.value)) < 400
+
+
 def test_an_index_that_cannot_be_kept_says_where(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(write(folder, "a file, not a folder", "cache")))
     with pytest.raises(DataError, match="cache/nanorefer.*XDG_CACHE_HOME.*Not a directory"):
@@ -257,6 +265,7 @@ BAD_SAMPLES = {
     "turn of another type": (spoil([C, 1], "hi"), "turn 1.*'hi'"),
     "unknown speaker": (spoil([C, 0, "from"], "user"), "turn 0.*human or gpt.*'user'"),
     "text of another type": (spoil([C, 0, "value"], 3), "turn 0.*value.*3"),
+    "half a character in a path": (spoil(["video"], "a\ud83d.mp4"), r"video: one path, found 'a\\ud83d.mp4'"),
     "half a character": (spoil([C, 1, "value"], "a\ud83d"), r"turn 1.*halves of surrogate pairs, found 'a\\ud83d'"),  # JSON can write it
     "empty answer": (spoil([C, 1, "value"], " "), "turn 1.*not empty"),
     "two human turns": (spoil([C, 1, "from"], "human"), "gpt as turn 1, found 'human'"),
@@ -497,3 +506,18 @@ def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monk
     loaded.clear()
     np.testing.assert_array_equal(dataset[1, 0]["video_patches"], first["video_patches"])
     assert not loaded  # the second epoch comes from the cache
+
+
+def test_a_bare_mask_is_for_images_alone(folder):
+    mask = compressed(np.eye(H, W))
+    turns = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A dog."}]
+    for image, given in (("a.png", [mask]), ("A.JPG", [[square(1, 1, 9, 9)]])):
+        assert read_one(folder, {"video": image, "conversations": turns, "masks": given, "type": None}).objects == [{0: given[0]}]
+    for bare in (mask, [square(1, 1, 9, 9)]):
+        with pytest.raises(DataError, match="object 0.*frame"):
+            read_one(folder, {"video": "a.mp4", "conversations": turns, "masks": [bare]})
+
+
+def test_a_path_that_no_file_system_takes_is_a_data_error():
+    with pytest.raises(DataError, match="xxx: expected a media file or a folder of images"):
+        data.media_info("x" * 5000)

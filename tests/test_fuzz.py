@@ -53,25 +53,27 @@ def is_a(kind, *values):
 def spec_sample(entry, place, media, position, outside_paths=False):
     """What DESIGN.md ("The data file") makes of a JSON value."""
     need(is_a(dict, entry))
-    given = {key: value for key, value in entry.items() if value is not None}  # null is absent, but as an id or type
+    given = {key: value for key, value in entry.items() if value is not None}  # null is absent, but as an id
     path = turns = size = None
     names = [given[key] for key in ("video", "image") if key in given]
     if names:
         path = names[0][0] if is_a(list, names[0]) and len(names[0]) == 1 else names[0]
-        need(len(names) == 1 and is_a(str, path) and path and "\0" not in path)
+        need(len(names) == 1 and is_a(str, path) and path and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in path))
         depths = accumulate({"": 0, ".": 0, "..": -1}.get(part, 1) for part in path.split("/"))
         need(outside_paths or path[0] != "/" and min(depths) >= 0)
         path = path if path[0] == "/" else f"{media}/{path}"
     turns = spec_turns(given.get("conversations"), path is not None)
     masks = [(key, given[key]) for key in ("annotation", "masks") if key in given]
     need(len(masks) <= 1 and is_a(list, *(listed for _, listed in masks)))
-    objects = [spec_object(frames, key) for key, listed in masks for frames in listed]
+    stem, _, suffix = ([part for part in (path or "").split("/") if part not in ("", ".")] or [""])[-1].rpartition(".")
+    bare = stem and suffix.lower() in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
+    objects = [spec_object(frames, key, bare) for key, listed in masks for frames in listed]
     need(sum(question.count("<region>") for question, _ in turns) == len(objects) and (path or not objects))
     if "height" in given or "width" in given:
         size = given.get("height"), given.get("width")
         need(is_a(int, *size) and min(size) >= 1 and math.prod(size) <= 2**26)
-    need(is_a(str, entry.get("type", "")))
-    return data.Sample(place, entry.get("id", position), path, turns, objects, size, entry.get("type", ""))
+    need(is_a(str, given.get("type", "")))
+    return data.Sample(place, entry.get("id", position), path, turns, objects, size, given.get("type", ""))
 
 
 def spec_turns(turns, has_media):
@@ -88,8 +90,8 @@ def spec_turns(turns, has_media):
     return list(zip(texts[0::2], texts[1::2]))
 
 
-def spec_object(frames, key):
-    if key == "masks" and (is_a(list, frames) or is_a(dict, frames) and "counts" in frames):
+def spec_object(frames, key, bare):
+    if key == "masks" and bare and (is_a(list, frames) or is_a(dict, frames) and "counts" in frames):
         return {0: frames}  # an image's mask
     need(is_a(dict, frames) and all(0 < len(index) <= 9 and set(index) <= set("0123456789") for index in frames))
     need(len({int(index) for index in frames}) == len(frames))
@@ -156,14 +158,14 @@ def make_sample(rng):
     turns = greeting + [turn for question in questions for turn in (("human", question), ("gpt", "A cat."))]
     entry["conversations"] = [{"from": who, "value": text} for who, text in turns]
     if objects or rng.random() < 0.1:
-        entry[key] = [make_object(rng, key, media) for _ in range(objects)]
+        entry[key] = [make_object(rng, key, media and "png" in name) for _ in range(objects)]
     if rng.random() < 0.3:
         entry |= {"height": rng.randint(1, 2000), "width": rng.randint(1, 2000), "type": "what", "note": None}
     return entry
 
 
-def make_object(rng, key, media):
-    if key == "masks" and media == "image":
+def make_object(rng, key, image):
+    if key == "masks" and image and rng.random() < 0.5:
         return make_mask(rng)[0]
     frames = {str(frame): make_mask(rng)[0] for frame in rng.sample(range(100), rng.choice([1, 1, 2, 4]))}
     if key == "annotation":
@@ -336,6 +338,8 @@ def file_case(rng, folder, show):
         text = pattern % (", " if "[" in pattern else "\n").join(json.dumps(entry, ensure_ascii=ascii_only) for entry in entries)
     except (RecursionError, ValueError):  # a nest, or more digits than Python writes
         text = "[" * 5000
+    if rng.random() < 0.05:
+        text = text.replace("7", "7" * rng.choice([4000, 5000]), 1)  # of which 5000 are more than int() takes
     raw = text.encode(errors="surrogatepass")
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         i, byte = rng.randrange(len(raw)), bytes([rng.randrange(256)])

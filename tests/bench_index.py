@@ -1,0 +1,78 @@
+"""Prints what a data file of a million samples costs: `python tests/bench_index.py [SAMPLES]` (needs 0.9 GB of disk for a while).
+
+The memory is the proportional set size (each page shared by n processes counts 1/n for each) of a process and its 4 workers, over that
+of the same processes with an empty data set.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import warnings
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(here))
+
+import numpy as np  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+
+import data  # noqa: E402
+import model as models  # noqa: E402
+import train  # noqa: E402
+
+
+def write_samples(path, count):
+    rng = np.random.default_rng(0)
+    turns = [{"from": "human", "value": "What is <region> doing?"}, {"from": "gpt", "value": "It walks over the grass to the gate. " * 3}]
+    with open(path, "w") as file:
+        for number in range(count):
+            corners = (rng.random((4, 16)) * 300).round(1).tolist()
+            masks = {str(6 * k): {"segmentation": [polygon]} for k, polygon in enumerate(corners)}
+            entry = {"id": number, "video": f"videos/{number}.mp4", "conversations": turns, "annotation": [masks]}
+            file.write("[\n" * (number == 0) + json.dumps(entry) + ("\n]" if number + 1 == count else ",\n"))
+
+
+def memory():
+    """MB of this process and its children."""
+    total = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return total / 1024
+
+
+def peak(dataset, steps):
+    """The most memory while 4 workers read the samples of so many steps."""
+    order = train.Order(len(dataset), 16, steps, seed=0, rank=0, world=1)
+    most = 0
+    for number, _ in enumerate(DataLoader(dataset, batch_sampler=order, num_workers=4, collate_fn=len)):
+        most = max(most, memory()) if number % 20 == 0 else most
+    return most
+
+
+class Nothing(list):
+    def __getitem__(self, key):
+        return None
+
+
+def main(count):
+    warnings.simplefilter("ignore")  # more workers than cores
+    backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
+    processor = data.Processor(tokenizer, image_processor, backbone.config, data.Settings())
+    without = peak(Nothing(range(count)), 100)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")
+        path = os.path.join(folder, "data.json")
+        write_samples(path, count)
+        for time_of_asking in ("first", "second"):
+            start = time.perf_counter()
+            samples = data.read_samples(path)
+            print(f"opened for the {time_of_asking} time: {time.perf_counter() - start:.3f} s")
+        used = peak(data.ReferringDataset(samples, processor), 400)  # their media are missing: no frames are held
+    print(f"{count} samples, {without:.0f} MB without them, {used:.0f} MB with them: {used - without:.0f} MB")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
