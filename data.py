@@ -654,6 +654,8 @@ def _read_video(path, indices):
         _check_whole(path)
         info, times, keyframes = _index_video(path)
         wanted = _check_indices(path, indices, info.num_frames)
+        if not wanted:
+            return info, {}
         try:
             pictures = _decode(path, times, keyframes, wanted, skip=True)
         except av.error.FFmpegError:                     # some files refuse to be sought in
