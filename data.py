@@ -15,7 +15,6 @@ indices are 0-based positions in the source video, in order of presentation.
 """
 
 import argparse
-import codecs
 import hashlib
 import json
 import math
@@ -138,7 +137,7 @@ class Samples:
     def __init__(self, files, outside_paths=False):
         self.files, self.outside_paths = files, outside_paths
         self.indices = [_open_index(path) for path, _ in files]
-        self.first = np.cumsum([0] + [len(index) - 1 for index in self.indices])  # the number of each file's first sample
+        self.first = np.cumsum([0] + [len(index) - 2 for index in self.indices])  # the number of each file's first sample
 
     def __reduce__(self):  # a spawned process opens the index itself: pickled, a memory map would become a copy
         return type(self), (self.files, self.outside_paths)
@@ -161,15 +160,16 @@ class Samples:
             raise IndexError(i)
         number = int(np.searchsorted(self.first, i, side="right")) - 1
         (path, media), position = self.files[number], i - int(self.first[number])
-        version, (start, end) = self.indices[number][[0, position + 1]].tolist()
-        with open(path, "rb") as file:
-            if _version(file) != version:
-                raise DataError("expected the file as it was when it was opened, found that it has changed", path)
-            file.seek(start)
-            text = file.read(end - start).decode()
+        version, (start, end) = self.indices[number][[0, position + 2]].tolist()
         name = f"sample {position}"
         try:
-            entry = _DECODER.decode(text)
+            with open(path, "rb") as file:
+                if _version(file) != version:
+                    raise DataError("expected the file as it was when it was opened, found that it has changed", path, name)
+                file.seek(start)
+                entry = _DECODER.decode(file.read(end - start).decode())
+        except OSError as error:
+            raise DataError(f"expected a readable file, found: {error.strerror}", path, name) from None
         except RecursionError:  # the index was made with more of the stack left
             raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse", path, name) from None
         if isinstance(entry, dict) and "id" in entry:
@@ -183,6 +183,7 @@ def _refuse_constant(name):
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 _SPACE = re.compile(r"[ \t\r\n]*")
+_INDEX_FORMAT = 1  # to be raised when the rows of an index mean something else
 _CHUNK = 1 << 24  # bytes of a file that are held at a time
 _MAX_ENTRY = 1 << 28  # bytes; what does not parse within so many is taken for a syntax error
 
@@ -194,38 +195,47 @@ def _version(file):
 
 
 def _open_index(path):
-    """-> memory-mapped int64 (1 + samples, 2): the data file's _version, then where each sample begins and ends, in bytes.
+    """-> memory-mapped int64 (2 + samples, 2): the data file's _version; the number of samples and the format of this index; then where
+    each sample begins and ends, in bytes.
 
     It is kept in the user's cache folder (data folders are often read-only), and made anew when the data file has changed.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = os.path.join(cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".npy")
+    kept = os.path.join(cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".index")
     with within(path):
         try:
             with open(path, "rb") as file:
                 version = _version(file)
-                if os.path.exists(kept) and (index := _map_index(kept))[0].tolist() == version:
+                index = _map_index(kept, version)
+                if index is not None:
                     return index
-                index = np.fromiter(chain(version, chain.from_iterable(_spans(file))), np.int64).reshape(-1, 2)
+                spans = np.fromiter(chain.from_iterable(_spans(file)), np.int64).reshape(-1, 2)
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
         except RecursionError:
             raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse") from None
         except ValueError as error:  # not DataError, which is one too: int() refuses thousands of digits
             raise error if isinstance(error, DataError) else DataError(f"expected ordinary numbers, found: {error}") from None
-        expect(len(index) > 1, "at least one sample", "none")
-    aside = f"{kept}.{os.getpid()}.npy"
+        expect(len(spans), "at least one sample", "none")
+    aside = f"{kept}.{os.getpid()}.{time.time_ns()}"
     try:
         os.makedirs(os.path.dirname(kept), exist_ok=True)
-        np.save(aside, index)
+        np.concatenate([[version, [len(spans), _INDEX_FORMAT]], spans]).tofile(aside)
         os.replace(aside, kept)
     except OSError as error:
         raise DataError(f"expected a cache folder that can be written to (set XDG_CACHE_HOME), found: {error.strerror}", kept) from None
-    return _map_index(kept)
+    index = _map_index(kept, version)
+    expect(index is not None, f"{path} to stay as it is while its index is made", "that it has changed")
+    return index
 
 
-def _map_index(kept):
-    return np.asarray(np.load(kept, mmap_mode="r"))  # as a plain array, which still lies on disk: np.memmap is slow to slice
+def _map_index(kept, version):
+    """-> the index, as a plain array that still lies on disk (np.memmap is slow to slice), or None where it has to be made (anew)."""
+    try:
+        index = np.asarray(np.memmap(kept, np.int64, "r")).reshape(-1, 2)  # one open, one length: another process may replace it now
+    except (OSError, ValueError):  # there is none, or a damaged one
+        return None
+    return index if index[:2].tolist() == [version, [len(index) - 2, _INDEX_FORMAT]] else None
 
 
 def _spans(file):
@@ -249,16 +259,7 @@ def _array_spans(file, begin, byte):
     while not last:
         file.seek(byte)
         window = file.read(size)
-        whole = len(window) < size  # it reaches the end of the file
-        try:
-            text = codecs.utf_8_decode(window, "strict", whole)[0]  # the end of the window may cut a character in two
-        except UnicodeDecodeError as error:
-            raise _syntax_error(file, begin, byte + error.start, "not UTF-8") from None
-        position, here = 0, byte  # in characters of the window, in bytes of the file
-
-        def width(start, end):
-            return end - start if text.isascii() else len(text[start:end].encode())
-
+        text, position = window.decode("latin-1"), 0  # a character a byte: positions are bytes, and JSON's own characters the same
         try:
             while not last:
                 start = _SPACE.match(text, position).end()
@@ -266,15 +267,16 @@ def _array_spans(file, begin, byte):
                 after = _SPACE.match(text, end).end()
                 if text[after : after + 1] not in (",", "]"):
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
-                first = here + width(position, start)
-                here = first + width(start, after) + 1
-                yield first, first + width(start, end)
+                window[start:end].decode()
+                yield byte + start, byte + end
                 position, last = after + 1, text[after] == "]"
+        except UnicodeDecodeError as error:
+            raise _syntax_error(file, begin, byte + start + error.start, "not UTF-8") from None
         except json.JSONDecodeError as error:
-            if whole or size > _MAX_ENTRY:
-                raise _syntax_error(file, begin, here + width(position, error.pos), f"not valid JSON: {error.msg}") from None
+            if len(window) < size or size > _MAX_ENTRY:  # there is no more text that could mend it
+                raise _syntax_error(file, begin, byte + error.pos, f"not valid JSON: {error.msg}") from None
             size = _CHUNK if position else 2 * size
-        byte = here
+        byte += position
     file.seek(byte)
     while window := file.read(_CHUNK):
         if window.strip(b" \t\r\n"):
@@ -801,12 +803,15 @@ class Settings:
     """How media become tokens. Saved beside a trained model, so that eval.py sees what training saw."""
 
     num_frames: int = 8  # frames sampled evenly from a video
-    frame_pixels: int = 96 * 96  # at most so many pixels in each of them, after resizing
+    frame_pixels: int = 32 * 32  # at most so many pixels in each of them, after resizing
     region_pixels: int = 96 * 96  # the same for stills: images, and the annotated frames that regions are pooled from
     region_frames: int = 8  # annotated frames used of one object, evenly spread
     region_tokens: int = 4  # tokens that one object becomes, at most (the paper's u)
     max_length: int = 4096  # tokens of a sample; a longer one is an error, never cut
 
+
+# The pixels of a pretrained backbone's pictures, in place of the tiny model's above.
+PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
 # What the backbone families do differently in the prompt. Everything else is read from the checkpoint's own files.
 # timestamps: each pair of frames is announced as "<1.5 seconds>" (Qwen3-VL), or time goes into the position ids (Qwen2.5-VL).
@@ -955,7 +960,8 @@ def region_token_count(num_frames, limit):
 class ReferringDataset(torch.utils.data.Dataset):
     """Samples as encoded conversations with their patches and regions. Keys are (epoch, number) pairs.
 
-    dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks. A sample that cannot
+    dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks (but for the files that
+    hang a decoder, which is a matter of time). A sample that cannot
     be used comes back as its DataError, not raised, because an exception would end the worker: the caller decides.
     control: "none"; "full" replaces every mask by the whole frame; "shuffle" by the masks of another sample's object.
     timeout: seconds that a media file may take to be read.
@@ -1077,9 +1083,10 @@ class ReferringDataset(torch.utils.data.Dataset):
         for number in rng.permutation(len(self.samples)).tolist():
             other = self.samples[number]
             if other.objects and other.media != sample.media:
-                found = self._masks(other, int(rng.integers(len(other.objects))), self._info(other), rng)
-                others = [found[frame] for frame in sorted(found)]
-                return {frame: others[i % len(others)] for i, frame in enumerate(sorted(masks))}
+                with suppress(DataError):  # its own, reported when it is asked about itself; the next one serves as well
+                    found = self._masks(other, int(rng.integers(len(other.objects))), self._info(other), rng)
+                    others = [found[frame] for frame in sorted(found)]
+                    return {frame: others[i % len(others)] for i, frame in enumerate(sorted(masks))}
         raise DataError("expected a sample with regions on other media to take masks from (--control shuffle), found none")
 
     def _pictures(self, path, wanted):
@@ -1266,7 +1273,8 @@ def _read_for_ever(dataset, connection):
         number = connection.recv()
         encoded = dataset[0, number]
         if not isinstance(encoded, DataError):
-            info = dataset.samples[number].media and dataset.cache.get(dataset.samples[number].media)
+            sample = dataset.samples[number]
+            info = sample.media and dataset._info(sample)
             media = info and ("image" if info.is_image else "video", info.num_frames, f"{info.width}x{info.height}")
             encoded = len(encoded["input_ids"]), media
         connection.send(encoded)
@@ -1296,6 +1304,8 @@ def read_all(dataset, numbers, workers, timeout):
     while True:
         for reader in readers:
             if reader.number is None and (number := next(waiting, None)) is not None:
+                if not reader.process.is_alive():
+                    readers[readers.index(reader)] = reader = Reader(dataset)
                 reader.give(number, timeout)
         busy = [reader for reader in readers if reader.number is not None]
         if not busy:
@@ -1484,7 +1494,7 @@ def main(argv=None):
 
     samples = read_samples(options.files, options.media, options.outside_paths)
     tiny = options.model == "tiny"
-    defaults = {} if tiny else {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
+    defaults = {} if tiny else PRETRAINED_PIXELS
     given = {f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None}
     settings = Settings(**defaults | given)
     if tiny:

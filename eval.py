@@ -50,7 +50,7 @@ from train import append_jsonl, init_distributed, rank, read_jsonl, sum_over_ran
 def load(path, device=None):
     """A folder that train.py wrote, or a plain backbone -> (model, processor). What training saw of a video, the model sees."""
     saved = os.path.join(path, "nanorefer.json")
-    settings = data.Settings(frame_pixels=384 * 384, region_pixels=384 * 384)
+    settings = data.Settings(**data.PRETRAINED_PIXELS)
     if os.path.exists(saved):
         with open(saved) as file:
             settings = data.Settings(**json.load(file))

@@ -24,6 +24,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from unittest import mock
 
@@ -99,7 +100,12 @@ def parse(argv=None):
             kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default)
         shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
-    return Config(**vars(parser.parse_args(argv)))
+    config = Config(**vars(parser.parse_args(argv)))
+    for f in fields(Config):
+        least, value = int(f.name not in ("warmup", "workers", "seed")), getattr(config, f.name)
+        if f.type is int and value is not None and value < least:
+            parser.error(f"--{f.name.replace('_', '-')}: expected a whole number from {least}, found {value}")
+    return config
 
 
 # ------------------------------------------------------------------------------------------------ ranks
@@ -121,19 +127,21 @@ def print0(*args):
 def init_distributed(device):
     """Joins the ranks that torchrun started, if it did; -> this rank's device."""
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # Ranks wait for rank 0 while it writes a checkpoint, and for one that reads slow files: longer than the default of 10 minutes.
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(device)
 
 
 @contextlib.contextmanager
-def rank0_first():
-    """The other ranks enter when rank 0 is through."""
-    if world_size() > 1 and rank() > 0:
+def first_on_this_machine():
+    """The other ranks enter when each machine's first is through."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if world_size() > 1 and not first:
         dist.barrier()
     yield
-    if world_size() > 1 and rank() == 0:
+    if world_size() > 1 and first:
         dist.barrier()
 
 
@@ -194,9 +202,11 @@ def build(config, samples, checkpoint=None):
     """-> (model, processor), with the choices of config that are None made by what the model is. checkpoint: take weights and
     tokenizer from this folder."""
     tiny = config.model == "tiny"
-    defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=3e-3, frame_pixels=32 * 32, region_pixels=96 * 96)
-    if not tiny:
-        defaults = dict(train="region", lr=2e-5, region_lr=1e-3, frame_pixels=384 * 384, region_pixels=384 * 384)
+    if tiny:
+        defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=3e-3)
+        defaults |= dict(frame_pixels=data.Settings.frame_pixels, region_pixels=data.Settings.region_pixels)
+    else:
+        defaults = dict(train="region", lr=2e-5, region_lr=1e-3) | data.PRETRAINED_PIXELS
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -239,7 +249,7 @@ def choose_parameters(model, config):
     groups, chosen = model.parameter_groups(), config.train.split(",")
     covered = sum(p.numel() for group in groups.values() for p in group)
     assert covered == sum(p.numel() for p in model.parameters()), "the parameter groups must cover the model, each weight once"
-    if not set(chosen) <= set(groups):
+    if not set(chosen) <= set(groups) or len(set(chosen)) < len(chosen):
         raise SystemExit(f"--train: expected names out of {','.join(groups)}, found {config.train}")
     model.requires_grad_(False)
     optimized = []
@@ -334,7 +344,7 @@ def save(model, processor, path, training=None):
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
 FREE = ("media", "outside_paths", "out", "micro_batch", "max_bad", "timeout", "workers", "log_every", "save_every", "keep", "resume", "device")
-FREE += ("fsdp", "grad_checkpoint", "bench")
+FREE += ("fsdp", "grad_checkpoint")
 
 
 def checkpoints(out):
@@ -432,12 +442,18 @@ def backward(model, micro, total, device):
     return loss_sum
 
 
+def ignore_sigterm(worker):
+    """For the loader's processes. torchrun and batch systems send SIGTERM to all processes: if these died of it, so would the run,
+    before it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def train(config):
     device = init_distributed(config.device)
     if config.fsdp and not dist.is_initialized():
         raise SystemExit("--fsdp: shards over the ranks that torchrun starts, found none; see python train.py --help")
     checkpoint, state = read_checkpoint(config)
-    with rank0_first():  # it makes the index of the data files, the others find it
+    with first_on_this_machine():  # it makes the index of the data files, the others find it
         samples = data.read_samples(config.data, config.media, config.outside_paths)
     model, processor = build(config, samples, checkpoint)
     if config.grad_checkpoint:
@@ -448,7 +464,8 @@ def train(config):
     optimized = choose_parameters(model, config)
     model.to(device).train()
 
-    config.batch_size = config.batch_size or min(16, len(samples) - len(samples) % world_size())
+    most = min(16, len(samples))
+    config.batch_size = config.batch_size or most - most % world_size()
     if config.batch_size < 1 or config.batch_size % world_size():
         raise SystemExit(f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}")
     if config.epochs is not None:
@@ -461,6 +478,7 @@ def train(config):
         dataset,
         batch_sampler=order,
         num_workers=config.workers,
+        worker_init_fn=ignore_sigterm,
         collate_fn=partial(micro_batches, micro_batch=config.micro_batch, pad_token_id=processor.tokenizer.pad_token_id),
     )
     print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
@@ -700,6 +718,8 @@ def bench_step(model, optimized, dataset, config, device, turns=5, steps=6):
 
 def bench(config):
     """--bench: everything but training, on one process."""
+    if config.fsdp or config.grad_checkpoint or "RANK" in os.environ:
+        raise SystemExit("--bench: one process; not with torchrun, --fsdp or --grad-checkpoint")
     device = init_distributed(config.device)
     samples = data.read_samples(config.data, config.media, config.outside_paths)
     model, processor = build(config, samples)

@@ -1,9 +1,11 @@
 """Parsing, masks and coverage, each against an independent truth; and every kind of bad input, which must name its place."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
+from contextlib import suppress
 from functools import reduce
 
 import numpy as np
@@ -155,8 +157,13 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypat
     assert again[1] == samples[1] and len(pickle.dumps(samples)) < 1000
     monkeypatch.undo()
     write(folder, [good(), good(), good()])
-    with pytest.raises(DataError, match="found that it has changed"):
-        samples[0]
+    for number in (0, 1):  # each sample is an error of its own, so that --max-bad counts them
+        with pytest.raises(DataError, match=f"sample {number}: .*found that it has changed"):
+            samples[number]
+    path.unlink()
+    with pytest.raises(DataError, match="sample 1: expected a readable file, found: No such file"):
+        samples[1]
+    write(folder, [good(), good(), good()])
     assert len(data.read_samples(path)) == 3
 
 
@@ -166,6 +173,35 @@ def test_numbers_and_ids_without_end_stay_out_of_messages(folder):
     with pytest.raises(DataError) as caught:
         read_one(folder, {"id": "x" * 10**6})
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("damage", [b"", b"123", bytes(200), bytes(16 * 5), None], ids=["empty", "short", "odd", "zeros", "cut"])
+def test_a_damaged_index_is_made_anew(folder, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    path = write(folder, [good() | {"id": i} for i in range(3)])
+    data.read_samples(path)
+    (kept,) = (folder / "cache/nanorefer").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-16] if damage is None else damage)  # None: its last row is missing
+    samples = data.read_samples(path)
+    assert [samples[i].id for i in range(len(samples))] == [0, 1, 2]
+
+
+def test_processes_may_open_a_file_that_another_writes_anew(folder):
+    """The index is replaced while others map it: a file of 1 or of 40 samples, never anything between."""
+    path, writer = folder / "data.json", multiprocessing.Process(target=_rewrite, args=(folder,), daemon=True)
+    write(folder, [good()])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        with suppress(DataError):  # it changed while its index was made
+            seen.add(len(data.read_samples(path)))
+    assert seen <= {1, 40} and seen
+
+
+def _rewrite(folder):
+    for number in range(150):
+        os.replace(write(folder, [good()] * (1, 40)[number % 2], "aside.json"), folder / "data.json")
+        data.read_samples(folder / "data.json")
 
 
 def test_an_index_that_cannot_be_kept_says_where(folder, monkeypatch):
@@ -371,7 +407,7 @@ BAD_MASKS = {
     "compressed, endless number": ({"size": [4, 4], "counts": "P" * 99 + "0"}, "compressed RLE string"),
     "compressed, a number too long for pycocotools": ({"size": [4, 4], "counts": "0<1goooooO"}, "compressed RLE string"),
     "sum too large to print": ({"size": [4, 4], "counts": [9 * 10**4299] * 2}, "sum to 4 . 4 = 16, found a int too large to print"),
-    "nested too deeply to print": ([reduce(lambda nest, _: [nest], range(5000))], "at least 3 points.*found a list too large to print"),
+    "nested too deeply to print": ([reduce(lambda nest, _: [nest], range(100_000))], "at least 3 points.*found a list too large to print"),
     "no size": ({"counts": [16]}, "size"),
     "size zero": ({"size": [0, 4], "counts": []}, "size"),
     "size absurd": ({"size": [10**9, 10**9], "counts": [10**18]}, "size"),
@@ -521,3 +557,15 @@ def test_a_bare_mask_is_for_images_alone(folder):
 def test_a_path_that_no_file_system_takes_is_a_data_error():
     with pytest.raises(DataError, match="xxx: expected a media file or a folder of images"):
         data.media_info("x" * 5000)
+
+
+def test_a_shuffled_mask_comes_from_a_sample_that_can_be_read(folder, processor):
+    turns = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A dog."}]
+    right = {"image": "a.png", "conversations": turns, "annotation": [{"0": {"segmentation": square(4, 4, 12, 12)}}]}
+    missing = right | {"image": "nope.png"}
+    other = right | {"image": "clip/f0.png", "annotation": [{"0": {"segmentation": square(16, 8, 32, 24)}}]}
+    malformed = other | {"annotation": [{"0": {"segmentation": [[1, 1, 2]]}}]}
+    samples = data.read_samples(write(folder, [right, missing, malformed, other]))
+    for seed in range(6):
+        encoded = data.ReferringDataset(samples, processor, control="shuffle", seed=seed)[0, 0]
+        np.testing.assert_allclose(encoded["where"][0][:4], (24 / 32, 16 / 24, 16 / 32, 16 / 24))

@@ -288,10 +288,16 @@ def agree(specification, function, *arguments, longest=1000):
     return expected, found
 
 
+def parts(sample):
+    """A sample to compare: its fields as a list, whose equality takes an object to equal itself, NaN too. In both samples of a case ids
+    and masks are the same objects."""
+    return sample and list(vars(sample).values())
+
+
 def sample_case(rng, folder, show):
     entry, outside_paths = show(mutated(rng, make_sample(rng))), rng.random() < 0.5
     expected, found = agree(spec_sample, data.parse_sample, entry, ("file", "sample 5"), "media", 5, outside_paths)
-    assert found == expected, (found, expected)  # masks are the same objects in both, so that NaN equals NaN
+    assert parts(found) == parts(expected), (found, expected)
     return found is not None
 
 
@@ -356,7 +362,7 @@ def file_case(rng, folder, show):
     for number, value in enumerate(values):
         arguments = value, None, folder, number  # the place is compared with itself
         expected, found = agree(lambda i: spec_sample(*arguments), samples.__getitem__, number, longest=10**7)  # it has the whole id
-        assert found == (expected and replace(expected, place=found.place)), (found, expected)
+        assert parts(found) == parts(expected and replace(expected, place=found.place)), (found, expected)
         right += found is not None
     return right == len(values)
 

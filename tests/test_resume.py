@@ -41,9 +41,8 @@ def what_must_agree(folder):
 
 def start(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=TOP, env=environment, start_new_session=True, **output)
 
 
 def when_steps_are_logged(process, out, steps, patience=240):
@@ -78,7 +77,7 @@ def test_sigterm_saves_exits_and_the_run_goes_on(seven, uninterrupted, tmp_path)
     out = tmp_path / "run"
     process = start("train.py", "--data", seven, "--out", out, *SHAPE)
     when_steps_are_logged(process, out, 3)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader's processes get it too, as from torchrun
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM and "--resume latest goes on" in output and "Traceback" not in output
     (done,) = train.checkpoints(out)

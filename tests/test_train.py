@@ -240,3 +240,14 @@ def test_bench_compares_with_the_same_work(toy):
         run_backward(model, micro, total, device)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize("option, least", [("batch-size", 1), ("micro-batch", 1), ("log-every", 1), ("num-frames", 1), ("keep", 1), ("workers", 0)])
+def test_numbers_that_mean_nothing_are_refused(option, least, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--data", "d.json", f"--{option}", str(least - 1)])
+    assert f"--{option}: expected a whole number from {least}, found {least - 1}" in capsys.readouterr().err
+    assert getattr(train.parse(["--data", "d.json", f"--{option}", str(least)]), option.replace("-", "_")) == least
