@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,22 @@ def test_bench_compares_with_the_same_work(toy):
         run_backward(model, micro, total, device)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(toy, tmp_path, monkeypatch):
+    samples = json.loads((toy / "train.json").read_text())
+    videos = sorted({s["video"] if isinstance(s["video"], str) else s["video"][0] for s in samples if "video" in s})
+    (tmp_path / "data.json").write_text(json.dumps([s for s in samples if videos[0] in json.dumps(s)][:1] + samples[-7:]))
+    never, _ = os.pipe()
+    real = data.read_media
+    monkeypatch.setattr(data, "read_media", lambda path, frames: os.read(never, 1) if path.endswith(videos[0]) else real(path, frames))
+    handler = signal.getsignal(signal.SIGTERM)
+    options = ["--data", tmp_path / "data.json", "--media", toy, "--out", tmp_path / "out", "--timeout", 1, "--max-bad", 1, "--workers", 1]
+    train.train(train.parse([str(option) for option in [*options, "--steps", 3, "--batch-size", 8, "--log-every", 1, "--device", "cpu"]]))
+    signal.signal(signal.SIGTERM, handler)
+    assert (tmp_path / "out/final").is_dir() and len(metrics(tmp_path / "out")) == 3
+    bad = [line["reason"] for line in train.read_jsonl(tmp_path / "out/bad_samples.jsonl")]
+    assert bad and all("expected to be read within 1 s (--timeout)" in reason for reason in bad)
 
 
 # ------------------------------------------------------------------------------------------------ options
