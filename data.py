@@ -1248,6 +1248,13 @@ def draw_regions(picture, masks, numbers=None):
     return np.array(image)
 
 
+def save_picture(image, path):
+    """Writes a PIL image as PNG: whole or not at all."""
+    with open(path + ".tmp", "wb") as file:
+        image.save(file, "PNG", optimize=True)
+    os.replace(path + ".tmp", path)
+
+
 # ------------------------------------------------------------------------------------------------ python data.py FILE: is it right?
 
 
@@ -1506,9 +1513,7 @@ def main(argv=None):
     findings, right = check(samples, dataset, options)
     findings.report(len(samples))
     if options.preview and right.any():
-        with open(options.preview + ".tmp", "wb") as file:
-            preview(dataset, np.flatnonzero(right)).save(file, "PNG", optimize=True)
-        os.replace(options.preview + ".tmp", options.preview)
+        save_picture(preview(dataset, np.flatnonzero(right)), options.preview)
     return 1 if findings.problems else 0
 
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import data
 import model as models
-from train import append_jsonl, init_distributed, rank, read_jsonl, sum_over_ranks, world_size, write_whole
+from train import append_jsonl, first_on_this_machine, init_distributed, rank, read_jsonl, sum_over_ranks, world_size, write_whole
 
 
 def load(path, device=None):
@@ -127,7 +127,7 @@ def read_objects(pointed, info):
 def run_ask(args):
     objects = read_objects(args.pointed, data.media_info(args.video))
     if args.preview:
-        preview(args.video, objects).save(args.preview)
+        data.save_picture(preview(args.video, objects), args.preview)
     model, processor = load(args.model, args.device)
     print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens))
 
@@ -355,7 +355,8 @@ def score_choices(questions, replies):
 
 def run_questions(args):
     bench = args.bench_q or args.bench_d
-    samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
+    with first_on_this_machine():  # it makes the index of the file, the others find it
+        samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
     questions, keys = read_questions(samples, strict=not bench)
     columns, scores = {}, {}
     if bench:
