@@ -214,8 +214,10 @@ def _open_index(path):
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
         except RecursionError:
             raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse") from None
-        except ValueError as error:  # not DataError, which is one too: int() refuses thousands of digits
-            raise error if isinstance(error, DataError) else DataError(f"expected ordinary numbers, found: {error}") from None
+        except DataError:
+            raise
+        except ValueError as error:  # int() refuses thousands of digits
+            raise DataError(f"expected ordinary numbers, found: {error}") from None
         expect(len(spans), "at least one sample", "none")
     aside = f"{kept}.{os.getpid()}.{time.time_ns()}"
     try:

@@ -644,7 +644,7 @@ def bench_data(dataset, runs=24):
             found[way].append([1000 * s for s in seconds.values()] + [1000 * total, num_bytes(encoded) / 1e6])
     torch.set_num_threads(threads)
     medians = {way: np.median(rows, axis=0) for way, rows in found.items()}
-    print(f"\ndata path of a sample: median of {runs} runs over {len(videos)} samples, on one core")
+    print(f"\ndata path of a sample: median of {len(found['ours'])} runs over {len(videos)} samples, on one core")
     rows = zip([*(f"{stage}, ms" for stage in stages), "all, ms", "handed over, MB"], *medians.values())
     print_table(rows)
 
