@@ -50,8 +50,12 @@ IGNORE = -100  # the label of a token that is not supervised (torch's cross_entr
 REGION_TAG = "<region>"  # what a question writes where an object is meant
 REGION_PAD = "<|region_pad|>"  # the placeholder token that the model replaces by a region's features
 MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
-ANSWER_MARK = "\ue000"  # stands for an answer while a chat template is rendered: a character of the private use area
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can write it, tokenizers and file systems refuse it
+ANSWER_MARK = (
+    "\ue000"  # stands for an answer while a chat template is rendered: a character of the private use area
+)
+HALF_CHARACTER = re.compile(
+    "[\ud800-\udfff]"
+)  # of a surrogate pair: JSON can write it, tokenizers and file systems refuse it
 MAX_MASK_AREA = 1 << 26  # pixels; above it, a "size" is a typing error or an attack, not a mask
 
 
@@ -137,9 +141,13 @@ class Samples:
     def __init__(self, files, outside_paths=False):
         self.files, self.outside_paths = files, outside_paths
         self.indices = [_open_index(path) for path, _ in files]
-        self.first = np.cumsum([0] + [len(index) - 2 for index in self.indices])  # the number of each file's first sample
+        self.first = np.cumsum(
+            [0] + [len(index) - 2 for index in self.indices]
+        )  # the number of each file's first sample
 
-    def __reduce__(self):  # a spawned process opens the index itself: pickled, a memory map would become a copy
+    def __reduce__(
+        self,
+    ):  # a spawned process opens the index itself: pickled, a memory map would become a copy
         return type(self), (self.files, self.outside_paths)
 
     def __len__(self):
@@ -165,13 +173,19 @@ class Samples:
         try:
             with open(path, "rb") as file:
                 if _version(file) != version:
-                    raise DataError("expected the file as it was when it was opened, found that it has changed", path, name)
+                    raise DataError(
+                        "expected the file as it was when it was opened, found that it has changed",
+                        path,
+                        name,
+                    )
                 file.seek(start)
                 entry = _DECODER.decode(file.read(end - start).decode())
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}", path, name) from None
         except RecursionError:  # the index was made with more of the stack left
-            raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse", path, name) from None
+            raise DataError(
+                "expected JSON of ordinary depth, found brackets nested too deeply to parse", path, name
+            ) from None
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {shorten(entry['id'])})"
         return entry, (path, name), media, position
@@ -201,7 +215,9 @@ def _open_index(path):
     It is kept in the user's cache folder (data folders are often read-only), and made anew when the data file has changed.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = os.path.join(cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".index")
+    kept = os.path.join(
+        cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".index"
+    )
     with within(path):
         try:
             with open(path, "rb") as file:
@@ -213,7 +229,9 @@ def _open_index(path):
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
         except RecursionError:
-            raise DataError("expected JSON of ordinary depth, found brackets nested too deeply to parse") from None
+            raise DataError(
+                "expected JSON of ordinary depth, found brackets nested too deeply to parse"
+            ) from None
         except DataError:
             raise
         except ValueError as error:  # int() refuses thousands of digits
@@ -225,7 +243,10 @@ def _open_index(path):
         np.concatenate([[version, [len(spans), _INDEX_FORMAT]], spans]).tofile(aside)
         os.replace(aside, kept)
     except OSError as error:
-        raise DataError(f"expected a cache folder that can be written to (set XDG_CACHE_HOME), found: {error.strerror}", kept) from None
+        raise DataError(
+            f"expected a cache folder that can be written to (set XDG_CACHE_HOME), found: {error.strerror}",
+            kept,
+        ) from None
     index = _map_index(kept, version)
     expect(index is not None, f"{path} to stay as it is while its index is made", "that it has changed")
     return index
@@ -234,7 +255,9 @@ def _open_index(path):
 def _map_index(kept, version):
     """-> the index, as a plain array that still lies on disk (np.memmap is slow to slice), or None where it has to be made (anew)."""
     try:
-        index = np.asarray(np.memmap(kept, np.int64, "r")).reshape(-1, 2)  # one open, one length: another process may replace it now
+        index = np.asarray(np.memmap(kept, np.int64, "r")).reshape(
+            -1, 2
+        )  # one open, one length: another process may replace it now
     except (OSError, ValueError):  # there is none, or a damaged one
         return None
     return index if index[:2].tolist() == [version, [len(index) - 2, _INDEX_FORMAT]] else None
@@ -251,7 +274,11 @@ def _spans(file):
     first = len(head) - len(head.lstrip())
     if b"".join(head.split()) == b"[]":
         return iter(())
-    return _array_spans(file, begin, begin + first + 1) if head[first:].startswith(b"[") else _line_spans(file, begin)
+    return (
+        _array_spans(file, begin, begin + first + 1)
+        if head[first:].startswith(b"[")
+        else _line_spans(file, begin)
+    )
 
 
 def _array_spans(file, begin, byte):
@@ -261,7 +288,10 @@ def _array_spans(file, begin, byte):
     while not last:
         file.seek(byte)
         window = file.read(size)
-        text, position = window.decode("latin-1"), 0  # a character a byte: positions are bytes, and JSON's own characters the same
+        text, position = (
+            window.decode("latin-1"),
+            0,
+        )  # a character a byte: positions are bytes, and JSON's own characters the same
         try:
             while not last:
                 start = _SPACE.match(text, position).end()
@@ -327,7 +357,11 @@ def parse_sample(entry, place, media, position, outside_paths=False):
         turns = _parse_turns(entry.get("conversations"), has_media=path is not None)
     objects = _parse_objects(entry, path is not None and Path(path).suffix.lower() in IMAGE_SUFFIXES)
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
-    expect(tags == len(objects), f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})", tags)
+    expect(
+        tags == len(objects),
+        f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})",
+        tags,
+    )
     if objects and path is None:
         raise DataError("expected a video or image for the annotated objects, found neither key")
     size = None
@@ -363,14 +397,24 @@ def _parse_turns(conversations, has_media):
             speaker, value = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
-            expect(not HALF_CHARACTER.search(value), "value: characters, not halves of surrogate pairs", value)
+            expect(
+                not HALF_CHARACTER.search(value), "value: characters, not halves of surrogate pairs", value
+            )
             turns.append((speaker, value))
     while turns and turns[0][0] == "gpt":  # an answer to nothing teaches nothing; the media stay
         turns.pop(0)
-    expect(len(turns) >= 2, "a human turn with its gpt answer (without one there is no supervised token)", conversations)
+    expect(
+        len(turns) >= 2,
+        "a human turn with its gpt answer (without one there is no supervised token)",
+        conversations,
+    )
     for number, (speaker, value) in enumerate(turns):
         wanted = ("human", "gpt")[number % 2]
-        expect(speaker == wanted, f"human and gpt in turn, {wanted} as turn {number + len(conversations) - len(turns)}", speaker)
+        expect(
+            speaker == wanted,
+            f"human and gpt in turn, {wanted} as turn {number + len(conversations) - len(turns)}",
+            speaker,
+        )
         if number > 0:
             expect(not MEDIA_TAG.search(value), "a media tag only in the first human turn", value)
         if speaker == "gpt":
@@ -397,7 +441,11 @@ def _parse_objects(entry, is_image):
         objects = []
         for number, frames in enumerate(listed):
             with within(f"object {number}"):
-                if keys[0] == "masks" and is_image and (isinstance(frames, list) or isinstance(frames, dict) and "counts" in frames):
+                if (
+                    keys[0] == "masks"
+                    and is_image
+                    and (isinstance(frames, list) or isinstance(frames, dict) and "counts" in frames)
+                ):
                     frames = {"0": frames}
                 expect(isinstance(frames, dict), "frame index -> mask", frames)
                 objects.append(_parse_frames(frames, wrapped=keys[0] == "annotation"))
@@ -414,7 +462,9 @@ def _parse_frames(frames, wrapped):
                 expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
                 mask = mask.get("segmentation")
             parsed[int(key)] = mask
-    parsed = {frame: mask for frame, mask in parsed.items() if mask is not None}  # null or absent: the object is hidden there
+    parsed = {
+        frame: mask for frame, mask in parsed.items() if mask is not None
+    }  # null or absent: the object is hidden there
     expect(parsed, "a mask on at least one frame", sorted(frames))
     return parsed
 
@@ -431,19 +481,33 @@ def check_segmentation(segmentation):
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         valid = isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)
-        expect(valid and size[0] * size[1] <= MAX_MASK_AREA, f"size: [height, width] of at most {MAX_MASK_AREA} pixels", size)
+        expect(
+            valid and size[0] * size[1] <= MAX_MASK_AREA,
+            f"size: [height, width] of at most {MAX_MASK_AREA} pixels",
+            size,
+        )
         expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
         runs = _rle_runs(counts) if isinstance(counts, str) else counts
-        expect(all(type(run) is int and run >= 0 for run in runs), "counts: run lengths, whole numbers from 0", counts)
+        expect(
+            all(type(run) is int and run >= 0 for run in runs),
+            "counts: run lengths, whole numbers from 0",
+            counts,
+        )
         total = size[0] * size[1]
         expect(sum(runs) == total, f"run lengths that sum to {size[0]} * {size[1]} = {total}", sum(runs))
         return
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
     for polygon in _polygons(segmentation):
         expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
-        expect(len(polygon) >= 6 and len(polygon) % 2 == 0, "at least 3 points, an even count of numbers", polygon)
+        expect(
+            len(polygon) >= 6 and len(polygon) % 2 == 0,
+            "at least 3 points, an even count of numbers",
+            polygon,
+        )
         numbers = all(type(x) in (int, float) for x in polygon)
-        expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)  # NaN fails as well
+        expect(
+            numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon
+        )  # NaN fails as well
 
 
 def _polygons(segmentation):
@@ -508,7 +572,9 @@ def coverage(mask, gh, gw):
     mask's resolution, and an object of one pixel still has a coverage above 0.
     """
     height, width = mask.shape
-    inside = _overlap(gh, height) @ torch.from_numpy(mask).double() @ _overlap(gw, width).T  # pixels, (gh, gw)
+    inside = (
+        _overlap(gh, height) @ torch.from_numpy(mask).double() @ _overlap(gw, width).T
+    )  # pixels, (gh, gw)
     return (inside * (gh * gw / (height * width))).clip(0, 1).float().numpy()
 
 
@@ -534,15 +600,19 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # The codecs where a packet is one shown frame and a keyframe starts anew. Not VP8: its hidden frames are packets too.
 INDEXED_CODECS = {"h264", "hevc", "vp9", "av1"}
-UNKNOWN_FPS = 24.0   # a folder of images has no clock; 24 is what Qwen3-VL's processor assumes for frames without one
-REORDER = 16         # the most frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
+UNKNOWN_FPS = (
+    24.0  # a folder of images has no clock; 24 is what Qwen3-VL's processor assumes for frames without one
+)
+REORDER = (
+    16  # the most frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
+)
 
 
 @dataclass(frozen=True)
 class MediaInfo:
     num_frames: int
-    fps: float          # frames a second, averaged over the file
-    height: int         # pixels, as displayed: a phone's portrait video is higher than wide
+    fps: float  # frames a second, averaged over the file
+    height: int  # pixels, as displayed: a phone's portrait video is higher than wide
     width: int
     is_image: bool
 
@@ -579,12 +649,16 @@ def read_media(path, indices):
     try:
         return _read_folder_or_file(path, indices)
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(f"{path}: expected a media file or a folder of images, found: {error.strerror}") from None
+        raise DataError(
+            f"{path}: expected a media file or a folder of images, found: {error.strerror}"
+        ) from None
 
 
 def _read_folder_or_file(path, indices):
     if path.is_dir():
-        files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")]
+        files = [
+            f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
+        ]
         if not files:
             raise DataError(f"{path}: expected a folder of images, found none in it")
         return _read_images(path, sorted(files, key=_natural_order), indices, is_image=False)
@@ -601,7 +675,9 @@ def _check_indices(path, indices, num_frames):
     """-> the indices as rising int, each once, or DataError."""
     for k in indices:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k < num_frames:
-            raise DataError(f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}")
+            raise DataError(
+                f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}"
+            )
     return sorted({int(k) for k in indices})
 
 
@@ -622,7 +698,12 @@ def _load_image(file):
     try:
         with Image.open(file) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # what PIL raises on bad files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what PIL raises on bad files
         raise DataError(f"{file}: expected an image, found one that does not decode: {error}") from error
 
 
@@ -630,7 +711,9 @@ def _of_one_size(pictures, info, name):
     """-> the pictures, or DataError. name(k) says which picture it was."""
     for k, picture in pictures.items():
         if picture.shape[:2] != (info.height, info.width):
-            raise DataError(f"{name(k)}: expected the first frame's height and width {info.height, info.width}, found {picture.shape[:2]}")
+            raise DataError(
+                f"{name(k)}: expected the first frame's height and width {info.height, info.width}, found {picture.shape[:2]}"
+            )
     return pictures
 
 
@@ -642,15 +725,19 @@ def _open_video(path):
 def _video_stream(path, container):
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
-        raise DataError(f"{path}: expected a video stream, found only {[s.type for s in container.streams]} (or cover art)")
-    streams[0].thread_count = 1      # a DataLoader runs a process a core; and one thread is the exact, deterministic way
+        raise DataError(
+            f"{path}: expected a video stream, found only {[s.type for s in container.streams]} (or cover art)"
+        )
+    streams[
+        0
+    ].thread_count = 1  # a DataLoader runs a process a core; and one thread is the exact, deterministic way
     return streams[0]
 
 
 def _to_rgb(frame, reformatter):
     """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in the masks."""
     rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, round(frame.rotation / 90))     # both count counterclockwise
+    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
 
 
 def _read_video(path, indices):
@@ -662,16 +749,20 @@ def _read_video(path, indices):
             return info, {}
         try:
             pictures = _decode(path, times, keyframes, wanted, skip=True)
-        except av.error.FFmpegError:                     # some files refuse to be sought in
+        except av.error.FFmpegError:  # some files refuse to be sought in
             pictures = {}
-        if len(pictures) < len(wanted):                  # some lead astray: decode again, all from the first packet
+        if len(pictures) < len(wanted):  # some lead astray: decode again, all from the first packet
             pictures = _decode(path, times, [0], wanted, skip=False)
     except (av.error.FFmpegError, OSError) as error:
-        raise DataError(f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
-                        f"video): {error.strerror}") from error
+        raise DataError(
+            f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
+            f"video): {error.strerror}"
+        ) from error
     missing = [k for k in wanted if k not in pictures]
     if missing:
-        raise DataError(f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded")
+        raise DataError(
+            f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded"
+        )
     return info, _of_one_size(pictures, info, name=lambda k: f"{path}, frame {k}")
 
 
@@ -679,19 +770,23 @@ def _check_whole(path):
     """DataError if a Matroska or WebM file is shorter than its header says: FFmpeg reads a cut one without a complaint."""
     with open(path, "rb") as file:
         head = file.read(4096)
-    if not head.startswith(b"\x1a\x45\xdf\xa3"):        # EBML: an id, a size, that many bytes; then the Segment, alike
+    if not head.startswith(
+        b"\x1a\x45\xdf\xa3"
+    ):  # EBML: an id, a size, that many bytes; then the Segment, alike
         return
 
-    def read_size(at):                                   # a size's leading zero bits tell how many bytes it takes
-        num_bytes = 9 - int.from_bytes(head[at:at + 1], "big").bit_length()
-        unknown = (1 << 7 * num_bytes) - 1               # all ones: a live recording, written before its size was known
-        size = int.from_bytes(head[at:at + num_bytes], "big") & unknown
+    def read_size(at):  # a size's leading zero bits tell how many bytes it takes
+        num_bytes = 9 - int.from_bytes(head[at : at + 1], "big").bit_length()
+        unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
+        size = int.from_bytes(head[at : at + num_bytes], "big") & unknown
         return at + num_bytes, 0 if size == unknown else size
 
     at, size = read_size(4)
     at, size = read_size(at + size + 4)
     if path.stat().st_size < at + size:
-        raise DataError(f"{path}: expected {at + size} bytes, as its header says, found {path.stat().st_size}: it is cut off")
+        raise DataError(
+            f"{path}: expected {at + size} bytes, as its header says, found {path.stat().st_size}: it is cut off"
+        )
 
 
 def _index_video(path, count=False):
@@ -704,9 +799,13 @@ def _index_video(path, count=False):
     with _open_video(path) as container:
         stream = _video_stream(path, container)
         # MP4/MOV and Matroska/WebM store a pts with every packet. For AVI and the rest FFmpeg has to guess.
-        count = count or not (stream.codec.canonical_name in INDEXED_CODECS
-                              and container.format.name.startswith(("mov,", "matroska,")))
-        for num_packets, packet in enumerate(container.demux(stream)):   # the last one is empty: it flushes the decoder
+        count = count or not (
+            stream.codec.canonical_name in INDEXED_CODECS
+            and container.format.name.startswith(("mov,", "matroska,"))
+        )
+        for num_packets, packet in enumerate(
+            container.demux(stream)
+        ):  # the last one is empty: it flushes the decoder
             if packet.is_corrupt:
                 raise DataError(f"{path}: expected whole packets, found packet {num_packets} cut short")
             if first is None or count:
@@ -718,15 +817,19 @@ def _index_video(path, count=False):
                 pts.append(packet.pts)
             if packet.is_keyframe:
                 keyframe_pts.append(packet.pts)
-        indexed = len(stream.index_entries)              # not the header's nb_frames: edit lists make the packets fewer
+        indexed = len(stream.index_entries)  # not the header's nb_frames: edit lists make the packets fewer
         if not count and num_packets < indexed:
-            raise DataError(f"{path}: expected {indexed} packets, as its index says, found {num_packets}: it is cut off")
+            raise DataError(
+                f"{path}: expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
+            )
         fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
     if first is None:
         raise DataError(f"{path}: expected at least one frame, found none that decodes")
     if not count and (None in pts or len(set(pts)) < len(pts)):
         return _index_video(path, count=True)
-    if None not in pts and max(pts) > min(pts):          # measured: Matroska's header claims a steady rate for any video
+    if None not in pts and max(pts) > min(
+        pts
+    ):  # measured: Matroska's header claims a steady rate for any video
         fps = (len(pts) - 1) / ((max(pts) - min(pts)) * time_base)
     lies_down = round(first.rotation / 90) % 2
     height, width = (first.width, first.height) if lies_down else (first.height, first.width)
@@ -742,10 +845,10 @@ def _decode(path, times, keyframes, wanted, skip):
 
     skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to (most B-frames).
     """
-    runs, previous = [(0, [])], 0                        # (keyframe to start at, frames to fetch in one go from there)
+    runs, previous = [(0, [])], 0  # (keyframe to start at, frames to fetch in one go from there)
     for k in wanted:
         keyframe = keyframes[bisect_right(keyframes, k) - 1]
-        if keyframe > previous + REORDER:                # nearer by, decoding on costs no more than starting anew
+        if keyframe > previous + REORDER:  # nearer by, decoding on costs no more than starting anew
             runs.append((keyframe, []))
         runs[-1][1].append(k)
         previous = k
@@ -760,7 +863,7 @@ def _decode(path, times, keyframes, wanted, skip):
             for count, frame in enumerate(_frames_from(container, stream, start, needed)):
                 k = number.get(frame.pts) if times else count
                 if k is None or expected not in (None, k) and not skip or frame.is_corrupt and k in asked:
-                    break                                # a gap: here packets and frames do not go together one to one
+                    break  # a gap: here packets and frames do not go together one to one
                 if k in asked:
                     pictures[k] = _to_rgb(frame, reformatter)
                 if k >= group[-1]:
@@ -806,7 +909,9 @@ class Settings:
 
     num_frames: int = 8  # frames sampled evenly from a video
     frame_pixels: int = 32 * 32  # at most so many pixels in each of them, after resizing
-    region_pixels: int = 96 * 96  # the same for stills: images, and the annotated frames that regions are pooled from
+    region_pixels: int = (
+        96 * 96
+    )  # the same for stills: images, and the annotated frames that regions are pooled from
     region_frames: int = 8  # annotated frames used of one object, evenly spread
     region_tokens: int = 4  # tokens that one object becomes, at most (the paper's u)
     max_length: int = 4096  # tokens of a sample; a longer one is an error, never cut
@@ -828,7 +933,9 @@ class Processor:
 
     def __init__(self, tokenizer, image_processor, config, settings):
         if config.model_type not in FAMILIES:
-            raise ValueError(f"expected a backbone of one of the families {sorted(FAMILIES)}, found {config.model_type!r}")
+            raise ValueError(
+                f"expected a backbone of one of the families {sorted(FAMILIES)}, found {config.model_type!r}"
+            )
         self.tokenizer, self.image_processor, self.settings = tokenizer, image_processor, settings
         self.timestamps = FAMILIES[config.model_type]["timestamps"]
         self.patch_size = config.vision_config.patch_size
@@ -837,7 +944,12 @@ class Processor:
         self.min_pixels = image_processor.size["shortest_edge"]
         self.max_pixels = image_processor.size["longest_edge"]
         self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokenizer.convert_ids_to_tokens(
-            [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+            [
+                config.image_token_id,
+                config.video_token_id,
+                config.vision_start_token_id,
+                config.vision_end_token_id,
+            ]
         )
         tokenizer.add_tokens([REGION_PAD], special_tokens=True)  # does nothing where it is known already
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_PAD)
@@ -852,7 +964,9 @@ class Processor:
         if template:  # where older checkpoints keep their processor's template, which knows images and videos
             with open(template) as file:
                 tokenizer.chat_template = json.load(file)["chat_template"]
-        images = Qwen2VLImageProcessorPil.from_pretrained(path)  # both families'; AutoImageProcessor may ask for torchvision
+        images = Qwen2VLImageProcessorPil.from_pretrained(
+            path
+        )  # both families'; AutoImageProcessor may ask for torchvision
         return cls(tokenizer, images, AutoConfig.from_pretrained(path), settings)
 
     def save_pretrained(self, folder):
@@ -874,7 +988,11 @@ class Processor:
         return self.patch_size * self.merge_size
 
     def _smart_resize(self, height, width, min_pixels, max_pixels):
-        expect(max(height, width) <= 200 * min(height, width), "a picture at most 200 times as long as wide", (height, width))
+        expect(
+            max(height, width) <= 200 * min(height, width),
+            "a picture at most 200 times as long as wide",
+            (height, width),
+        )
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
     def still_patches(self, picture):
@@ -886,7 +1004,13 @@ class Processor:
         """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch); an odd last frame is paired with itself."""
         missing = -len(frames) % self.temporal_patch_size
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        sides = dict(a=self.temporal_patch_size, m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
+        sides = dict(
+            a=self.temporal_patch_size,
+            m=self.merge_size,
+            n=self.merge_size,
+            ph=self.patch_size,
+            pw=self.patch_size,
+        )
         return rearrange(frames, "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)", **sides)
 
     def image_prompt(self, cells):
@@ -900,7 +1024,9 @@ class Processor:
         if not self.timestamps:
             return self.video_pad * (cells * len(pairs))
         times = [(indices[i] + indices[i + self.temporal_patch_size - 1]) / 2 / fps for i in pairs]
-        return "".join(f"<{t:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}" for t in times)
+        return "".join(
+            f"<{t:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}" for t in times
+        )
 
     def encode(self, turns, media, media_prompt, region_tokens, for_generation=False):
         """A conversation -> (input_ids, labels): int64 arrays (L,); labels are IGNORE but for answers and their end token.
@@ -919,7 +1045,9 @@ class Processor:
         prompts = self.tokenizer.apply_chat_template(messages, tokenize=False).split(ANSWER_MARK)
         end = self.tokenizer.eos_token
         if len(prompts) != len(turns) + 1 or not all(prompt.startswith(end) for prompt in prompts[1:]):
-            raise ValueError(f"expected a chat template that shows every answer once and ends it with {end}, found {prompts}")
+            raise ValueError(
+                f"expected a chat template that shows every answer once and ends it with {end}, found {prompts}"
+            )
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             prompts[0] = prompts[0].replace(pad, media_prompt, 1)
@@ -933,9 +1061,13 @@ class Processor:
         ids = [token for piece in pieces for token in piece]
         labels = [token if number % 2 else IGNORE for number, piece in enumerate(pieces) for token in piece]
         limit = self.settings.max_length
-        visual = sum(ids.count(self.tokenizer.convert_tokens_to_ids(t)) for t in (self.image_pad, self.video_pad))
+        visual = sum(
+            ids.count(self.tokenizer.convert_tokens_to_ids(t)) for t in (self.image_pad, self.video_pad)
+        )
         if len(ids) > limit:
-            raise DataError(f"expected at most --max-length {limit} tokens, found {len(ids)} ({visual} of them visual)")
+            raise DataError(
+                f"expected at most --max-length {limit} tokens, found {len(ids)} ({visual} of them visual)"
+            )
         return np.array(ids), np.array(labels)
 
     def _content(self, question, media):
@@ -969,7 +1101,16 @@ class ReferringDataset(torch.utils.data.Dataset):
     timeout: seconds that a media file may take to be read.
     """
 
-    def __init__(self, samples, processor, single_frame=0.0, seed=0, control="none", cache_bytes=64 << 20, timeout=120.0):
+    def __init__(
+        self,
+        samples,
+        processor,
+        single_frame=0.0,
+        seed=0,
+        control="none",
+        cache_bytes=64 << 20,
+        timeout=120.0,
+    ):
         self.samples, self.processor, self.settings = samples, processor, processor.settings
         self.single_frame, self.seed, self.control, self.timeout = single_frame, seed, control, timeout
         self.cache, self.hung = FrameCache(cache_bytes), set()
@@ -993,7 +1134,11 @@ class ReferringDataset(torch.utils.data.Dataset):
         turns = sample.turns[: turn + 1]
         objects = sample.objects[: sum(question.count(REGION_TAG) for question, _ in turns)]
         with within(*sample.place):
-            return self.encode(replace(sample, turns=turns, objects=objects), np.random.default_rng((self.seed, number)), True)
+            return self.encode(
+                replace(sample, turns=turns, objects=objects),
+                np.random.default_rng((self.seed, number)),
+                True,
+            )
 
     def encode(self, sample, rng, for_generation=False):
         """Sample -> dict of arrays, those that collate joins."""
@@ -1006,8 +1151,12 @@ class ReferringDataset(torch.utils.data.Dataset):
             objects = [self._replace(masks, sample, rng) for masks in objects]
         encoded = {"id": sample.id, "type": sample.type, "kind": kind, **_NO_MEDIA}
         if kind is not None:
-            prompt = self._add_media(encoded, sample, info, sorted({frame for masks in objects for frame in masks}))
-        frames = [(number, frame) for number, masks in enumerate(objects) for frame in masks]  # in order of time, see _masks
+            prompt = self._add_media(
+                encoded, sample, info, sorted({frame for masks in objects for frame in masks})
+            )
+        frames = [
+            (number, frame) for number, masks in enumerate(objects) for frame in masks
+        ]  # in order of time, see _masks
         grid = [side // self.processor.merge_size for side in encoded["still_grid"]]
         tokens = [region_token_count(len(masks), self.settings.region_tokens) for masks in objects]
         input_ids, labels = self.processor.encode(sample.turns, kind, prompt, tokens, for_generation)
@@ -1016,14 +1165,19 @@ class ReferringDataset(torch.utils.data.Dataset):
             "labels": labels,
             "attention_mask": np.ones_like(input_ids),
             "coverage": [coverage(objects[number][frame], *grid).ravel() for number, frame in frames],
-            "where": [(*mask_box(objects[number][frame]), frame / max(info.num_frames - 1, 1)) for number, frame in frames],
+            "where": [
+                (*mask_box(objects[number][frame]), frame / max(info.num_frames - 1, 1))
+                for number, frame in frames
+            ],
             "region_still": [encoded["still_frames"].index(frame) for _, frame in frames],
             "object_frames": [len(masks) for masks in objects],
             "region_tokens": tokens,
         }
 
     def _info(self, sample):
-        info = self.cache.get(sample.media) or self.cache.put(sample.media, self._in_time(media_info, sample.media))
+        info = self.cache.get(sample.media) or self.cache.put(
+            sample.media, self._in_time(media_info, sample.media)
+        )
         if sample.size is not None:
             _same_shape(sample.size, (info.height, info.width), "height and width")
         return info
@@ -1046,7 +1200,11 @@ class ReferringDataset(torch.utils.data.Dataset):
         if info.is_image:
             return processor.image_prompt(math.prod(encoded["still_grid"]) // processor.merge_size**2)
         encoded["video_patches"] = processor.video_patches(np.stack(pictures[len(stills) :]))
-        encoded["video_grid"] = (math.ceil(len(sampled) / pair), frame_size[0] // patch, frame_size[1] // patch)
+        encoded["video_grid"] = (
+            math.ceil(len(sampled) / pair),
+            frame_size[0] // patch,
+            frame_size[1] // patch,
+        )
         # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
         encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
         cells = math.prod(encoded["video_grid"][1:]) // processor.merge_size**2
@@ -1061,17 +1219,25 @@ class ReferringDataset(torch.utils.data.Dataset):
             masks = {}
             for frame in frames:
                 with within(f"object {number}", f"frame {frame}"):
-                    expect(frame < info.num_frames, f"a frame index below {info.num_frames}, the frames there are", frame)
+                    expect(
+                        frame < info.num_frames,
+                        f"a frame index below {info.num_frames}, the frames there are",
+                        frame,
+                    )
                     masks[frame] = decode_mask(segmentations[frame], height, width)
             return masks
 
         def choose(frames):
-            if rng.random() < self.single_frame:  # the paper trains on a mix of single-frame and multi-frame regions
+            if (
+                rng.random() < self.single_frame
+            ):  # the paper trains on a mix of single-frame and multi-frame regions
                 return [frames[rng.integers(len(frames))]]
             return evenly(frames, self.settings.region_frames)
 
         masks = decode(choose(sorted(segmentations)))
-        if not all(mask.any() for mask in masks.values()):  # an empty mask: hidden there; choose among the frames that are left
+        if not all(
+            mask.any() for mask in masks.values()
+        ):  # an empty mask: hidden there; choose among the frames that are left
             usable = {frame: mask for frame, mask in decode(sorted(segmentations)).items() if mask.any()}
             with within(f"object {number}"):
                 expect(usable, "a mask that is not empty on at least one frame", sorted(segmentations))
@@ -1085,11 +1251,15 @@ class ReferringDataset(torch.utils.data.Dataset):
         for number in rng.permutation(len(self.samples)).tolist():
             other = self.samples[number]
             if other.objects and other.media != sample.media:
-                with suppress(DataError):  # its own, reported when it is asked about itself; the next one serves as well
+                with suppress(
+                    DataError
+                ):  # its own, reported when it is asked about itself; the next one serves as well
                     found = self._masks(other, int(rng.integers(len(other.objects))), self._info(other), rng)
                     others = [found[frame] for frame in sorted(found)]
                     return {frame: others[i % len(others)] for i, frame in enumerate(sorted(masks))}
-        raise DataError("expected a sample with regions on other media to take masks from (--control shuffle), found none")
+        raise DataError(
+            "expected a sample with regions on other media to take masks from (--control shuffle), found none"
+        )
 
     def _pictures(self, path, wanted):
         """[(frame, (height, width))] -> list of uint8 (height, width, 3); what the cache lacks is decoded in one pass."""
@@ -1098,7 +1268,9 @@ class ReferringDataset(torch.utils.data.Dataset):
         frames = self._in_time(read_media, path, [frame for frame, _ in missing])[1] if missing else {}
         for frame, (height, width) in missing:
             picture = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
-            pictures[frame, (height, width)] = self.cache.put((path, (frame, (height, width))), np.asarray(picture))
+            pictures[frame, (height, width)] = self.cache.put(
+                (path, (frame, (height, width))), np.asarray(picture)
+            )
         return [pictures[key] for key in wanted]
 
     def _in_time(self, read, path, *arguments):
@@ -1119,7 +1291,9 @@ class ReferringDataset(torch.utils.data.Dataset):
             result, error = done.get(timeout=self.timeout)
         except queue.Empty:
             self.hung.add(path)
-            raise DataError(f"{path}: expected to be read within {self.timeout:g} s (--timeout), found that it was not") from None
+            raise DataError(
+                f"{path}: expected to be read within {self.timeout:g} s (--timeout), found that it was not"
+            ) from None
         if error is not None:
             raise error
         return result
@@ -1128,8 +1302,17 @@ class ReferringDataset(torch.utils.data.Dataset):
 _NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
 
 # What a rank computes on when none of its samples can be used: one token, nothing supervised.
-EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **_NO_MEDIA, "input_ids": np.zeros(1, int), "labels": np.full(1, IGNORE)}
-EMPTY_SAMPLE |= {"attention_mask": np.ones(1, int)} | {name: [] for name in ("coverage", "where", "region_still")}
+EMPTY_SAMPLE = {
+    "id": None,
+    "type": "",
+    "kind": None,
+    **_NO_MEDIA,
+    "input_ids": np.zeros(1, int),
+    "labels": np.full(1, IGNORE),
+}
+EMPTY_SAMPLE |= {"attention_mask": np.ones(1, int)} | {
+    name: [] for name in ("coverage", "where", "region_still")
+}
 EMPTY_SAMPLE |= {"object_frames": [], "region_tokens": []}
 
 
@@ -1179,7 +1362,9 @@ def collate(samples, pad_token_id, pad_left=False):
         return torch.from_numpy(rows)
 
     first_still, prompt_images, stills, grids = {}, 0, [], []
-    for b in sorted(range(len(samples)), key=lambda b: samples[b]["kind"] != "image"):  # stable: prompt images come first
+    for b in sorted(
+        range(len(samples)), key=lambda b: samples[b]["kind"] != "image"
+    ):  # stable: prompt images come first
         first_still[b] = len(stills)
         prompt_images += samples[b]["kind"] == "image"
         stills += samples[b]["still_patches"]
@@ -1188,7 +1373,9 @@ def collate(samples, pad_token_id, pad_left=False):
     weights = [grid for s in samples for grid in s["coverage"]]
 
     def join(arrays, dtype):
-        return torch.from_numpy(np.concatenate([np.zeros((0, *arrays[0].shape[1:]) if arrays else 0, dtype=dtype), *arrays]))
+        return torch.from_numpy(
+            np.concatenate([np.zeros((0, *arrays[0].shape[1:]) if arrays else 0, dtype=dtype), *arrays])
+        )
 
     def table(rows, dtype, *width):
         return torch.tensor(rows, dtype=dtype).view(-1, *width)
@@ -1207,7 +1394,9 @@ def collate(samples, pad_token_id, pad_left=False):
         "seconds_per_pair": table([s["seconds_per_pair"] for s in videos], torch.float32),
         "coverage": join(weights, np.float32),
         "coverage_start": torch.tensor(np.cumsum([0] + [len(w) for w in weights])),
-        "region_still": table([first_still[b] + i for b, s in enumerate(samples) for i in s["region_still"]], torch.long),
+        "region_still": table(
+            [first_still[b] + i for b, s in enumerate(samples) for i in s["region_still"]], torch.long
+        ),
         "where": table([w for s in samples for w in s["where"]], torch.float32, 5),
         "object_frames": table([n for s in samples for n in s["object_frames"]], torch.long),
         "region_tokens": table([n for s in samples for n in s["region_tokens"]], torch.long),
@@ -1216,7 +1405,17 @@ def collate(samples, pad_token_id, pad_left=False):
 
 # ------------------------------------------------------------------------------------------------ pictures of regions
 
-COLOURS = np.array([(255, 80, 60), (60, 200, 90), (70, 130, 255), (255, 200, 40), (220, 80, 230), (40, 210, 220), (255, 140, 190)])
+COLOURS = np.array(
+    [
+        (255, 80, 60),
+        (60, 200, 90),
+        (70, 130, 255),
+        (255, 200, 40),
+        (220, 80, 230),
+        (40, 210, 220),
+        (255, 140, 190),
+    ]
+)
 
 
 def draw_regions(picture, masks, numbers=None):
@@ -1228,25 +1427,41 @@ def draw_regions(picture, masks, numbers=None):
     """
     picture, labels = picture.copy(), []
     height, width, _ = picture.shape
-    line = max(1, round(max(height, width) / 300))  # pixels; the contour is the mask's own edge, drawn to the inside
+    line = max(
+        1, round(max(height, width) / 300)
+    )  # pixels; the contour is the mask's own edge, drawn to the inside
     for place, mask in enumerate(masks):
         if mask is None or not mask.any():
             continue
         share = coverage(mask, height, width)
-        inside = share >= min(0.5, share.max())  # where the picture is smaller than the mask, thin objects stay visible
+        inside = share >= min(
+            0.5, share.max()
+        )  # where the picture is smaller than the mask, thin objects stay visible
         core = np.pad(inside, 1)
         for _ in range(line):
             core[1:-1, 1:-1] &= core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
         colour = COLOURS[place % len(COLOURS)]
         picture[inside] = 0.65 * picture[inside] + 0.35 * colour
         picture[inside & ~core[1:-1, 1:-1]] = colour
-        labels.append((np.argwhere(inside), str(numbers[place] if numbers else place + 1), tuple(colour.tolist())))
+        labels.append(
+            (np.argwhere(inside), str(numbers[place] if numbers else place + 1), tuple(colour.tolist()))
+        )
     image = Image.fromarray(picture)
     draw, size = ImageDraw.Draw(image), max(12, min(height, width) // 16)
     for points, text, colour in labels:
         (top, left), (bottom, _) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
-        corner = ((left, top), "lb") if top > size else ((left, min(bottom + 1, height - size)), "lt")  # above it, or else below
-        draw.text(corner[0], text, anchor=corner[1], fill=colour, font=ImageFont.load_default(size), stroke_width=2, stroke_fill="black")
+        corner = (
+            ((left, top), "lb") if top > size else ((left, min(bottom + 1, height - size)), "lt")
+        )  # above it, or else below
+        draw.text(
+            corner[0],
+            text,
+            anchor=corner[1],
+            fill=colour,
+            font=ImageFont.load_default(size),
+            stroke_width=2,
+            stroke_fill="black",
+        )
     return np.array(image)
 
 
@@ -1264,7 +1479,9 @@ def mask_form(segmentation):
     """The name of the form that a checked segmentation has."""
     if isinstance(segmentation, dict):
         return "compressed RLE" if isinstance(segmentation["counts"], str) else "uncompressed RLE"
-    return "several polygons" if isinstance(segmentation[0], list) and len(segmentation) > 1 else "one polygon"
+    return (
+        "several polygons" if isinstance(segmentation[0], list) and len(segmentation) > 1 else "one polygon"
+    )
 
 
 def spread(counter):
@@ -1284,7 +1501,11 @@ def _read_for_ever(dataset, connection):
         if not isinstance(encoded, DataError):
             sample = dataset.samples[number]
             info = sample.media and dataset._info(sample)
-            media = info and ("image" if info.is_image else "video", info.num_frames, f"{info.width}x{info.height}")
+            media = info and (
+                "image" if info.is_image else "video",
+                info.num_frames,
+                f"{info.width}x{info.height}",
+            )
             encoded = len(encoded["input_ids"]), media
         connection.send(encoded)
 
@@ -1330,14 +1551,19 @@ def read_all(dataset, numbers, workers, timeout):
                 elif time.monotonic() >= reader.deadline:
                     reader.process.kill()
                     readers[readers.index(reader)] = Reader(dataset)
-                    found = DataError(f"expected to be read within {timeout:g} s (--timeout), found that it was not", *place)
+                    found = DataError(
+                        f"expected to be read within {timeout:g} s (--timeout), found that it was not", *place
+                    )
                 else:
                     reader.number = number
                     continue
             except EOFError:
                 reader.process.join()
                 readers[readers.index(reader)] = Reader(dataset)
-                found = DataError(f"expected to be read, found that its process died (exit code {reader.process.exitcode})", *place)
+                found = DataError(
+                    f"expected to be read, found that its process died (exit code {reader.process.exitcode})",
+                    *place,
+                )
             yield number, found
     for reader in readers:
         reader.process.kill()
@@ -1347,7 +1573,10 @@ class Findings:
     """What a check found, in numbers that do not grow with the data, and its problems, grouped by reason."""
 
     def __init__(self, problems_file):
-        self.counts = {name: Counter() for name in ("kinds", "mask forms", "frames per object", "frames per video", "sizes", "tokens")}
+        self.counts = {
+            name: Counter()
+            for name in ("kinds", "mask forms", "frames per object", "frames per video", "sizes", "tokens")
+        }
         self.groups, self.problems, self.file = {}, 0, problems_file
 
     def add_problem(self, error):
@@ -1385,7 +1614,11 @@ class Findings:
                 print(f"{name}: {spread(counter)}")
         for count, reason, first in sorted(self.groups.values(), key=lambda group: -group[0]):
             print(f"\n{count} x {reason}")
-            print("".join(f"    {place}\n" for place in first) + f"    and {count - len(first)} more" * (count > len(first)), end="\n")
+            print(
+                "".join(f"    {place}\n" for place in first)
+                + f"    and {count - len(first)} more" * (count > len(first)),
+                end="\n",
+            )
 
 
 def check_masks(sample):
@@ -1428,7 +1661,11 @@ def check(samples, dataset, options):
 
 # ------------------------------------------------------------------------------------------------ a picture of some samples
 
-PANEL, TEXT_WIDTH, LINE = 192, 420, 17  # pixels: the height of a frame, the width of the conversation, the height of its lines
+PANEL, TEXT_WIDTH, LINE = (
+    192,
+    420,
+    17,
+)  # pixels: the height of a frame, the width of the conversation, the height of its lines
 
 
 def preview(dataset, numbers, samples_shown=5, frames_shown=3):
@@ -1445,7 +1682,10 @@ def preview(dataset, numbers, samples_shown=5, frames_shown=3):
 
 def _preview_row(dataset, sample, frames_shown):
     info = sample.media and dataset._info(sample)
-    objects = [dataset._masks(sample, number, info, np.random.default_rng(0)) for number in range(len(sample.objects))]
+    objects = [
+        dataset._masks(sample, number, info, np.random.default_rng(0))
+        for number in range(len(sample.objects))
+    ]
     frames = sorted({frame for masks in objects for frame in masks}) or ([0] if info else [])
     frames = evenly(frames, frames_shown) if frames else []
     panels = []
@@ -1453,18 +1693,30 @@ def _preview_row(dataset, sample, frames_shown):
         masks = [masks.get(frame) for masks in objects]
         boxes = [mask is not None and mask_box(mask) for mask in masks]
         tags = [str(number) for number in range(1, len(masks) + 1)]
-        for number, box in enumerate(boxes):  # an object that is asked about again gets one contour and all its numbers
-            again = [other for other in range(number) if masks[other] is not None and box and np.allclose(box, boxes[other], atol=0.03)]
+        for number, box in enumerate(
+            boxes
+        ):  # an object that is asked about again gets one contour and all its numbers
+            again = [
+                other
+                for other in range(number)
+                if masks[other] is not None and box and np.allclose(box, boxes[other], atol=0.03)
+            ]
             if again:
                 tags[again[0]] += f",{tags[number]}"
                 masks[number] = None
         width = max(1, round(PANEL * info.width / info.height))
         cell = dataset.processor.patch_size * dataset.processor.merge_size
         grid = [side // cell for side in dataset.processor.still_size(*picture.shape[:2])]
-        cells = sum((coverage(mask, *grid) for mask in masks if mask is not None), np.zeros(grid, np.float32)).clip(0, 1)
-        shade = np.asarray(Image.fromarray(np.uint8(255 * cells)).resize((width, PANEL), Image.Resampling.NEAREST))[:, :, None]
+        cells = sum(
+            (coverage(mask, *grid) for mask in masks if mask is not None), np.zeros(grid, np.float32)
+        ).clip(0, 1)
+        shade = np.asarray(
+            Image.fromarray(np.uint8(255 * cells)).resize((width, PANEL), Image.Resampling.NEAREST)
+        )[:, :, None]
         small = np.asarray(Image.fromarray(picture).resize((width, PANEL), Image.Resampling.BICUBIC))
-        pair = np.concatenate([draw_regions(small, masks, tags), np.uint8(small * (0.15 + 0.85 * (shade / 255)))])
+        pair = np.concatenate(
+            [draw_regions(small, masks, tags), np.uint8(small * (0.15 + 0.85 * (shade / 255)))]
+        )
         panels.append((f"frame {frame}", Image.fromarray(pair)))
     numbers = iter(range(1, len(sample.objects) + 1))
     lines = [": ".join(map(str, sample.place)), sample.media or "text only", ""]
@@ -1479,22 +1731,34 @@ def _preview_row(dataset, sample, frames_shown):
         pen.text((left, 2), name, fill="black", font=ImageFont.load_default(12))
         row.paste(panel, (left, LINE))
         left += panel.width + 6
-    pen.text((left + 6, LINE), "\n".join(lines), fill="black", font=ImageFont.load_default(12), spacing=LINE - 12)
+    pen.text(
+        (left + 6, LINE), "\n".join(lines), fill="black", font=ImageFont.load_default(12), spacing=LINE - 12
+    )
     return row
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Checks data files the way training reads them. Exit status 1: there are problems.")
+    parser = argparse.ArgumentParser(
+        description="Checks data files the way training reads them. Exit status 1: there are problems."
+    )
     add = parser.add_argument
     add("files", nargs="+", help="data files: JSON arrays or JSONL")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
-    add("--outside-paths", action="store_true", help="also take media paths that are absolute or climb out of that folder")
+    add(
+        "--outside-paths",
+        action="store_true",
+        help="also take media paths that are absolute or climb out of that folder",
+    )
     add("--structure-only", action="store_true", help="do not open media, do not decode masks")
     add("--problems", metavar="JSONL", help="write every problem to this file")
     add("--preview", metavar="PNG", help="draw some of the samples that are right")
     add("--workers", type=int, default=2, help="processes that read (default: 2)")
     add("--timeout", type=float, default=60, help="seconds that reading one sample may take (default: 60)")
-    add("--model", default="tiny", help="whose tokens are counted: tiny, or a name or folder as for train.py (default: tiny)")
+    add(
+        "--model",
+        default="tiny",
+        help="whose tokens are counted: tiny, or a name or folder as for train.py (default: tiny)",
+    )
     for field in fields(Settings):
         add("--" + field.name.replace("_", "-"), type=int, help="as for train.py")
     options = parser.parse_args(argv)
@@ -1504,7 +1768,9 @@ def main(argv=None):
     samples = read_samples(options.files, options.media, options.outside_paths)
     tiny = options.model == "tiny"
     defaults = {} if tiny else PRETRAINED_PIXELS
-    given = {f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None}
+    given = {
+        f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None
+    }
     settings = Settings(**defaults | given)
     if tiny:
         backbone, tokenizer, image_processor = model.build_tiny(sample_texts(samples))

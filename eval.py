@@ -44,7 +44,16 @@ from tqdm import tqdm
 
 import data
 import model as models
-from train import append_jsonl, first_on_this_machine, init_distributed, rank, read_jsonl, sum_over_ranks, world_size, write_whole
+from train import (
+    append_jsonl,
+    first_on_this_machine,
+    init_distributed,
+    rank,
+    read_jsonl,
+    sum_over_ranks,
+    world_size,
+    write_whole,
+)
 
 
 def load(path, device=None):
@@ -56,7 +65,9 @@ def load(path, device=None):
             settings = data.Settings(**json.load(file))
     processor = data.Processor.from_pretrained(path, settings)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id).to(device).eval(), processor
+    return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id).to(
+        device
+    ).eval(), processor
 
 
 # ------------------------------------------------------------------------------------------------ one question of your own
@@ -97,7 +108,11 @@ def _segmentation(mask):
 # The options that point at objects: how each reads its text. They are kept in the order given, as (option, value).
 POINTERS = {
     "frame": (int, "N", "the frame that the next masks lie on, from 0"),
-    "box": (lambda text: box(*map(float, text.split(","))), "X,Y,W,H", "a mask: left upper corner and size, in pixels of the frame"),
+    "box": (
+        lambda text: box(*map(float, text.split(","))),
+        "X,Y,W,H",
+        "a mask: left upper corner and size, in pixels of the frame",
+    ),
     "polygon": (lambda text: [float(n) for n in text.split(",")], "X1,Y1,X2,Y2,...", "a mask: its corners"),
     "mask": (lambda path: np.asarray(Image.open(path).convert("L")), "PICTURE", "a mask: what is not black"),
 }
@@ -114,10 +129,18 @@ def read_objects(pointed, info):
             named.add(frame)
         else:
             data.expect(frame is not None, "--frame before the first mask of a video", f"--{option}")
-            data.expect(frame not in objects[-1], "one mask a frame (--object begins the next object)", f"two on frame {frame}")
+            data.expect(
+                frame not in objects[-1],
+                "one mask a frame (--object begins the next object)",
+                f"two on frame {frame}",
+            )
             corners = [] if option == "mask" else value
-            inside = all(0 <= number <= limit for number, limit in zip(corners, cycle((info.width, info.height))))
-            data.expect(inside, f"--{option} inside the picture, {info.width}x{info.height} (width x height)", value)
+            inside = all(
+                0 <= number <= limit for number, limit in zip(corners, cycle((info.width, info.height)))
+            )
+            data.expect(
+                inside, f"--{option} inside the picture, {info.width}x{info.height} (width x height)", value
+            )
             objects[-1][frame] = value
     unused = sorted(named.difference(*objects))
     data.expect(not unused, "a mask (--box, --polygon or --mask) after each --frame", f"none on {unused}")
@@ -142,7 +165,9 @@ def preview(media, objects):
         masks = [None if mask is None else data.decode_mask(mask, height, width) for mask in marked]
         size = max(12, min(height, width) // 16)  # as draw_regions writes
         title = Image.new("RGB", (width, 3 * size // 2), "white")
-        ImageDraw.Draw(title).text((4, size * 3 // 4), f"frame {frame}", fill="black", anchor="lm", font=ImageFont.load_default(size))
+        ImageDraw.Draw(title).text(
+            (4, size * 3 // 4), f"frame {frame}", fill="black", anchor="lm", font=ImageFont.load_default(size)
+        )
         rows += [np.asarray(title), data.draw_regions(picture, masks)]
     return Image.fromarray(np.concatenate(rows))
 
@@ -163,7 +188,11 @@ def read_questions(samples, strict):
     for number in range(len(samples)):
         entry, _, _, position = samples.read(number)
         entry = entry if isinstance(entry, dict) else {}
-        about = {"id": position} | {name: entry[name] for name in KEPT if name in entry} | {"type": str(entry.get("type") or "")}
+        about = (
+            {"id": position}
+            | {name: entry[name] for name in KEPT if name in entry}
+            | {"type": str(entry.get("type") or "")}
+        )
         try:
             turns = samples[number].turns
         except data.DataError as error:
@@ -172,7 +201,10 @@ def read_questions(samples, strict):
             turns, about["error"] = [("", "")], str(error)
         for turn, (question, answer) in enumerate(turns):
             pointed = "error" in about or any(data.REGION_TAG in earlier for earlier, _ in turns[: turn + 1])
-            questions.append(about | {"turn": turn, "question": question, "answer": answer.strip() or None, "regions": pointed})
+            questions.append(
+                about
+                | {"turn": turn, "question": question, "answer": answer.strip() or None, "regions": pointed}
+            )
             keys.append((number, turn))
     if all("error" in question for question in questions):
         raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
@@ -201,7 +233,13 @@ def batches(dataset, keys, device, batch_size=1, workers=0, **options):
     joined = partial(collate, pad_token_id=dataset.processor.tokenizer.pad_token_id, **options)
     loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=joined, num_workers=workers)
     for batch, errors in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(keys) == 1):
-        yield batch and {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}, errors
+        yield (
+            batch
+            and {
+                name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()
+            },
+            errors,
+        )
 
 
 def answers(model, processor, questions, keys, max_new_tokens, **options):
@@ -226,10 +264,15 @@ def answer_all(model, processor, samples, turns, control, args):
     done = gather(done)[0]  # one reads for all: once a rank knows what is left, it writes
     known = {n for n, _ in done}
     mine = [n for n in turns if n not in known][rank() :: world_size()]
-    questions, options = Questions(samples, processor, control=control), {"batch_size": args.batch_size, "workers": args.workers}
+    questions, options = (
+        Questions(samples, processor, control=control),
+        {"batch_size": args.batch_size, "workers": args.workers},
+    )
     os.makedirs(parts, exist_ok=True)
     path = os.path.join(parts, f"{control}-{rank()}-{time.time_ns()}.jsonl")
-    for answered in answers(model, processor, questions, [turns[n] for n in mine], args.max_new_tokens, **options):
+    for answered in answers(
+        model, processor, questions, [turns[n] for n in mine], args.max_new_tokens, **options
+    ):
         for n, answer in zip(mine[len(found) :], answered):
             found.append((n, answer))
             if isinstance(answer, str):
@@ -251,9 +294,14 @@ def check_once(found, wanted, place):
     """Raises DataError unless each of wanted occurs exactly once in found, and nothing else does."""
     counts, wanted = Counter(found), dict.fromkeys(wanted)
     wrong = [key for key in wanted | counts if counts[key] != (key in wanted)]
-    shown = ", ".join(f"{'question' if key in wanted else 'unknown'} {key} {counts[key]} times" for key in wrong[:3])
+    shown = ", ".join(
+        f"{'question' if key in wanted else 'unknown'} {key} {counts[key]} times" for key in wrong[:3]
+    )
     if wrong:
-        raise data.DataError(f"expected each of {len(wanted)} questions exactly once, found {len(wrong)} faults: {shown}", place)
+        raise data.DataError(
+            f"expected each of {len(wanted)} questions exactly once, found {len(wrong)} faults: {shown}",
+            place,
+        )
 
 
 def json_lines(entries):
@@ -279,7 +327,9 @@ def open_run(args):
     if not os.path.exists(args.out) or os.path.isdir(args.out) and not os.listdir(args.out):
         write_whole(args.out, lambda folder: write_file(folder, "run.json", json_lines([run])))
     elif read_jsonl(saved) != [run]:
-        raise SystemExit(f"--out {args.out}: exists and holds no beginning of this run; name another folder, or remove it")
+        raise SystemExit(
+            f"--out {args.out}: exists and holds no beginning of this run; name another folder, or remove it"
+        )
 
 
 def read_predictions(path, questions):
@@ -289,7 +339,11 @@ def read_predictions(path, questions):
     for number in range(len(lines)):
         line, place, *_ = lines.read(number)
         with data.within(*place):
-            data.expect(isinstance(line, dict) and "id" in line and "pred" in line, 'an object with "id" and "pred"', line)
+            data.expect(
+                isinstance(line, dict) and "id" in line and "pred" in line,
+                'an object with "id" and "pred"',
+                line,
+            )
         missing = data.DataError(str(line.get("error", "its pred is not a text")))
         found.append((json.dumps(line["id"]), line["pred"] if isinstance(line["pred"], str) else missing))
     check_once([i for i, _ in found], ids, path)
@@ -302,7 +356,9 @@ def mean_loss(model, processor, samples, args):
     """Cross-entropy of the right answers: a sum over all supervised tokens of all ranks, divided once by their number."""
     total, tokens = 0.0, 0
     keys = [(0, i) for i in range(len(samples))][rank() :: world_size()]
-    for batch, errors in batches(data.ReferringDataset(samples, processor), keys, args.device, args.batch_size, args.workers):
+    for batch, errors in batches(
+        data.ReferringDataset(samples, processor), keys, args.device, args.batch_size, args.workers
+    ):
         for error in filter(None, errors):
             raise error
         total += model(batch).item()
@@ -325,7 +381,9 @@ def score(questions, columns):
     best = {kind: counter.most_common(1)[0][0] for kind, counter in frequent.items()}
     columns = columns | {"constant": {n: best[kind] for n, kind in enumerate(kinds)}}
     pointed = [n for n, question in enumerate(questions) if question["regions"]]
-    rows = dict(sorted(rows.items())) | ({"about regions": pointed} if 0 < len(pointed) < len(questions) else {})
+    rows = dict(sorted(rows.items())) | (
+        {"about regions": pointed} if 0 < len(pointed) < len(questions) else {}
+    )
     rows["all"] = list(range(len(questions)))
     width = max(map(len, rows)) + 3
     print(" " * width + "".join(f"{name:>18}" for name in columns))
@@ -349,7 +407,9 @@ def score_choices(questions, replies):
             question["choice"], question["by"] = choose(replies[n], read_options(question)[0])
     rows = score(questions, {"accuracy": {n: question["choice"] for n, question in enumerate(questions)}})
     told = {by: sum(question["by"] == by for question in questions) for by in ("letter", "text", "none")}
-    print(f"replies that name a letter: {told['letter']}; an option's whole text: {told['text']}; neither, which is wrong: {told['none']}")
+    print(
+        f"replies that name a letter: {told['letter']}; an option's whole text: {told['text']}; neither, which is wrong: {told['none']}"
+    )
     return {"rows": rows, "replies": told}
 
 
@@ -369,7 +429,11 @@ def run_questions(args):
         if rank() == 0:
             open_run(args)
         model, processor = load(args.model, args.device)
-        scores = {"mode": args.mode, "no_options": args.no_options} if bench else {"loss": mean_loss(model, processor, samples, args)}
+        scores = (
+            {"mode": args.mode, "no_options": args.no_options}
+            if bench
+            else {"loss": mean_loss(model, processor, samples, args)}
+        )
         for name, control in (("pred" if bench else "exact", "none"), *zip(args.control, args.control)):
             asked = {n: key for n, key in enumerate(keys) if questions[n]["regions"] or control == "none"}
             columns[name] = answer_all(model, processor, samples, asked, control, args)
@@ -380,7 +444,9 @@ def run_questions(args):
         for n, error in failed.items():
             column[n], questions[n]["error"] = None, str(error)
     first = rank() == 0
-    if dist.is_initialized():  # what is left is for rank 0 alone, and a judge may take longer than the others can wait
+    if (
+        dist.is_initialized()
+    ):  # what is left is for rank 0 alone, and a judge may take longer than the others can wait
         dist.barrier()
         dist.destroy_process_group()
     if first:
@@ -394,7 +460,10 @@ def report(questions, columns, scores, args):
         print(f"loss {scores['loss']:.4f} per supervised token")
     if args.bench_q:
         scores |= score_choices(questions, columns["pred"])
-    lines = [question | {name: column[n] for name, column in columns.items() if n in column} for n, question in enumerate(questions)]
+    lines = [
+        question | {name: column[n] for name, column in columns.items() if n in column}
+        for n, question in enumerate(questions)
+    ]
     if not args.score:  # they may be another run's
         write_file(args.out, "predictions.jsonl", json_lines(lines))
     if args.bench_d:
@@ -423,9 +492,13 @@ class Bench(data.Samples):
 
     def prepare(self, entry):
         data.expect(isinstance(entry, dict), "a JSON object", entry)
-        question, answer = bench_q_turn(entry, self.args.no_options) if self.args.bench_q else bench_d_turn(entry)
+        question, answer = (
+            bench_q_turn(entry, self.args.no_options) if self.args.bench_q else bench_d_turn(entry)
+        )
         listed, frame = entry.get("annotation"), str(entry.get("frame_idx"))
-        if self.args.mode == "single" and not self.args.score and isinstance(listed, list):  # each object on the published frame alone
+        if (
+            self.args.mode == "single" and not self.args.score and isinstance(listed, list)
+        ):  # each object on the published frame alone
             listed = [{frame: frames.get(frame)} if isinstance(frames, dict) else frames for frames in listed]
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         return entry | {"conversations": turns, "annotation": listed}
@@ -444,7 +517,9 @@ def read_options(entry):
         data.expect(match and match[1] not in options, 'options: "(A) ...", each letter once', text)
         options[match[1]] = match[2].strip()
     match = OPTION.match(str(entry.get("Answer")))
-    data.expect(match and match[1] in options, f"Answer: one of the options {''.join(options)}", entry.get("Answer"))
+    data.expect(
+        match and match[1] in options, f"Answer: one of the options {''.join(options)}", entry.get("Answer")
+    )
     return options, match[1]
 
 
@@ -461,18 +536,29 @@ def bench_q_turn(entry, no_options):
     if no_options:
         return re.sub(r"<object\d+>", "", question), letter
     question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
-    return f"{question} {' '.join(entry['options'])}. Answer with the option's letter from the given choices directly.", letter
+    return (
+        f"{question} {' '.join(entry['options'])}. Answer with the option's letter from the given choices directly.",
+        letter,
+    )
 
 
 def bench_d_turn(entry):
     """The published request for a description (the same folder, inference_videorefer_d_bench.py)."""
     caption = entry.get("caption")
     data.expect(isinstance(caption, str) and caption.strip(), "caption: a text", caption)
-    return f"Please give a detailed description of the highlighted object [{data.REGION_TAG}] in the video.", caption
+    return (
+        f"Please give a detailed description of the highlighted object [{data.REGION_TAG}] in the video.",
+        caption,
+    )
 
 
-ANSWER_IS = re.compile(r"\A(?:the )?(?:best |correct |right |final )?(?:answer|option)(?: is)?:?\s+", re.IGNORECASE)
-LETTER = re.compile(r"\(([A-Z])\)(?!\w)|([A-Z])\)(?!\w)|(?-i:([A-Z])[.:](?=\s))|([A-Z])[.:]?(?=\s*$)", re.IGNORECASE | re.MULTILINE)
+ANSWER_IS = re.compile(
+    r"\A(?:the )?(?:best |correct |right |final )?(?:answer|option)(?: is)?:?\s+", re.IGNORECASE
+)
+LETTER = re.compile(
+    r"\(([A-Z])\)(?!\w)|([A-Z])\)(?!\w)|(?-i:([A-Z])[.:](?=\s))|([A-Z])[.:]?(?=\s*$)",
+    re.IGNORECASE | re.MULTILINE,
+)
 OTHER = re.compile(r"\(([A-Z])\)|\b([A-Z])\)|\b([A-Z])[.:]?$", re.MULTILINE)
 
 
@@ -499,7 +585,12 @@ def choose(reply, options):
 
 # ------------------------------------------------------------------------------------------------ the judge of VideoRefer-Bench-D
 
-ASPECTS = ("Subject Correspondence", "Appearance Description", "Temporal Description", "Hallucination Detection")
+ASPECTS = (
+    "Subject Correspondence",
+    "Appearance Description",
+    "Temporal Description",
+    "Hallucination Detection",
+)
 # Aspects, scale and layout as published; the words are ours. Give the published system.txt to --judge-prompt to compare numbers.
 JUDGE_PROMPT = """You compare two descriptions of one object in a video: the correct answer, and a predicted answer.
 Score the prediction on four aspects, each with a whole number from 0 (nothing fits) to 5 (everything fits):
@@ -515,7 +606,11 @@ def read_marks(reply):
     """A judge's reply -> {aspect: 0 to 5}, or None unless each aspect stands on a line of its own, once, with a whole number."""
     marks = {}
     for aspect in ASPECTS:
-        found = re.findall(rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*(\d+)(?:\s*/\s*5\b)?(?![\d/]|\.\d)", reply, re.MULTILINE | re.IGNORECASE)
+        found = re.findall(
+            rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*(\d+)(?:\s*/\s*5\b)?(?![\d/]|\.\d)",
+            reply,
+            re.MULTILINE | re.IGNORECASE,
+        )
         if len(found) != 1 or int(found[0]) > 5:
             return None
         marks[aspect] = int(found[0])
@@ -536,14 +631,18 @@ def chat(url, messages, args):
             with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT) as response:
                 reply = json.load(response)
             text = reply["choices"][0]["message"]["content"]
-            return text if isinstance(text, str) else "", reply.get("model")  # null: the server's filter kept it back
+            return text if isinstance(text, str) else "", reply.get(
+                "model"
+            )  # null: the server's filter kept it back
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 409, 429):
                 raise SystemExit(f"--judge {url}: {problem}") from None
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
-    raise SystemExit(f"--judge {url}: no answer in {RETRIES + 1} tries, the last: {problem}. The same command goes on from here.")
+    raise SystemExit(
+        f"--judge {url}: no answer in {RETRIES + 1} tries, the last: {problem}. The same command goes on from here."
+    )
 
 
 def judge(lines, args):
@@ -553,7 +652,10 @@ def judge(lines, args):
         with open(args.judge_prompt) as file:
             system = file.read()
     setting = {"judge": args.judge_model, "prompt": hashlib.sha256(system.encode()).hexdigest()[:12]}
-    wanted = {json.dumps(line["id"]): {k: line.get(k) for k in ("id", "video", "caption", "pred")} | setting for line in lines}
+    wanted = {
+        json.dumps(line["id"]): {k: line.get(k) for k in ("id", "video", "caption", "pred")} | setting
+        for line in lines
+    }
     judged = read_jsonl(path)
     for line in judged:
         same = wanted.get(json.dumps(line["id"]), {}).items() <= line.items()
@@ -562,14 +664,18 @@ def judge(lines, args):
     known = {json.dumps(line["id"]) for line in judged}
     for key in tqdm([key for key in wanted if key not in known], unit="reply", leave=False):
         question = f"##Correct answer: {wanted[key]['caption']}\n##Predicted answer: {wanted[key]['pred']}\n"
-        reply, model = chat(args.judge, [{"role": "system", "content": system}, {"role": "user", "content": question}], args)
+        reply, model = chat(
+            args.judge, [{"role": "system", "content": system}, {"role": "user", "content": question}], args
+        )
         judged.append(wanted[key] | {"model": model, "reply": reply, "marks": read_marks(reply)})
         append_jsonl(path, judged[-1])
     check_once([json.dumps(line["id"]) for line in judged], wanted, path)
     marks = [line["marks"] for line in judged if line["marks"]]
     names = sorted({str(line["model"]) for line in judged})
     own = "the prompt in eval.py, not the published one" if system == JUDGE_PROMPT else args.judge_prompt
-    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; prompt {setting['prompt']} ({own})")
+    print(
+        f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; prompt {setting['prompt']} ({own})"
+    )
     means = {aspect: sum(m[aspect] for m in marks) / len(marks) if marks else None for aspect in ASPECTS}
     means["Average"] = sum(means.values()) / len(means) if marks else None
     for aspect, mean in means.items():
@@ -583,13 +689,19 @@ def judge(lines, args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a folder that train.py wrote (OUT/final), or a pretrained backbone")
-    source.add_argument("--score", metavar="JSONL", help="benchmarks: no model, but these predictions, lines with id and pred")
+    source.add_argument(
+        "--score", metavar="JSONL", help="benchmarks: no model, but these predictions, lines with id and pred"
+    )
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--ask", metavar="QUESTION", help="one question about --video, with one <region> an object")
+    task.add_argument(
+        "--ask", metavar="QUESTION", help="one question about --video, with one <region> an object"
+    )
     task.add_argument("--data", nargs="+", help="data files: JSON arrays or JSONL")
     task.add_argument("--bench-q", metavar="JSON", help="VideoRefer-Bench-Q: multiple choice")
     task.add_argument("--bench-d", metavar="JSON", help="VideoRefer-Bench-D: descriptions")
@@ -598,14 +710,43 @@ def parse(argv=None):
         point = lambda value, name=name, read=read: (name, read(value))
         point.__name__ = shown  # argparse names it when the value is wrong
         add(f"--{name}", dest="pointed", action="append", type=point, default=[], metavar=shown, help=text)
-    add("--object", dest="pointed", action="append_const", const=("object", None), help="what follows belongs to the next object")
+    add(
+        "--object",
+        dest="pointed",
+        action="append_const",
+        const=("object", None),
+        help="what follows belongs to the next object",
+    )
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
-    add("--outside-paths", action="store_true", help="also take media paths that are absolute or climb out of that folder")
-    add("--control", nargs="+", choices=("full", "shuffle"), default=[], help="ask --data again with the masks replaced")
-    add("--mode", choices=("single", "multi"), default="single", help="benchmarks: masks on the published frame alone, or on all")
-    add("--no-options", action="store_true", help="--bench-q: ask the question alone; an option's text is the answer")
-    add("--judge", metavar="URL", help="--bench-d: a chat-completions server that scores; its key in OPENAI_API_KEY, if it needs one")
+    add(
+        "--outside-paths",
+        action="store_true",
+        help="also take media paths that are absolute or climb out of that folder",
+    )
+    add(
+        "--control",
+        nargs="+",
+        choices=("full", "shuffle"),
+        default=[],
+        help="ask --data again with the masks replaced",
+    )
+    add(
+        "--mode",
+        choices=("single", "multi"),
+        default="single",
+        help="benchmarks: masks on the published frame alone, or on all",
+    )
+    add(
+        "--no-options",
+        action="store_true",
+        help="--bench-q: ask the question alone; an option's text is the answer",
+    )
+    add(
+        "--judge",
+        metavar="URL",
+        help="--bench-d: a chat-completions server that scores; its key in OPENAI_API_KEY, if it needs one",
+    )
     add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
     add("--judge-prompt", metavar="FILE", help="the published system.txt, in place of eval.py's own words")
     add("--out", help="a new folder for predictions.jsonl and scores.json, or that of a run to go on with")
@@ -622,7 +763,10 @@ def parse(argv=None):
         (bench and not args.out and (args.judge or not args.score), "--out is missing"),
         (args.ask is not None and args.out, "--out: does not go with --ask"),
         (args.ask is not None and not args.video, "--ask: --video or --image is missing"),
-        (args.ask is None and (args.pointed or args.preview or args.video), "--video, masks and --preview go with --ask"),
+        (
+            args.ask is None and (args.pointed or args.preview or args.video),
+            "--video, masks and --preview go with --ask",
+        ),
     ):
         if wrong:
             parser.error(message)

@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it while it is imported: kernels then run in numpy, on the CPU
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # Triton reads it while it is imported: kernels then run in numpy, on the CPU
 try:
     import triton
     import triton.language as tl
@@ -43,7 +45,9 @@ def masked_average_pool_reference(features, weights, frame_start, weight_start):
     cell = frame_start[region] + torch.arange(len(weights), device=weights.device) - weight_start[region]
     inside = weights > 0  # a cell of weight 0 is not read at all, so a NaN in it stays out of the sum
     region, cell, weight = region[inside], cell[inside], weights[inside].float()
-    total = torch.zeros(R, D, device=features.device).index_add(0, region, weight[:, None] * features[cell].float())
+    total = torch.zeros(R, D, device=features.device).index_add(
+        0, region, weight[:, None] * features[cell].float()
+    )
     area = torch.zeros(R, device=features.device).index_add(0, region, weight)
     return (total / torch.where(area > 0, area, 1)[:, None]).to(features.dtype)
 
@@ -81,11 +85,18 @@ if triton:
         for stages in (1, 4)
     ]
     # Backward: a program owns BLOCK_N rows and walks along them. Fewer rows make more programs, wider blocks fewer steps.
-    BACKWARD = [triton.Config({"BLOCK_N": n, "BLOCK_D": d}, num_warps=4) for n, d in ((16, 256), (8, 512), (8, 256), (4, 256))]
-    TRIED = slice(1) if triton.knobs.runtime.interpret else slice(None)  # the interpreter has no speed, and no GPU to measure it on
+    BACKWARD = [
+        triton.Config({"BLOCK_N": n, "BLOCK_D": d}, num_warps=4)
+        for n, d in ((16, 256), (8, 512), (8, 256), (4, 256))
+    ]
+    TRIED = (
+        slice(1) if triton.knobs.runtime.interpret else slice(None)
+    )  # the interpreter has no speed, and no GPU to measure it on
 
     @triton.autotune(FORWARD[TRIED], key=["D"])
-    @triton.jit(do_not_specialize=["N", "M"])  # these change with each batch; D stays: a multiple of 16 allows wide loads
+    @triton.jit(
+        do_not_specialize=["N", "M"]
+    )  # these change with each batch; D stays: a multiple of 16 allows wide loads
     def pool_forward(
         features,  # (N, D), row-major, float32, float16 or bfloat16: the cells of all frames
         weights,  # (M,) float32: the coverage grids of all regions
@@ -109,11 +120,15 @@ if triton:
         blocks = tl.cdiv(D, BLOCK_D)
         r = tl.program_id(0) // blocks
         column = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-        first_row = tl.load(frame_start + r)  # int64, and with it every offset below: features may have more than 2**31 elements
+        first_row = tl.load(
+            frame_start + r
+        )  # int64, and with it every offset below: features may have more than 2**31 elements
         begin = tl.load(weight_start + r)
         end = tl.load(weight_start + r + 1)
         valid = (begin >= 0) & (begin <= end) & (end <= M)
-        total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)  # a sum for each row of the tile: added up once, after the loop
+        total = tl.zeros(
+            (BLOCK_N, BLOCK_D), dtype=tl.float32
+        )  # a sum for each row of the tile: added up once, after the loop
         weight_total = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for i in tl.range(0, tl.where(valid, end - begin, 0), BLOCK_N, num_stages=STAGES):
             cell = i + tl.arange(0, BLOCK_N)
@@ -169,8 +184,12 @@ if triton:
             other = i + tl.arange(0, BLOCK_R)
             exists = other < R
             other_start = tl.load(frame_start + other, mask=exists, other=0)
-            length = tl.load(weight_start + other + 1, mask=exists, other=0) - tl.load(weight_start + other, mask=exists, other=0)
-            before = exists & ((other_start < start) | ((other_start == start) & (other <= r)))  # r itself included
+            length = tl.load(weight_start + other + 1, mask=exists, other=0) - tl.load(
+                weight_start + other, mask=exists, other=0
+            )
+            before = exists & (
+                (other_start < start) | ((other_start == start) & (other <= r))
+            )  # r itself included
             position += tl.sum(before.to(tl.int32), axis=0)
             furthest = tl.maximum(furthest, tl.max(tl.where(before, other_start + length, start), axis=0))
         tl.store(order + position - 1, r)
@@ -206,14 +225,18 @@ if triton:
         for i in range(0, R, BLOCK_R):
             k = i + tl.arange(0, BLOCK_R)
             first += tl.sum((tl.load(reach + k, mask=k < R, other=n0 + 1) <= n0).to(tl.int32), axis=0)
-            last += tl.sum((tl.load(frame_start + k, mask=k < R, other=n0 + BLOCK_N) < n0 + BLOCK_N).to(tl.int32), axis=0)
+            last += tl.sum(
+                (tl.load(frame_start + k, mask=k < R, other=n0 + BLOCK_N) < n0 + BLOCK_N).to(tl.int32), axis=0
+            )
         for d0 in range(0, D, BLOCK_D):
             column = d0 + tl.arange(0, BLOCK_D)
             total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
             for k in range(first, last):
                 r = tl.load(order + k).to(tl.int64)
                 begin = tl.load(weight_start + r)
-                region_area = tl.load(area + r)  # 0 where the region is empty, or the forward found weight_start invalid
+                region_area = tl.load(
+                    area + r
+                )  # 0 where the region is empty, or the forward found weight_start invalid
                 end = tl.where(region_area > 0, tl.load(weight_start + r + 1), begin)
                 cell = row - tl.load(frame_start + r)
                 covers = (cell >= 0) & (begin + cell < end)
@@ -223,7 +246,11 @@ if triton:
                 # Not a product with 0, which an infinite gradient would turn into NaN in rows that the region leaves out.
                 total += tl.where((weight > 0)[:, None], share[:, None] * g[None, :], 0.0)
             inside = (row < N)[:, None] & (column < D)[None, :]
-            tl.store(grad_features + row[:, None] * D + column[None, :], total.to(grad_features.dtype.element_ty), mask=inside)
+            tl.store(
+                grad_features + row[:, None] * D + column[None, :],
+                total.to(grad_features.dtype.element_ty),
+                mask=inside,
+            )
 
 
 # ------------------------------------------------------------------------------------------------ what autograd and model.py see
@@ -242,7 +269,9 @@ class FusedMaskedAveragePool(torch.autograd.Function):
         out = torch.empty(R, D, dtype=features.dtype, device=features.device)
         area = torch.empty(R, dtype=torch.float32, device=features.device)
         if out.numel():
-            with torch.cuda.device_of(features):  # Triton launches on the current GPU, which need not be that of the tensors
+            with torch.cuda.device_of(
+                features
+            ):  # Triton launches on the current GPU, which need not be that of the tensors
                 pool_forward[lambda config: (R * triton.cdiv(D, config["BLOCK_D"]),)](
                     features, weights, frame_start, weight_start, out, area, N, len(weights), D
                 )
@@ -263,7 +292,18 @@ class FusedMaskedAveragePool(torch.autograd.Function):
         reach = torch.empty(R, dtype=torch.int64, device=grad.device)
         sort_regions[(R,)](frame_start, weight_start, order, reach, R, BLOCK_R=BLOCK_R)
         pool_backward[lambda config: (triton.cdiv(N, config["BLOCK_N"]),)](
-            grad, weights, frame_start, weight_start, area, order, reach, grad_features, N, R, D, BLOCK_R=BLOCK_R
+            grad,
+            weights,
+            frame_start,
+            weight_start,
+            area,
+            order,
+            reach,
+            grad_features,
+            N,
+            R,
+            D,
+            BLOCK_R=BLOCK_R,
         )
         return grad_features, None, None, None
 
@@ -271,7 +311,10 @@ class FusedMaskedAveragePool(torch.autograd.Function):
 @cache
 def _warn_without_triton():
     """Says once that the kernels are missing."""
-    warnings.warn("Triton cannot be imported: masked_average_pool runs as plain torch on this GPU, which is slower", stacklevel=3)
+    warnings.warn(
+        "Triton cannot be imported: masked_average_pool runs as plain torch on this GPU, which is slower",
+        stacklevel=3,
+    )
 
 
 def masked_average_pool(features, weights, frame_start, weight_start):
@@ -288,11 +331,17 @@ def masked_average_pool(features, weights, frame_start, weight_start):
     NANOREFER_POOL in the environment: "triton" (on a CPU it needs TRITON_INTERPRET=1), "reference", or "auto", the default: Triton
     on a CUDA device, the reference elsewhere.
     """
-    tensors = {"features": features, "weights": weights, "frame_start": frame_start, "weight_start": weight_start}
+    tensors = {
+        "features": features,
+        "weights": weights,
+        "frame_start": frame_start,
+        "weight_start": weight_start,
+    }
     if not (
         [x.ndim for x in tensors.values()] == [2, 1, 1, 1]
         and features.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and (weights.dtype, frame_start.dtype, weight_start.dtype) == (torch.float32, torch.int64, torch.int64)
+        and (weights.dtype, frame_start.dtype, weight_start.dtype)
+        == (torch.float32, torch.int64, torch.int64)
         and len(weight_start) == len(frame_start) + 1
         and all(x.device == features.device and x.is_contiguous() for x in tensors.values())
         and not weights.requires_grad
@@ -346,7 +395,11 @@ def bytes_moved(case, itemsize):
     frames, side, D, regions, full = CASES[case]
     masks = make_masks(frames, side, regions, full)
     M, covered, row = masks.numel(), int(masks.sum()), D * itemsize
-    everything, product, touched = frames * side**2 * row, M * row, covered * row  # (N, D), (R, D, h, w), (covered, D)
+    everything, product, touched = (
+        frames * side**2 * row,
+        M * row,
+        covered * row,
+    )  # (N, D), (R, D, h, w), (covered, D)
     wide = touched * 4 // itemsize  # the same in float32
     out = len(masks) * row
     forward = {
@@ -401,7 +454,9 @@ def make_versions(case, device, dtype, copies):
         "eager": eager,
         "reference": lambda x: masked_average_pool_reference(x, weights, frame_start, weight_start),
     }
-    features = [torch.randn(N, D, device=device, dtype=dtype).add_(1).requires_grad_() for _ in range(copies)]  # averages near 1
+    features = [
+        torch.randn(N, D, device=device, dtype=dtype).add_(1).requires_grad_() for _ in range(copies)
+    ]  # averages near 1
     return features, versions
 
 
@@ -419,8 +474,12 @@ def median_ms(call, copies, device):
         return statistics.median(times)
     for _ in range(5):
         torch.cuda.synchronize()
-        torch.cuda._sleep(20_000_000)  # cycles, some 10 ms: the host queues all calls meanwhile, and so is not what is measured
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
+        torch.cuda._sleep(
+            20_000_000
+        )  # cycles, some 10 ms: the host queues all calls meanwhile, and so is not what is measured
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)
+        ]
         for i, (start, stop) in enumerate(events):
             start.record()
             kept.append(call(i % copies))
@@ -451,7 +510,9 @@ def check(device):
             )
             for name, a, b in zip(("output", "gradient"), found, wanted):
                 error = float((a.detach().float() - b.detach().float()).abs().max())
-                assert error < tolerance, f"{name} in {dtype}, D {D}: off by {error}, expected less than {tolerance}"
+                assert error < tolerance, (
+                    f"{name} in {dtype}, D {D}: off by {error}, expected less than {tolerance}"
+                )
     where = "on the GPU" if device == "cuda" else "under Triton's interpreter"
     print(f"kernels and reference agree {where}: output and gradient, 3 dtypes, D of 1, 63 and 200")
 
@@ -469,17 +530,25 @@ def main():
             out = partial(versions[name], x)
             both = median_ms(lambda i: torch.autograd.grad(out().sum(), x), 1, device)
             with torch.no_grad():
-                print(f"{name:14}{median_ms(lambda i: out(), 1, device):9.1f} ms forward{both:9.1f} ms forward + backward")
+                print(
+                    f"{name:14}{median_ms(lambda i: out(), 1, device):9.1f} ms forward{both:9.1f} ms forward + backward"
+                )
         return
     properties = torch.cuda.get_device_properties(device)
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_speed = 2 * len(source) / 1e6 / median_ms(lambda i: target.copy_(source), 1, device)  # GB/s
     del source, target
-    print(f"{properties.name}, torch {torch.__version__}, bfloat16. Copying 1 GiB on the device: {copy_speed:.0f} GB/s, read and written")
-    print(f"{'case':5}{'version':15}{'direction':19}{'ms':>9}{'MB':>8}{'GB/s':>7}{'of copy':>9}   (MB: the least that it can move)")
+    print(
+        f"{properties.name}, torch {torch.__version__}, bfloat16. Copying 1 GiB on the device: {copy_speed:.0f} GB/s, read and written"
+    )
+    print(
+        f"{'case':5}{'version':15}{'direction':19}{'ms':>9}{'MB':>8}{'GB/s':>7}{'of copy':>9}   (MB: the least that it can move)"
+    )
     for case, (frames, side, D, *_) in CASES.items():
-        copies = 2 + 2 * properties.L2_cache_size // (frames * side**2 * D * 2)  # together more than twice the L2 cache
+        copies = 2 + 2 * properties.L2_cache_size // (
+            frames * side**2 * D * 2
+        )  # together more than twice the L2 cache
         torch.compiler.reset()  # the expression is compiled for each case's own shape
         features, versions = make_versions(case, device, torch.bfloat16, copies)
         versions["compiled"] = torch.compile(versions["eager"])
@@ -494,13 +563,19 @@ def main():
                     error = float((version(features[0]).float() - wanted).abs().max())
                     assert error < 0.05, f"{name} is off by {error} in case ({case})"
                     forward = median_ms(lambda i: version(features[i]), copies, device)
-                both = median_ms(lambda i: torch.autograd.grad(version(features[i]), features[i], grad), copies, device)
+                both = median_ms(
+                    lambda i: torch.autograd.grad(version(features[i]), features[i], grad), copies, device
+                )
             except torch.cuda.OutOfMemoryError:
                 print(f"{case:5}{name:15}out of memory")
                 continue
-            for direction, ms, moved in zip(("forward", "forward + backward"), (forward, both), bytes_moved(case, 2)[name]):
+            for direction, ms, moved in zip(
+                ("forward", "forward + backward"), (forward, both), bytes_moved(case, 2)[name]
+            ):
                 speed = moved / 1e6 / ms
-                print(f"{case:5}{name:15}{direction:19}{ms:9.4f}{moved / 1e6:8.0f}{speed:7.0f}{speed / copy_speed:9.0%}")
+                print(
+                    f"{case:5}{name:15}{direction:19}{ms:9.4f}{moved / 1e6:8.0f}{speed:7.0f}{speed / copy_speed:9.0%}"
+                )
         if triton:
             chosen = [kernel.best_config for kernel in (pool_forward, pool_backward)]
             print("     blocks chosen:", *(f"{config.kwargs}" for config in chosen))

@@ -50,17 +50,30 @@ def temporal_merge(pooled, where, object_frames, region_tokens):
     """
     R = len(pooled)
     owner = torch.repeat_interleave(torch.arange(len(object_frames), device=pooled.device), object_frames)
-    similarity = F.cosine_similarity(pooled[:-1].float(), pooled[1:].float(), dim=-1).detach()  # (R - 1,), pair i is rows i, i + 1
-    similarity = similarity.masked_fill(owner[:-1] != owner[1:], -torch.inf)  # never across objects: these sort last
+    similarity = F.cosine_similarity(
+        pooled[:-1].float(), pooled[1:].float(), dim=-1
+    ).detach()  # (R - 1,), pair i is rows i, i + 1
+    similarity = similarity.masked_fill(
+        owner[:-1] != owner[1:], -torch.inf
+    )  # never across objects: these sort last
     by_similarity = torch.argsort(similarity, descending=True, stable=True)
-    order = by_similarity[torch.argsort(owner[:-1][by_similarity], stable=True)]  # by object, then similarity, then time
+    order = by_similarity[
+        torch.argsort(owner[:-1][by_similarity], stable=True)
+    ]  # by object, then similarity, then time
     first_pair = torch.cumsum(object_frames, 0) - object_frames  # an object's pairs begin where its rows do
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(R - 1, device=order.device)) - first_pair[owner[:-1]]
+    rank = (
+        torch.empty_like(order).scatter_(0, order, torch.arange(R - 1, device=order.device))
+        - first_pair[owner[:-1]]
+    )
     joined = rank < (object_frames - region_tokens)[owner[:-1]]
-    run_start = torch.cat([joined.new_ones(1), ~joined]).nonzero().flatten()  # rows that are not joined to the one before
+    run_start = (
+        torch.cat([joined.new_ones(1), ~joined]).nonzero().flatten()
+    )  # rows that are not joined to the one before
     edges = torch.cat([run_start, run_start.new_tensor([R])])
     weight = torch.ones(R, device=pooled.device)
-    return masked_average_pool(pooled, weight, run_start, edges), masked_average_pool(where, weight, run_start, edges)
+    return masked_average_pool(pooled, weight, run_start, edges), masked_average_pool(
+        where, weight, run_start, edges
+    )
 
 
 class RegionEncoder(nn.Module):
@@ -75,7 +88,9 @@ class RegionEncoder(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.position = nn.Sequential(nn.Linear(5 * (2 + 2 * self.FREQUENCIES), dim), nn.GELU(), nn.Linear(dim, dim))
+        self.position = nn.Sequential(
+            nn.Linear(5 * (2 + 2 * self.FREQUENCIES), dim), nn.GELU(), nn.Linear(dim, dim)
+        )
         for last in (self.mlp[-1], self.position[-1]):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -87,7 +102,9 @@ class RegionEncoder(nn.Module):
         merged, where = temporal_merge(pooled, where, object_frames, region_tokens)
         angles = torch.pi * where[:, :, None] * 2 ** torch.arange(self.FREQUENCIES, device=where.device)
         raw = 2 * where - 1
-        place = torch.cat([raw, raw * raw[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)], dim=1).to(merged.dtype)
+        place = torch.cat(
+            [raw, raw * raw[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)], dim=1
+        ).to(merged.dtype)
         return merged + self.mlp(merged) + self.position(place)
 
 
@@ -97,7 +114,9 @@ class ReferringVideoLLM(nn.Module):
     def __init__(self, backbone, region_token_id, image_mean, image_std):
         super().__init__()
         self.backbone, self.region_token_id = backbone, region_token_id
-        if region_token_id >= backbone.get_input_embeddings().num_embeddings:  # published checkpoints have spare rows
+        if (
+            region_token_id >= backbone.get_input_embeddings().num_embeddings
+        ):  # published checkpoints have spare rows
             backbone.resize_token_embeddings(region_token_id + 1)
         self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1), persistent=False)
@@ -121,7 +140,13 @@ class ReferringVideoLLM(nn.Module):
         embeddings, positions, _, deepstack = self._inputs(batch)
         mask = batch["attention_mask"]
         language_model = self.backbone.model.language_model
-        output = language_model(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False, **deepstack)
+        output = language_model(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=False,
+            **deepstack,
+        )
         return output.last_hidden_state
 
     def _inputs(self, batch):
@@ -130,23 +155,37 @@ class ReferringVideoLLM(nn.Module):
         ids = batch["input_ids"]
         config = self.backbone.config
         embeddings = self.backbone.get_input_embeddings()(ids)
-        is_image, is_video, is_region = ids == config.image_token_id, ids == config.video_token_id, ids == self.region_token_id
+        is_image, is_video, is_region = (
+            ids == config.image_token_id,
+            ids == config.video_token_id,
+            ids == self.region_token_id,
+        )
         merge = config.vision_config.spatial_merge_size**2
         still_cells = batch["still_grid_thw"].prod(1) // merge  # (S,), cells of each still
-        stills, videos = len(batch["still_patches"]) // merge, len(batch["video_patches"]) // merge  # cells of all
+        stills, videos = (
+            len(batch["still_patches"]) // merge,
+            len(batch["video_patches"]) // merge,
+        )  # cells of all
         output, deepstack = self._vision(batch), {}
         if output is not None:
-            image, video = slice(int(still_cells[: batch["prompt_images"]].sum())), slice(stills, stills + videos)
+            image, video = (
+                slice(int(still_cells[: batch["prompt_images"]].sum())),
+                slice(stills, stills + videos),
+            )
             embeddings = _place(embeddings, is_image, output.pooler_output[image])
             embeddings = _place(embeddings, is_video, output.pooler_output[video])
-            deepstack = self._deepstack(is_image, is_video, [(f[image], f[video]) for f in getattr(output, "deepstack_features", [])])
+            deepstack = self._deepstack(
+                is_image, is_video, [(f[image], f[video]) for f in getattr(output, "deepstack_features", [])]
+            )
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
             names = ("coverage", "coverage_start", "where", "object_frames", "region_tokens")
             tokens = self.region_encoder(output.pooler_output, frame_start, *(batch[name] for name in names))
             embeddings = _place(embeddings, is_region, tokens)
         elif self.training:
-            embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())  # 0, for the reason that _vision gives
+            embeddings = embeddings + sum(
+                p[:0].sum() for p in self.region_encoder.parameters()
+            )  # 0, for the reason that _vision gives
         positions, ahead = self._positions(batch, is_image, is_video)
         return embeddings, positions, ahead, deepstack
 
@@ -154,12 +193,18 @@ class ReferringVideoLLM(nn.Module):
         """The vision tower's output for all stills, then all videos; None without media. While training it is called exactly once: ranks
         wait for each other's gradients (under FSDP, weights too) of every part, whatever is in their batches. For a batch without media
         it encodes one black picture of a single cell that is read nowhere: the gradients are 0, but there are gradients."""
-        pixels = [self._pixels(batch[name], name == "still_patches") for name in ("still_patches", "video_patches") if len(batch[name])]
+        pixels = [
+            self._pixels(batch[name], name == "still_patches")
+            for name in ("still_patches", "video_patches")
+            if len(batch[name])
+        ]
         grids = torch.cat([batch["still_grid_thw"], batch["video_grid_thw"]])
         if not pixels and self.training:
             config = self.backbone.config.vision_config
             side = config.spatial_merge_size
-            pixels = [self._pixels(batch["still_patches"].new_zeros(side**2, 3 * config.patch_size**2), repeat=True)]
+            pixels = [
+                self._pixels(batch["still_patches"].new_zeros(side**2, 3 * config.patch_size**2), repeat=True)
+            ]
             grids = grids.new_tensor([[1, side, side]])
         return self.backbone.model.visual(torch.cat(pixels), grid_thw=grids) if pixels else None
 
@@ -178,7 +223,9 @@ class ReferringVideoLLM(nn.Module):
             mm_token_type_ids=is_image.int() + 2 * is_video.int(),
             image_grid_thw=images if len(images) else None,
             video_grid_thw=videos if len(videos) else None,
-            second_per_grid_ts=batch["seconds_per_pair"],  # Qwen3-VL ignores it: its prompt carries timestamps
+            second_per_grid_ts=batch[
+                "seconds_per_pair"
+            ],  # Qwen3-VL ignores it: its prompt carries timestamps
             attention_mask=batch["attention_mask"],
         )
 
@@ -206,7 +253,12 @@ class ReferringVideoLLM(nn.Module):
         answers, alive = [], torch.ones(len(mask), dtype=torch.bool, device=mask.device)
         for _ in range(max_new_tokens):
             output = language_model(
-                inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, **deepstack
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **deepstack,
             )
             scores = self.backbone.lm_head(output.last_hidden_state[:, -1])
             scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
@@ -228,7 +280,9 @@ class ReferringVideoLLM(nn.Module):
     def from_pretrained(cls, path, region_token_id):
         """path: a Hugging Face name or folder of a backbone, or a folder that save_pretrained wrote. Loads strictly: raises
         ValueError when weights are missing, left over, or of another shape."""
-        backbone, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        backbone, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
         wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if wrong:
             raise ValueError(f"{path}: expected weights that fit the model exactly, found {wrong}")
@@ -260,10 +314,15 @@ class ReferringVideoLLM(nn.Module):
         groups = {"region": list(self.region_encoder.parameters())}
         projectors = [visual.merger, *getattr(visual, "deepstack_merger_list", [])]
         groups["projector"] = [p for module in projectors for p in module.parameters()]
-        groups["llm"] = [*self.backbone.model.language_model.parameters(), *self.backbone.lm_head.parameters()]
+        groups["llm"] = [
+            *self.backbone.model.language_model.parameters(),
+            *self.backbone.lm_head.parameters(),
+        ]
         in_projector = set(map(id, groups["projector"]))
         groups["vision"] = [p for p in visual.parameters() if id(p) not in in_projector]
-        return {name: list(dict.fromkeys(parameters)) for name, parameters in groups.items()}  # tied weights once
+        return {
+            name: list(dict.fromkeys(parameters)) for name, parameters in groups.items()
+        }  # tied weights once
 
 
 def _place(embeddings, where, rows):
@@ -290,12 +349,22 @@ def build_tiny(texts):
     is byte-level BPE, its merges learned from texts (an iterable of str): their frequent words become one token each, and any other
     text still has its bytes. -> (backbone, tokenizer, image_processor)
     """
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    names = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     byte_level = Tokenizer(tokenizer_models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_level.train_from_iterator(texts, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    byte_level.train_from_iterator(
+        texts, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token=names[2], pad_token=names[0])
     tokenizer.add_tokens(names, special_tokens=True)
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
@@ -310,7 +379,12 @@ def build_tiny(texts):
         num_key_value_heads=4,
         head_dim=32,
         initializer_range=0.16,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
     )
     vision = Qwen3VLVisionConfig(
         depth=2,

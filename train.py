@@ -45,7 +45,9 @@ from tqdm import tqdm
 import data
 import model as models
 
-FRAME_CACHE = 128 << 20  # bytes of decoded frames that all workers of a rank keep together: a small data set is decoded once
+FRAME_CACHE = (
+    128 << 20
+)  # bytes of decoded frames that all workers of a rank keep together: a small data set is decoded once
 
 
 def option(default, help):
@@ -59,40 +61,81 @@ class Config:
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
     outside_paths: bool = option(False, "also take media paths that are absolute or climb out of that folder")
-    model: str = option("tiny", "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL")
-    out: str = option("out", "folder for all that is written; must not hold an earlier run, unless that is resumed")
-    train: str = option(None, "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)")
+    model: str = option(
+        "tiny",
+        "tiny (random weights, no download), or a Hugging Face name or folder of a Qwen3-VL or Qwen2.5-VL",
+    )
+    out: str = option(
+        "out", "folder for all that is written; must not hold an earlier run, unless that is resumed"
+    )
+    train: str = option(
+        None,
+        "what learns, of region,projector,llm,vision (default: all for tiny, region for a pretrained model)",
+    )
     steps: int = option(560, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
-    batch_size: int = option(None, "samples of one optimizer step, over all ranks (default: 16, or all where there are fewer)")
-    micro_batch: int = option(8, "samples of one forward pass on one rank at most; those of a step are grouped by length")
-    lr: float = option(None, "peak learning rate of projector, llm and vision (default: 1e-3 for tiny, 2e-5 for a pretrained model)")
-    region_lr: float = option(None, "peak learning rate of the region encoder (default: 3e-3 for tiny, 1e-3 for a pretrained model)")
+    batch_size: int = option(
+        None, "samples of one optimizer step, over all ranks (default: 16, or all where there are fewer)"
+    )
+    micro_batch: int = option(
+        8, "samples of one forward pass on one rank at most; those of a step are grouped by length"
+    )
+    lr: float = option(
+        None,
+        "peak learning rate of projector, llm and vision (default: 1e-3 for tiny, 2e-5 for a pretrained model)",
+    )
+    region_lr: float = option(
+        None, "peak learning rate of the region encoder (default: 3e-3 for tiny, 1e-3 for a pretrained model)"
+    )
     warmup: int = option(10, "steps of linear warm-up; a cosine to 0 follows")
     clip: float = option(1.0, "the gradient is scaled down to this norm")
     num_frames: int = option(8, "frames sampled evenly from a video")
-    frame_pixels: int = option(None, "pixels of each at most (default: 32*32 for tiny, 384*384 for a pretrained model)")
-    region_pixels: int = option(None, "the same for images and the annotated frames that regions are pooled from (default: 96*96, 384*384)")
+    frame_pixels: int = option(
+        None, "pixels of each at most (default: 32*32 for tiny, 384*384 for a pretrained model)"
+    )
+    region_pixels: int = option(
+        None,
+        "the same for images and the annotated frames that regions are pooled from (default: 96*96, 384*384)",
+    )
     region_frames: int = option(8, "annotated frames used of one object at most, evenly spread")
-    region_tokens: int = option(4, "tokens one object becomes at most: its most alike neighbours in time are joined")
-    single_frame: float = option(0.25, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)")
+    region_tokens: int = option(
+        4, "tokens one object becomes at most: its most alike neighbours in time are joined"
+    )
+    single_frame: float = option(
+        0.25, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)"
+    )
     max_length: int = option(4096, "tokens of a sample at most; a longer one is refused, never cut")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
-    timeout: float = option(120.0, "seconds that a media file may take to be read; one that hangs is left out")
+    timeout: float = option(
+        120.0, "seconds that a media file may take to be read; one that hangs is left out"
+    )
     workers: int = option(2, "processes that load data, on each rank")
     seed: int = option(0, "of the weights, the order and every random choice")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
-    save_every: int = option(None, "steps between two checkpoints OUT/step-NNNNNN (default: only when SIGTERM ends the run)")
+    save_every: int = option(
+        None, "steps between two checkpoints OUT/step-NNNNNN (default: only when SIGTERM ends the run)"
+    )
     keep: int = option(2, "checkpoints that stay: the last ones")
-    resume: str = option(None, "latest (of --out; from the start where there is none yet), or the folder of a checkpoint")
-    fsdp: bool = option(False, "spread weights, gradients and optimizer state over the ranks (FSDP2) instead of a copy on each (DDP)")
-    grad_checkpoint: bool = option(False, "keep no activations inside of layers: the backward pass computes each layer again")
-    bench: bool = option(False, "train nothing: time the data path and the step on this data, beside straightforward ones")
+    resume: str = option(
+        None, "latest (of --out; from the start where there is none yet), or the folder of a checkpoint"
+    )
+    fsdp: bool = option(
+        False,
+        "spread weights, gradients and optimizer state over the ranks (FSDP2) instead of a copy on each (DDP)",
+    )
+    grad_checkpoint: bool = option(
+        False, "keep no activations inside of layers: the backward pass computes each layer again"
+    )
+    bench: bool = option(
+        False, "train nothing: time the data path and the step on this data, beside straightforward ones"
+    )
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for f in fields(Config):
         if f.name == "data":
             kind = dict(nargs="+", required=True)
@@ -190,7 +233,9 @@ def micro_batches(samples, micro_batch, pad_token_id):
     the same number of micro-batches, whatever it left out: ranks that run in step with each other wait for each forward pass.
     """
     errors = [s for s in samples if isinstance(s, data.DataError)]
-    usable = sorted((s for s in samples if not isinstance(s, data.DataError)), key=lambda s: len(s["input_ids"]))
+    usable = sorted(
+        (s for s in samples if not isinstance(s, data.DataError)), key=lambda s: len(s["input_ids"])
+    )
     groups = [usable[start : start + micro_batch] for start in range(0, len(samples), micro_batch)]
     return [data.collate(group or [data.EMPTY_SAMPLE], pad_token_id) for group in groups], errors
 
@@ -216,7 +261,9 @@ def build(config, samples, checkpoint=None):
         backbone, tokenizer, image_processor = models.build_tiny(data.sample_texts(samples))
         processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
         mean, std = image_processor.image_mean, image_processor.image_std
-        print0("model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)")
+        print0(
+            "model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)"
+        )
         return models.ReferringVideoLLM(backbone, processor.region_token_id, mean, std), processor
     path = checkpoint or config.model
     processor = data.Processor.from_pretrained(path, settings)
@@ -229,8 +276,12 @@ def shard(model, device):
     (embeddings, mergers, region encoder) are gathered throughout a step. All ranks must call the same layers in the same order. Layers
     move to the device one by one, so that it never holds the whole model; but each rank starts from a whole one in CPU memory."""
     precision = MixedPrecisionPolicy()
-    if device.type == "cuda":  # inputs stay as they are (autocast handles them): of the batch, positions in time would suffer
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if (
+        device.type == "cuda"
+    ):  # inputs stay as they are (autocast handles them): of the batch, positions in time would suffer
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in [*model.layers(), model]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -248,7 +299,9 @@ def choose_parameters(model, config):
     """Freezes what --train does not name -> AdamW's parameter groups, each with its peak learning rate."""
     groups, chosen = model.parameter_groups(), config.train.split(",")
     covered = sum(p.numel() for group in groups.values() for p in group)
-    assert covered == sum(p.numel() for p in model.parameters()), "the parameter groups must cover the model, each weight once"
+    assert covered == sum(p.numel() for p in model.parameters()), (
+        "the parameter groups must cover the model, each weight once"
+    )
     if not set(chosen) <= set(groups) or len(set(chosen)) < len(chosen):
         raise SystemExit(f"--train: expected names out of {','.join(groups)}, found {config.train}")
     model.requires_grad_(False)
@@ -256,8 +309,13 @@ def choose_parameters(model, config):
     for name in chosen:
         for p in groups[name]:
             p.requires_grad_(True)
-        optimized.append({"params": groups[name], "peak": config.region_lr if name == "region" else config.lr})
-    counts = ", ".join(f"{name} {sum(p.numel() for p in group) / 1e6:.2f} M{'' if name in chosen else ' (frozen)'}" for name, group in groups.items())
+        optimized.append(
+            {"params": groups[name], "peak": config.region_lr if name == "region" else config.lr}
+        )
+    counts = ", ".join(
+        f"{name} {sum(p.numel() for p in group) / 1e6:.2f} M{'' if name in chosen else ' (frozen)'}"
+        for name, group in groups.items()
+    )
     print0(f"parameters: {counts}")
     return optimized
 
@@ -288,7 +346,9 @@ class BadSamples:
             if rank() == 0:
                 append_jsonl(self.path, {"places": error.args[1:], "reason": error.args[0]})
         if len(self.seen) > self.limit:
-            raise SystemExit(f"stopped: {len(self.seen)} samples cannot be used, --max-bad allows {self.limit:g}; see {self.path}")
+            raise SystemExit(
+                f"stopped: {len(self.seen)} samples cannot be used, --max-bad allows {self.limit:g}; see {self.path}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -343,13 +403,28 @@ def save(model, processor, path, training=None):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # What a resumed run may change: where things lie and how the work is dealt out, but nothing that the losses depend on.
-FREE = ("media", "outside_paths", "out", "micro_batch", "max_bad", "timeout", "workers", "log_every", "save_every", "keep", "resume", "device")
+FREE = (
+    "media",
+    "outside_paths",
+    "out",
+    "micro_batch",
+    "max_bad",
+    "timeout",
+    "workers",
+    "log_every",
+    "save_every",
+    "keep",
+    "resume",
+    "device",
+)
 FREE += ("fsdp", "grad_checkpoint")
 
 
 def checkpoints(out):
     """{number of finished steps: folder} of a run's whole checkpoints, oldest first."""
-    names = [name for name in (os.listdir(out) if os.path.isdir(out) else []) if re.fullmatch(r"step-\d+", name)]
+    names = [
+        name for name in (os.listdir(out) if os.path.isdir(out) else []) if re.fullmatch(r"step-\d+", name)
+    ]
     return {int(name[5:]): os.path.join(out, name) for name in sorted(names, key=lambda name: int(name[5:]))}
 
 
@@ -358,7 +433,10 @@ def save_checkpoint(model, processor, optimizer, config, samples, done):
     not depend on the number of ranks, nor on --fsdp. Every rank must call it."""
     fixed = {name: value for name, value in asdict(config).items() if name not in FREE}
     state = optimizer.state_dict()
-    state["state"] = {number: {name: whole(value) for name, value in moments.items()} for number, moments in state["state"].items()}
+    state["state"] = {
+        number: {name: whole(value) for name, value in moments.items()}
+        for number, moments in state["state"].items()
+    }
     training = {"done": done, "samples": samples, "config": fixed, "optimizer": state}
     save(model, processor, os.path.join(config.out, f"step-{done:06}"), training)
     if rank() > 0:
@@ -372,7 +450,9 @@ def read_checkpoint(config):
     """What --resume names -> (folder, its training.pt), or (None, None) to start from the beginning."""
     if config.resume is None:
         if os.path.exists(os.path.join(config.out, "metrics.jsonl")):
-            raise SystemExit(f"--out {config.out}: holds an earlier run; name another folder, remove it, or --resume latest")
+            raise SystemExit(
+                f"--out {config.out}: holds an earlier run; name another folder, remove it, or --resume latest"
+            )
         return None, None
     if os.path.exists(os.path.join(config.out, "final")):
         raise SystemExit(f"--resume: the run in {config.out} is finished, its model is in final")
@@ -382,11 +462,17 @@ def read_checkpoint(config):
         print0(f"--resume latest: no checkpoint in {config.out} yet; starts from the beginning")
         return None, None
     if not os.path.exists(os.path.join(folder, "training.pt")):
-        raise SystemExit(f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it")
+        raise SystemExit(
+            f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it"
+        )
     # mmap: the ranks of a machine then share the memory of an optimizer state of which each goes on to keep a share.
-    state = torch.load(os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True, mmap=config.fsdp)
+    state = torch.load(
+        os.path.join(folder, "training.pt"), map_location="cpu", weights_only=True, mmap=config.fsdp
+    )
     if max(found, default=0) > state["done"]:
-        raise SystemExit(f"--out {config.out}: holds later steps than {folder}; name another folder, or remove them")
+        raise SystemExit(
+            f"--out {config.out}: holds later steps than {folder}; name another folder, or remove them"
+        )
     return folder, state
 
 
@@ -395,7 +481,9 @@ def check_resumable(state, config, samples):
     for name, saved in (state["config"] | {"samples": state["samples"]}).items():
         given = samples if name == "samples" else getattr(config, name)
         if given != saved:
-            raise SystemExit(f"--resume: expected {name} {saved} as in the run that is resumed, found {given}")
+            raise SystemExit(
+                f"--resume: expected {name} {saved} as in the run that is resumed, found {given}"
+            )
 
 
 def load_optimizer(optimizer, state):
@@ -404,7 +492,9 @@ def load_optimizer(optimizer, state):
     for number, moments in state["state"].items():
         p = parameters[number]
         if isinstance(p, DTensor):  # this rank's share; src_data_rank: cut from its own copy
-            share = partial(distribute_tensor, device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None)
+            share = partial(
+                distribute_tensor, device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None
+            )
             moments.update({name: share(moments[name]) for name in ("exp_avg", "exp_avg_sq")})
     optimizer.load_state_dict(state)
 
@@ -418,7 +508,9 @@ def tidy(out, done):
     for path in (os.path.join(out, name) for name in ("metrics.jsonl", "bad_samples.jsonl")):
         if os.path.exists(path):
             with open(path + ".tmp", "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in read_jsonl(path) if line.get("step", -1) < done)
+                file.writelines(
+                    json.dumps(line) + "\n" for line in read_jsonl(path) if line.get("step", -1) < done
+                )
             os.replace(path + ".tmp", path)
 
 
@@ -433,7 +525,11 @@ def backward(model, micro, total, device):
     for number, batch in enumerate(micro):
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         last = number + 1 == len(micro)
-        with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        with (
+            contextlib.nullcontext()
+            if last or not isinstance(model, DistributedDataParallel)
+            else model.no_sync()
+        ):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = model(batch)
             # DDP and FSDP average gradients over ranks; the loss is their sum over the step's tokens, hence the world size.
@@ -451,14 +547,18 @@ def ignore_sigterm(worker):
 def train(config):
     device = init_distributed(config.device)
     if config.fsdp and not dist.is_initialized():
-        raise SystemExit("--fsdp: shards over the ranks that torchrun starts, found none; see python train.py --help")
+        raise SystemExit(
+            "--fsdp: shards over the ranks that torchrun starts, found none; see python train.py --help"
+        )
     checkpoint, state = read_checkpoint(config)
     with first_on_this_machine():  # it makes the index of the data files, the others find it
         samples = data.read_samples(config.data, config.media, config.outside_paths)
     model, processor = build(config, samples, checkpoint)
     if config.grad_checkpoint:
         for layer in model.layers():
-            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # hooks stay outside: FSDP gathers once for both
+            layer.forward = partial(
+                recomputed, layer.forward, use_reentrant=False
+            )  # hooks stay outside: FSDP gathers once for both
     if config.fsdp:
         shard(model, device)  # before the optimizer: a sharded model has other parameters
     optimized = choose_parameters(model, config)
@@ -467,21 +567,31 @@ def train(config):
     most = min(16, len(samples))
     config.batch_size = config.batch_size or most - most % world_size()
     if config.batch_size < 1 or config.batch_size % world_size():
-        raise SystemExit(f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}")
+        raise SystemExit(
+            f"--batch-size: expected a multiple of the {world_size()} ranks, found {config.batch_size}"
+        )
     if config.epochs is not None:
         config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
     done = state["done"] if state else 0
-    order = Order(len(samples), config.batch_size, config.steps, config.seed, rank(), world_size(), start=done)
+    order = Order(
+        len(samples), config.batch_size, config.steps, config.seed, rank(), world_size(), start=done
+    )
     cache = FRAME_CACHE // max(config.workers, 1)
-    dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, cache_bytes=cache, timeout=config.timeout)
+    dataset = data.ReferringDataset(
+        samples, processor, config.single_frame, config.seed, cache_bytes=cache, timeout=config.timeout
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=config.workers,
         worker_init_fn=ignore_sigterm,
-        collate_fn=partial(micro_batches, micro_batch=config.micro_batch, pad_token_id=processor.tokenizer.pad_token_id),
+        collate_fn=partial(
+            micro_batches, micro_batch=config.micro_batch, pad_token_id=processor.tokenizer.pad_token_id
+        ),
     )
-    print0(f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}")
+    print0(
+        f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size} on {world_size()} x {device.type}"
+    )
 
     wrapped = DistributedDataParallel(model) if world_size() > 1 and not config.fsdp else model
     optimizer = torch.optim.AdamW(optimized, lr=0.0, betas=(0.9, 0.95), fused=True)
@@ -500,12 +610,18 @@ def train(config):
     tokens_seen, samples_seen, clock = 0, 0, time.time()
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, disable=rank() > 0, unit="step")
     for step in bar:
-        torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))  # for the dropout of a backbone that has it
+        torch.manual_seed(
+            config.seed + 1_000_003 * (step * world_size() + rank())
+        )  # for the dropout of a backbone that has it
         micro, errors = next(batches)
         supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
-        tokens, slots = (sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel))
+        tokens, slots = (
+            sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel)
+        )
         counts = [supervised, tokens, slots, len(errors), len(terminated)]
-        total, tokens, slots, bad_count, stop = sum_over_ranks(counts, device)  # all ranks stop after the same step
+        total, tokens, slots, bad_count, stop = sum_over_ranks(
+            counts, device
+        )  # all ranks stop after the same step
         if bad_count:
             bad.add(errors)
 
@@ -577,7 +693,9 @@ def stopwatch(places, now=time.perf_counter):
     with contextlib.ExitStack() as stack:
         for stage, functions in places.items():
             for owner, attribute in functions:
-                stack.enter_context(mock.patch.object(owner, attribute, timed(getattr(owner, attribute), stage)))
+                stack.enter_context(
+                    mock.patch.object(owner, attribute, timed(getattr(owner, attribute), stage))
+                )
         yield seconds
 
 
@@ -600,16 +718,31 @@ def straightforward_sample(dataset, sample):
         frames = choose(len(reader))
         pictures = reader.get_batch(frames).asnumpy()
         height, width = pictures.shape[1:3]
-        small = [Image.fromarray(picture).resize(size(height, width)[::-1], Image.Resampling.BICUBIC) for picture in pictures]
-        return frames, reader.get_avg_fps(), (height, width), (np.stack(small).astype(np.float32) / 255 - 0.5) / 0.5
+        small = [
+            Image.fromarray(picture).resize(size(height, width)[::-1], Image.Resampling.BICUBIC)
+            for picture in pictures
+        ]
+        return (
+            frames,
+            reader.get_avg_fps(),
+            (height, width),
+            (np.stack(small).astype(np.float32) / 255 - 0.5) / 0.5,
+        )
 
     annotated = [data.evenly(sorted(masks), settings.region_frames) for masks in sample.objects]
-    sampled, fps, size, pictures = read(lambda total: data.evenly(range(total), settings.num_frames), processor.frame_size)
+    sampled, fps, size, pictures = read(
+        lambda total: data.evenly(range(total), settings.num_frames), processor.frame_size
+    )
     video = processor.video_patches(pictures)
-    stills = [processor.still_patches(picture) for picture in read(lambda _: sorted(set().union(*annotated)), processor.still_size)[-1]]
+    stills = [
+        processor.still_patches(picture)
+        for picture in read(lambda _: sorted(set().union(*annotated)), processor.still_size)[-1]
+    ]
     chosen = [masks[frame] for masks, frames in zip(sample.objects, annotated) for frame in frames]
     masks = [data.decode_mask(mask, *size).astype(np.float32) for mask in chosen]
-    prompt = processor.video_prompt(sampled, fps, math.prod(processor.frame_size(*size)) // processor.factor**2)
+    prompt = processor.video_prompt(
+        sampled, fps, math.prod(processor.frame_size(*size)) // processor.factor**2
+    )
     tokens = [data.region_token_count(len(frames), settings.region_tokens) for frames in annotated]
     return video, stills, masks, processor.encode(sample.turns, "video", prompt, tokens)
 
@@ -622,17 +755,26 @@ def bench_data(dataset, runs=24):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     some = [dataset.samples[i] for i in data.evenly(range(len(dataset)), 100)]
-    videos = data.evenly([s for s in some if s.objects and s.media and not data.media_info(s.media).is_image] or [None], 8)
+    videos = data.evenly(
+        [s for s in some if s.objects and s.media and not data.media_info(s.media).is_image] or [None], 8
+    )
     if videos[0] is None:
         raise SystemExit("--bench: expected samples with regions in a video, found none")
     stages = {
-        "open, decode": [(data, "read_media"), (decord.VideoReader, "__init__"), (decord.VideoReader, "get_batch")],
+        "open, decode": [
+            (data, "read_media"),
+            (decord.VideoReader, "__init__"),
+            (decord.VideoReader, "get_batch"),
+        ],
         "resize": [(Image.Image, "resize")],
         "masks": [(data, "decode_mask"), (data, "coverage"), (data, "mask_box")],
         "patchify": [(data.Processor, "still_patches"), (data.Processor, "video_patches")],
         "tokens": [(data.Processor, "encode")],
     }
-    ways = {"ours": lambda s: dataset.encode(s, np.random.default_rng(0)), "straightforward": lambda s: straightforward_sample(dataset, s)}
+    ways = {
+        "ours": lambda s: dataset.encode(s, np.random.default_rng(0)),
+        "straightforward": lambda s: straightforward_sample(dataset, s),
+    }
     found = {way: [] for way in ways}
     for sample in videos * math.ceil(runs / len(videos)):
         for way, read in ways.items():
@@ -644,7 +786,9 @@ def bench_data(dataset, runs=24):
             found[way].append([1000 * s for s in seconds.values()] + [1000 * total, num_bytes(encoded) / 1e6])
     torch.set_num_threads(threads)
     medians = {way: np.median(rows, axis=0) for way, rows in found.items()}
-    print(f"\ndata path of a sample: median of {len(found['ours'])} runs over {len(videos)} samples, on one core")
+    print(
+        f"\ndata path of a sample: median of {len(found['ours'])} runs over {len(videos)} samples, on one core"
+    )
     rows = zip([*(f"{stage}, ms" for stage in stages), "all, ms", "handed over, MB"], *medians.values())
     print_table(rows)
 
@@ -660,7 +804,9 @@ def straightforward_backward(model, micro, total, device):
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits = model.logits(batch).float()
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORE).backward()
+    F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORE
+    ).backward()
 
 
 def bench_step(model, optimized, dataset, config, device, turns=5, steps=6):
@@ -668,13 +814,18 @@ def bench_step(model, optimized, dataset, config, device, turns=5, steps=6):
     some steps; medians over all steps but the first of each turn. The learning rate is 0."""
     cuda = device.type == "cuda"
     parameters = [p for group in optimized for p in group["params"]]
-    ways = {"ours": (micro_batches, backward, True), "straightforward": (straightforward_batches, straightforward_backward, None)}
+    ways = {
+        "ours": (micro_batches, backward, True),
+        "straightforward": (straightforward_batches, straightforward_backward, None),
+    }
     loaders, found = {}, {way: [] for way in ways}
     for way, (collate, _, _) in ways.items():
         settings = {"pad_token_id": dataset.processor.tokenizer.pad_token_id}
         settings |= {"micro_batch": config.micro_batch} if way == "ours" else {}
         order = Order(len(dataset), config.batch_size, turns * steps, config.seed, rank=0, world=1)
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=config.workers, collate_fn=partial(collate, **settings))
+        loader = DataLoader(
+            dataset, batch_sampler=order, num_workers=config.workers, collate_fn=partial(collate, **settings)
+        )
         loaders[way] = iter(loader)
 
     def now():
@@ -698,8 +849,14 @@ def bench_step(model, optimized, dataset, config, device, turns=5, steps=6):
             micro, _ = next(loaders[way])
             waited = now() - start
             total = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
-            tokens, slots = (sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel))
-            with stopwatch(stages, now) as seconds, FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext() as counter:
+            tokens, slots = (
+                sum(int(count(batch["attention_mask"])) for batch in micro)
+                for count in (torch.sum, torch.numel)
+            )
+            with (
+                stopwatch(stages, now) as seconds,
+                FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext() as counter,
+            ):
                 run_backward(model, micro, total, device)
                 torch.nn.utils.clip_grad_norm_(parameters, config.clip)
                 optimizer.step()
@@ -710,7 +867,9 @@ def bench_step(model, optimized, dataset, config, device, turns=5, steps=6):
                 continue
             peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
             row = [1000 * second for second in (waited, *seconds.values(), elapsed)]
-            found[way].append([*row, 100 * (1 - tokens / slots), tokens / elapsed, flops * slots / elapsed / 1e12, peak])
+            found[way].append(
+                [*row, 100 * (1 - tokens / slots), tokens / elapsed, flops * slots / elapsed / 1e12, peak]
+            )
     print(f"\nstep of {config.batch_size} samples on {device.type}: median of {turns * (steps - 1)} steps")
     names = ["wait for data, ms", *stages, "all, ms", "padded, %", "tokens/s", "TFLOP/s", "peak memory, GB"]
     print_table(zip(names, *(np.median(rows, axis=0) for rows in found.values())))
@@ -726,7 +885,9 @@ def bench(config):
     optimized = choose_parameters(model, config)
     model.to(device).train()
     config.batch_size = config.batch_size or min(16, len(samples))
-    dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, timeout=config.timeout)
+    dataset = data.ReferringDataset(
+        samples, processor, config.single_frame, config.seed, timeout=config.timeout
+    )
     bench_data(dataset)
     bench_step(model, optimized, dataset, config, device)
 

@@ -25,12 +25,20 @@ import train  # noqa: E402
 
 def write_samples(path, count):
     rng = np.random.default_rng(0)
-    turns = [{"from": "human", "value": "What is <region> doing?"}, {"from": "gpt", "value": "It walks over the grass to the gate. " * 3}]
+    turns = [
+        {"from": "human", "value": "What is <region> doing?"},
+        {"from": "gpt", "value": "It walks over the grass to the gate. " * 3},
+    ]
     with open(path, "w") as file:
         for number in range(count):
             corners = (rng.random((4, 16)) * 300).round(1).tolist()
             masks = {str(6 * k): {"segmentation": [polygon]} for k, polygon in enumerate(corners)}
-            entry = {"id": number, "video": f"videos/{number}.mp4", "conversations": turns, "annotation": [masks]}
+            entry = {
+                "id": number,
+                "video": f"videos/{number}.mp4",
+                "conversations": turns,
+                "annotation": [masks],
+            }
             file.write("[\n" * (number == 0) + json.dumps(entry) + ("\n]" if number + 1 == count else ",\n"))
 
 
@@ -70,7 +78,9 @@ def main(count):
             start = time.perf_counter()
             samples = data.read_samples(path)
             print(f"opened for the {time_of_asking} time: {time.perf_counter() - start:.3f} s")
-        used = peak(data.ReferringDataset(samples, processor), 400)  # their media are missing: no frames are held
+        used = peak(
+            data.ReferringDataset(samples, processor), 400
+        )  # their media are missing: no frames are held
     print(f"{count} samples, {without:.0f} MB without them, {used:.0f} MB with them: {used - without:.0f} MB")
 
 

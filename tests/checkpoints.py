@@ -26,7 +26,15 @@ TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 def make_tokenizer(template):
@@ -38,7 +46,9 @@ def make_tokenizer(template):
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.add_tokens(list(SPECIAL), special_tokens=True)
     fast.chat_template = template
     return fast
@@ -59,7 +69,14 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
         "num_key_value_heads": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 2, 2]},
     }
-    vision = {"depth": 3, "hidden_size": 48, "intermediate_size": 80, "num_heads": 3, "patch_size": patch, "out_hidden_size": 64}
+    vision = {
+        "depth": 3,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_heads": 3,
+        "patch_size": patch,
+        "out_hidden_size": 64,
+    }
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -72,11 +89,15 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
         text |= {"head_dim": 16}
         text["rope_parameters"] |= {"mrope_interleaved": True}
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+        )
         mean, std = [0.5] * 3, [0.5] * 3
     else:
         vision |= {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+        )
         mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     for p in model.parameters():  # transformers starts with 0.02; larger weights make every input matter
         if p.ndim > 1:

@@ -4,6 +4,7 @@ The number's 8 bits are a row of black and white blocks, the complement of each 
 blurred, smeared or mixed from two frames breaks the complement rule instead of passing for another number. A texture
 that drifts lies over the blocks, so that the encoders have motion to predict and P and B frames are worth something.
 """
+
 import json
 import sys
 from fractions import Fraction
@@ -21,11 +22,11 @@ def draw_number(number, height=HEIGHT, width=WIDTH):
     """-> uint8 (height, width, 3) RGB, grey; number in [0, 256)."""
     assert 0 <= number < 2**BITS, number
     bits = np.array([number >> b & 1 for b in range(BITS)])
-    blocks = np.stack([bits, 1 - bits])                                           # (2, BITS)
+    blocks = np.stack([bits, 1 - bits])  # (2, BITS)
     rows, columns = np.arange(height) * 2 // height, np.arange(width) * BITS // width
     y, x = np.mgrid[:height, :width]
     texture = 20 * np.sin(x / 7 + number / 3) * np.cos(y / 5 - number / 4)
-    grey = 40 + 170 * blocks[rows][:, columns] + texture                          # (height, width)
+    grey = 40 + 170 * blocks[rows][:, columns] + texture  # (height, width)
     return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
@@ -33,15 +34,27 @@ def read_number(frame):
     """Inverse of draw_number for a decoded frame, uint8 (H, W, 3) RGB of any size. ValueError where there is no number."""
     height, width, _ = frame.shape
     y, x = (np.arange(2) * 2 + 1) * height // 4, (np.arange(BITS) * 2 + 1) * width // (2 * BITS)
-    blocks = np.array([[frame[j - 2:j + 3, i - 2:i + 3].mean() for i in x] for j in y])   # (2, BITS): each block's centre
+    blocks = np.array(
+        [[frame[j - 2 : j + 3, i - 2 : i + 3].mean() for i in x] for j in y]
+    )  # (2, BITS): each block's centre
     bits = blocks > 127
     if np.abs(blocks - 127).min() < 25 or (bits[0] == bits[1]).any():
         raise ValueError(f"no clean number in the picture: {blocks.round()}")
     return sum(1 << b for b in range(BITS) if bits[0, b])
 
 
-def write_video(path, codec="libx264", options=None, num_frames=72, pts=None, with_audio_seconds=0,
-                pictures=None, color_range=None, rate=RATE, container_options=None):
+def write_video(
+    path,
+    codec="libx264",
+    options=None,
+    num_frames=72,
+    pts=None,
+    with_audio_seconds=0,
+    pictures=None,
+    color_range=None,
+    rate=RATE,
+    container_options=None,
+):
     """Encode frames 0 .. num_frames - 1 to `path`; its suffix chooses the container.
 
     pts: presentation times in 1 / rate s, default 0, 1, 2, ...; uneven ones make a variable frame rate.
@@ -50,11 +63,13 @@ def write_video(path, codec="libx264", options=None, num_frames=72, pts=None, wi
     pictures = [draw_number(k) for k in range(num_frames)] if pictures is None else pictures
     pts = range(len(pictures)) if pts is None else pts
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=rate, options={k: str(v) for k, v in (options or {}).items()})
+        stream = container.add_stream(
+            codec, rate=rate, options={k: str(v) for k, v in (options or {}).items()}
+        )
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, rate)
-        stream.codec_context.thread_count = 1                                     # the same file on every machine
+        stream.codec_context.thread_count = 1  # the same file on every machine
         if color_range:
             stream.codec_context.color_range = color_range
         audio = container.add_stream("aac", rate=16000) if with_audio_seconds else None
@@ -86,21 +101,52 @@ VPX = {"g": 20, "lag-in-frames": 12, "auto-alt-ref": 1, "deadline": "good", "cpu
 VIDEOS = {
     "h264 closed GOP": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=2"})),
     "h264 open GOP": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=3:open-gop=1"})),
-    "h264 many B-frames": ("a.mkv", dict(options={"x264-params": X264 + "keyint=30:bframes=8:b-pyramid=normal:ref=4"})),
+    "h264 many B-frames": (
+        "a.mkv",
+        dict(options={"x264-params": X264 + "keyint=30:bframes=8:b-pyramid=normal:ref=4"}),
+    ),
     "h264 GOP of 2": ("a.mov", dict(options={"x264-params": X264 + "keyint=2:bframes=1:open-gop=1"})),
     "h264 intra only": ("a.mp4", dict(options={"x264-params": X264 + "keyint=1"})),
-    "h264 intra refresh": ("a.mp4", dict(options={"x264-params": X264 + "keyint=24:intra-refresh=1:bframes=0:ref=3"})),
-    "h264 fragmented": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"},
-                                      container_options={"movflags": "frag_keyframe+empty_moov"})),
-    "h264 variable rate": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=2"},
-                                         pts=[k + 3 * (k // 5) + k * k // 50 for k in range(72)])),
+    "h264 intra refresh": (
+        "a.mp4",
+        dict(options={"x264-params": X264 + "keyint=24:intra-refresh=1:bframes=0:ref=3"}),
+    ),
+    "h264 fragmented": (
+        "a.mp4",
+        dict(
+            options={"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"},
+            container_options={"movflags": "frag_keyframe+empty_moov"},
+        ),
+    ),
+    "h264 variable rate": (
+        "a.mp4",
+        dict(
+            options={"x264-params": X264 + "keyint=12:bframes=2"},
+            pts=[k + 3 * (k // 5) + k * k // 50 for k in range(72)],
+        ),
+    ),
     "h264 mpeg-ts": ("a.ts", dict(options={"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"})),
     "h264 avi": ("a.avi", dict(options={"x264-params": X264 + "keyint=12:bframes=3:open-gop=1"})),
-    "h264 negative start": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=2"}, pts=range(-30, 42))),
-    "hevc closed GOP": ("a.mp4", dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=0"})),
-    "hevc open GOP": ("a.mp4", dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=1"})),
-    "hevc open GOP mkv": ("a.mkv", dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=1"})),
-    "hevc intra refresh": ("a.mp4", dict(codec="libx265", options={"x265-params": X265 + "keyint=24:bframes=0:intra-refresh=1"})),
+    "h264 negative start": (
+        "a.mp4",
+        dict(options={"x264-params": X264 + "keyint=12:bframes=2"}, pts=range(-30, 42)),
+    ),
+    "hevc closed GOP": (
+        "a.mp4",
+        dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=0"}),
+    ),
+    "hevc open GOP": (
+        "a.mp4",
+        dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=1"}),
+    ),
+    "hevc open GOP mkv": (
+        "a.mkv",
+        dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=1"}),
+    ),
+    "hevc intra refresh": (
+        "a.mp4",
+        dict(codec="libx265", options={"x265-params": X265 + "keyint=24:bframes=0:intra-refresh=1"}),
+    ),
     "mpeg4 avi B-frames": ("a.avi", dict(codec="mpeg4", options={"bf": 2, "g": 12, "q:v": 3})),
     "mpeg4 mp4 B-frames": ("a.mp4", dict(codec="mpeg4", options={"bf": 2, "g": 12})),
     "mpeg2 mpg": ("a.mpg", dict(codec="mpeg2video", options={"bf": 2, "g": 12})),
@@ -108,9 +154,17 @@ VIDEOS = {
     "vp9 webm": ("a.webm", dict(codec="libvpx-vp9", options=VPX)),
     "vp9 live webm": ("a.webm", dict(codec="libvpx-vp9", options=VPX, container_options={"live": "1"})),
     "vp9 mkv": ("a.mkv", dict(codec="libvpx-vp9", options=VPX)),
-    "av1 mp4": ("a.mp4", dict(codec="libsvtav1", options={"preset": 12, "g": 20, "crf": 20, "svtav1-params": "lp=1"})),
-    "av1 open GOP mkv": ("a.mkv", dict(codec="libsvtav1", options={"preset": 12, "g": 20, "crf": 20,
-                                                                   "svtav1-params": "lp=1:irefresh-type=1"})),
+    "av1 mp4": (
+        "a.mp4",
+        dict(codec="libsvtav1", options={"preset": 12, "g": 20, "crf": 20, "svtav1-params": "lp=1"}),
+    ),
+    "av1 open GOP mkv": (
+        "a.mkv",
+        dict(
+            codec="libsvtav1",
+            options={"preset": 12, "g": 20, "crf": 20, "svtav1-params": "lp=1:irefresh-type=1"},
+        ),
+    ),
     "gif": ("a.gif", dict(codec="gif")),
 }
 
@@ -123,7 +177,11 @@ def remux(source, target, change):
             data = change(k, bytes(packet))
             if data is not None:
                 changed = av.Packet(data)
-                changed.stream, changed.time_base, changed.is_keyframe = stream, packet.time_base, packet.is_keyframe
+                changed.stream, changed.time_base, changed.is_keyframe = (
+                    stream,
+                    packet.time_base,
+                    packet.is_keyframe,
+                )
                 changed.pts, changed.dts, changed.duration = packet.pts, packet.dts, packet.duration
                 new.mux(changed)
     return Path(target)
@@ -132,7 +190,10 @@ def remux(source, target, change):
 def write_bench(folder):
     """For `train.py --bench`: 10 s of 720p video, a textured scene that the camera pans over, with one disc annotated on 8 frames."""
     rng, (height, width), num_frames = np.random.default_rng(0), (720, 1280), 300
-    layers = [Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)).resize((2000, 2000)) for s in (4, 16, 64)]
+    layers = [
+        Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)).resize((2000, 2000))
+        for s in (4, 16, 64)
+    ]
     scene = np.mean([np.asarray(layer, np.float32) for layer in layers], axis=0).astype(np.uint8)
     y, x = np.mgrid[:height, :width]
 
@@ -147,9 +208,16 @@ def write_bench(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_video(folder / "clip.mp4", pictures=[frame(k) for k in range(num_frames)], rate=30)
-    masks = {k: coco_mask.encode(np.asfortranarray(disc(k).astype(np.uint8))) for k in range(20, num_frames, 37)}
-    annotation = {str(k): {"segmentation": mask | {"counts": mask["counts"].decode()}} for k, mask in masks.items()}
-    turns = [{"from": "human", "value": "What is <region> doing?"}, {"from": "gpt", "value": "It moves to the right."}]
+    masks = {
+        k: coco_mask.encode(np.asfortranarray(disc(k).astype(np.uint8))) for k in range(20, num_frames, 37)
+    }
+    annotation = {
+        str(k): {"segmentation": mask | {"counts": mask["counts"].decode()}} for k, mask in masks.items()
+    }
+    turns = [
+        {"from": "human", "value": "What is <region> doing?"},
+        {"from": "gpt", "value": "It moves to the right."},
+    ]
     sample = {"id": 0, "video": "clip.mp4", "conversations": turns, "annotation": [annotation]}
     (folder / "data.json").write_text(json.dumps([sample]))
 

@@ -39,7 +39,20 @@ def outline(shape, x, y, r):
     if shape == "triangle":
         return [(x, y - r), (x + r, y + r), (x, y + r), (x - r, y + r)]
     a = r / 3
-    steps = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
+    steps = [
+        (-a, -r),
+        (a, -r),
+        (a, -a),
+        (r, -a),
+        (r, a),
+        (a, a),
+        (a, r),
+        (-a, r),
+        (-a, a),
+        (-r, a),
+        (-r, -a),
+        (-a, -a),
+    ]
     return [(x + dx, y + dy) for dx, dy in steps]
 
 
@@ -54,8 +67,12 @@ def deal(rng):
                 dx, dy = (SPEED * d for d in DIRECTIONS[direction])
                 x, y = rng.uniform(r, SIDE - r), rng.uniform(r, SIDE - r)
                 path = [(x + dx * t, y + dy * t) for t in range(FRAMES)]
-                if all(r <= c <= SIDE - r for c in path[-1]) and all(_apart(path, r, o["path"], o["r"]) for o in objects):
-                    objects.append({"colour": colour, "shape": shape, "direction": direction, "r": r, "path": path})
+                if all(r <= c <= SIDE - r for c in path[-1]) and all(
+                    _apart(path, r, o["path"], o["r"]) for o in objects
+                ):
+                    objects.append(
+                        {"colour": colour, "shape": shape, "direction": direction, "r": r, "path": path}
+                    )
                     break
         if len(objects) == 4:
             return objects
@@ -70,7 +87,10 @@ def draw(objects, background, frame):
     picture = Image.new("RGB", (SIDE * 4, SIDE * 4), BACKGROUNDS[background])
     pen = ImageDraw.Draw(picture)
     for o in objects:
-        pen.polygon([(4 * x, 4 * y) for x, y in outline(o["shape"], *o["path"][frame], o["r"])], fill=COLOURS[o["colour"]])
+        pen.polygon(
+            [(4 * x, 4 * y) for x, y in outline(o["shape"], *o["path"][frame], o["r"])],
+            fill=COLOURS[o["colour"]],
+        )
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
@@ -133,7 +153,9 @@ def relation(a, b, frames):
         dx, dy = (a["path"][f][i] - b["path"][f][i] for i in (0, 1))
         if abs(abs(dx) - abs(dy)) < 8:
             return None
-        answers.add(("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below"))
+        answers.add(
+            ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+        )
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -165,7 +187,9 @@ def entry(rng, media, asked, frames, later_format=False):
     if key == "image":  # whichever frame it was made of, it has only one
         regions = [{"0": region[str(frames[0])]} for region in regions]
     if regions and later_format:
-        plain = [{f: m["segmentation"] for f, m in region.items() if m.get("segmentation")} for region in regions]
+        plain = [
+            {f: m["segmentation"] for f, m in region.items() if m.get("segmentation")} for region in regions
+        ]
         sample["masks"] = [region["0"] for region in plain] if key == "image" else plain
     elif regions:
         sample["annotation"] = regions
@@ -177,7 +201,12 @@ def entry(rng, media, asked, frames, later_format=False):
 def bench_q_entry(rng, sample, question):
     """A test sample's question, with its very masks, as a multiple-choice question in the format of VideoRefer-Bench-Q.json."""
     kind, text, answer, pointed = question
-    wrong = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "relation": ("left", "right", "above", "below")}[kind]
+    wrong = {
+        "colour": COLOURS,
+        "shape": SHAPES,
+        "direction": DIRECTIONS,
+        "relation": ("left", "right", "above", "below"),
+    }[kind]
     options = rng.sample(list(wrong), 4)
     lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", options)]
     for number in range(len(pointed)):
@@ -207,7 +236,9 @@ def train_samples(rng, clip):
     """Three samples of one clip: a video with regions on three frames, and two of the other kinds, mostly images."""
     objects, video = clip["objects"], ("video", clip["video"])
     background = ("background", "What colour is the background?", clip["background"], [])
-    moving = questions(rng, objects, ANNOTATED, ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]) + [background]
+    moving = questions(
+        rng, objects, ANNOTATED, ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]
+    ) + [background]
     yield entry(rng, video, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
     for frame, path in clip["images"].items():
         still = questions(rng, objects, (frame,), ["shape"] * 4 + ["colour"])
@@ -222,7 +253,9 @@ def train_samples(rng, clip):
             yield entry(rng, video, [background], ())
         else:
             word = rng.choice(list(COLOURS) + list(SHAPES))
-            yield {"conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]}
+            yield {
+                "conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]
+            }
 
 
 def _shuffled(rng, items):
@@ -233,11 +266,17 @@ def write_world(folder, train_clips, test_clips, seed=0):
     rng, folder = random.Random(seed), Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    train = [sample for i in range(train_clips) for sample in train_samples(rng, write_clip(rng, folder, f"train{i:04}"))]
+    train = [
+        sample
+        for i in range(train_clips)
+        for sample in train_samples(rng, write_clip(rng, folder, f"train{i:04}"))
+    ]
     test, bench = [], []
     for i in range(test_clips):
         clip = write_clip(rng, folder, f"test{i:04}")
-        for question in questions(rng, clip["objects"], ANNOTATED, ["colour", "shape", "direction", "relation"] * 2):
+        for question in questions(
+            rng, clip["objects"], ANNOTATED, ["colour", "shape", "direction", "relation"] * 2
+        ):
             test.append(entry(rng, ("video", clip["video"]), [question], ANNOTATED) | {"type": question[0]})
             bench.append(bench_q_entry(rng, test[-1], question))
         background = ("background", "What colour is the background?", clip["background"], [])
@@ -246,11 +285,15 @@ def write_world(folder, train_clips, test_clips, seed=0):
     for name, samples in (("train", train), ("test", test), ("bench_q", bench)):
         numbered = [{"id": number} | sample for number, sample in enumerate(samples)]
         (folder / f"{name}.json").write_text(json.dumps(numbered))
-    print(f"{folder}: {train_clips} + {test_clips} clips, {len(train)} training samples, {len(test)} test questions")
+    print(
+        f"{folder}: {train_clips} + {test_clips} clips, {len(train)} training samples, {len(test)} test questions"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--train-clips", type=int, default=600)
     parser.add_argument("--test-clips", type=int, default=60)

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shapes
 from PIL import Image
 
 import data
-import shapes
 
 TOP = Path(__file__).resolve().parent.parent
 TURNS = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "red"}]
@@ -37,7 +37,9 @@ def check(folder, samples, *options):
     """Runs the command on these samples; -> (exit status, output)."""
     (folder / "data.json").write_text(json.dumps(samples))
     command = [sys.executable, "data.py", str(folder / "data.json"), *map(str, options)]
-    done = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+    )
     assert "Traceback" not in done.stdout, done.stdout[-3000:]
     return done.returncode, done.stdout
 
@@ -57,12 +59,24 @@ RIGHT = [
 def test_counts_of_right_data(folder):
     status, output = check(folder, RIGHT)
     assert status == 0 and "6 samples, 6 of them right" in output and "3 objects" in output
-    kinds = ["video, regions on one frame", "video, regions on several frames", "image, regions on one frame", "image, no regions"]
+    kinds = [
+        "video, regions on one frame",
+        "video, regions on several frames",
+        "image, regions on one frame",
+        "image, no regions",
+    ]
     for name in (*kinds, "video, no regions", "text only"):
         assert f"{name} 1" in output
     assert "one polygon 2" in output and "uncompressed RLE 1" in output and "several polygons 1" in output
-    assert "frames per object: min 1, median 1, max 2" in output and "frames per video: min 8, median 8, max 8" in output
-    assert "96x96 3" in output and "64x32 2" in output and re.search(r"tokens: min \d+, median \d+, max \d+", output)
+    assert (
+        "frames per object: min 1, median 1, max 2" in output
+        and "frames per video: min 8, median 8, max 8" in output
+    )
+    assert (
+        "96x96 3" in output
+        and "64x32 2" in output
+        and re.search(r"tokens: min \d+, median \d+, max \d+", output)
+    )
 
 
 def test_problems_are_grouped_and_written_and_set_the_exit_status(folder, tmp_path):
@@ -76,12 +90,24 @@ def test_problems_are_grouped_and_written_and_set_the_exit_status(folder, tmp_pa
     status, output = check(folder, RIGHT + wrong, "--problems", problems)
     lines = [json.loads(line) for line in problems.read_text().splitlines()]
     assert status == 1 and "10 samples, 6 of them right" in output
-    assert "\n2 x " in output and output.count("\n1 x ") == 2 and "sample 6 (id 'x')" in output and "sample 7 (id 'y')" in output
+    assert (
+        "\n2 x " in output
+        and output.count("\n1 x ") == 2
+        and "sample 6 (id 'x')" in output
+        and "sample 7 (id 'y')" in output
+    )
     named = {line["places"][1]: line["reason"] for line in lines}
-    assert len(lines) == 4 and set(named) == {f"sample {6 + i} (id '{name}')" for i, name in enumerate(("x", "y", "tags", "late"))}
-    assert "absent2.mp4" in named["sample 7 (id 'y')"] and "a frame index below 8" in named["sample 9 (id 'late')"]
+    assert len(lines) == 4 and set(named) == {
+        f"sample {6 + i} (id '{name}')" for i, name in enumerate(("x", "y", "tags", "late"))
+    }
+    assert (
+        "absent2.mp4" in named["sample 7 (id 'y')"]
+        and "a frame index below 8" in named["sample 9 (id 'late')"]
+    )
     status, output = check(folder, RIGHT + wrong, "--structure-only")
-    assert status == 1 and "10 samples, 9 of them right" in output and "media, regions on one frame 3" in output
+    assert (
+        status == 1 and "10 samples, 9 of them right" in output and "media, regions on one frame 3" in output
+    )
 
 
 class Faulty:
@@ -102,22 +128,37 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("fault, timeout, reason", [(die, 60, "exit code -9"), (signal.pause, 2, "within 2 s")])
+@pytest.mark.parametrize(
+    "fault, timeout, reason", [(die, 60, "exit code -9"), (signal.pause, 2, "within 2 s")]
+)
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_sample_that_hangs_or_kills_its_reader_is_a_problem_and_the_others_are_read(workers, fault, timeout, reason):
+def test_a_sample_that_hangs_or_kills_its_reader_is_a_problem_and_the_others_are_read(
+    workers, fault, timeout, reason
+):
     everything = list(data.read_all(Faulty(fault), range(5), workers, timeout))
     found = dict(everything)
-    assert {n: found[n] for n in (0, 2, 4)} == {0: (0, None), 2: (2, None), 4: (4, None)} and len(everything) == 5
+    assert {n: found[n] for n in (0, 2, 4)} == {0: (0, None), 2: (2, None), 4: (4, None)} and len(
+        everything
+    ) == 5
     for n in (1, 3):
-        assert isinstance(found[n], data.DataError) and f"sample {n}" in str(found[n]) and reason in str(found[n])
+        assert (
+            isinstance(found[n], data.DataError)
+            and f"sample {n}" in str(found[n])
+            and reason in str(found[n])
+        )
 
 
 @pytest.mark.parametrize("options", [(), ("--structure-only",)])
 def test_masks_are_checked_on_frames_that_training_might_not_choose(folder, options):
     masks = {str(k): {"segmentation": [[1, 1, 9, 1, 9, 9]]} for k in range(20)}
-    wrong = [masks | {"13": {"segmentation": mask}} for mask in (5, {}, [], "x", {"size": [4, 4]}, {"size": [4, 4], "counts": [3]})]
+    wrong = [
+        masks | {"13": {"segmentation": mask}}
+        for mask in (5, {}, [], "x", {"size": [4, 4]}, {"size": [4, 4], "counts": [3]})
+    ]
     wrong.append({"1": {"segmentation": [[1, 1, 9, 1]]}})
-    status, output = check(folder, [{"video": "a.mp4", "conversations": TURNS, "annotation": [m]} for m in wrong], *options)
+    status, output = check(
+        folder, [{"video": "a.mp4", "conversations": TURNS, "annotation": [m]} for m in wrong], *options
+    )
     assert status == 1 and "7 samples, 0 of them right" in output and output.count("object 0: frame 13") == 6
 
 
@@ -127,13 +168,17 @@ def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
     status, _ = check(folder, [sample], "--preview", tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
     assert status == 0 and os.listdir(tmp_path) == ["p.png"]
-    frame, cells = (picture[top : top + data.PANEL, 6 : 6 + 2 * data.PANEL] for top in (data.LINE, data.LINE + data.PANEL))
+    frame, cells = (
+        picture[top : top + data.PANEL, 6 : 6 + 2 * data.PANEL] for top in (data.LINE, data.LINE + data.PANEL)
+    )
     left, right = slice(40, data.PANEL - 40), slice(data.PANEL + 40, 2 * data.PANEL - 10)
     assert frame[90:170, left].mean() < 240 and (frame[:, right] == 255).all()
     assert (cells[:, left] == 255).all() and cells[:, right].max() < 60
     assert (picture[:, 6 + 2 * data.PANEL + 20 :] < 128).any()  # the conversation
 
 
-@pytest.mark.parametrize("numbers, expected", [([3], "min 3, median 3, max 3"), ([5, 1, 1, 9], "min 1, median 1, max 9")])
+@pytest.mark.parametrize(
+    "numbers, expected", [([3], "min 3, median 3, max 3"), ([5, 1, 1, 9], "min 1, median 1, max 9")]
+)
 def test_spread(numbers, expected):
     assert data.spread(data.Counter(numbers)) == expected

@@ -83,10 +83,12 @@ def read_one(folder, entry):
 
 
 def test_array_and_lines_and_several_files_read_alike(folder):
-    entries = [good() | {"id": i, "note": "ünï\n{[\"" * i} for i in range(5)]
+    entries = [good() | {"id": i, "note": 'ünï\n{["' * i} for i in range(5)]
     array = write(folder, entries)
     pretty = write(folder, "\ufeff" + json.dumps(entries, indent=2, ensure_ascii=False), "pretty.json")
-    lines = write(folder, "\n\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n", "data.jsonl")
+    lines = write(
+        folder, "\n\n".join(json.dumps(e, ensure_ascii=False) for e in entries) + "\n", "data.jsonl"
+    )
     expected = [data.read_samples(array)[i] for i in range(5)]
     assert [s.id for s in expected] == list(range(5))
     for path in (pretty, lines):
@@ -118,7 +120,12 @@ def test_json_that_does_not_parse_names_line_and_column(folder, text, line, colu
 
 @pytest.mark.parametrize("text", ["", " \n", "[]", " [ \n]\n", "[NaN]", "[" * 100_000, "3"])
 def test_files_without_samples_are_refused(folder, text):
-    with pytest.raises(DataError, match="data.json" if text.strip("[] \n") else "data.json: expected (at least one sample|JSON of ordinary depth)"):
+    with pytest.raises(
+        DataError,
+        match="data.json"
+        if text.strip("[] \n")
+        else "data.json: expected (at least one sample|JSON of ordinary depth)",
+    ):
         data.read_samples(write(folder, text))[0]
 
 
@@ -133,7 +140,18 @@ def test_missing_and_undecodable_files_are_refused(folder):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 1000])
 def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypatch, chunk):
     monkeypatch.setattr(data, "_CHUNK", chunk)
-    entries = [{"id": 0, "deep": [[{"a": []}], "]},{["]}, 12345678, -1.5e-3, "ünï \\ \"[,", [], {}, None, True, {"id": "😀" * 9}, 7]
+    entries = [
+        {"id": 0, "deep": [[{"a": []}], "]},{["]},
+        12345678,
+        -1.5e-3,
+        'ünï \\ "[,',
+        [],
+        {},
+        None,
+        True,
+        {"id": "😀" * 9},
+        7,
+    ]
     spellings = {
         "compact.json": json.dumps(entries, separators=(",", ":"), ensure_ascii=False),
         "pretty.json": "\ufeff \r\n" + json.dumps(entries, indent=3, ensure_ascii=False) + " \n\t",
@@ -142,7 +160,13 @@ def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypa
     for name, text in spellings.items():
         samples = data.read_samples(write(folder, text, name))
         assert [samples.read(i)[0] for i in range(len(samples))] == entries + [8] * (name == "lines.jsonl")
-    for text, line, column in (("[{},\n 1234567 8]", 2, 10), ('["ü",\n"ü" x]', 2, 5), ("[1, 2] \n\n 3", 3, 2), ("[1, 2", 1, 6), ('["a', 1, 2)):
+    for text, line, column in (
+        ("[{},\n 1234567 8]", 2, 10),
+        ('["ü",\n"ü" x]', 2, 5),
+        ("[1, 2] \n\n 3", 3, 2),
+        ("[1, 2", 1, 6),
+        ('["a', 1, 2),
+    ):
         with pytest.raises(DataError, match=f"line {line}, column {column}: "):
             data.read_samples(write(folder, text))
 
@@ -153,7 +177,9 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypat
     monkeypatch.setattr(data, "_spans", None)  # cannot be called: the second time nothing is parsed
     samples = data.read_samples(path)
     assert len(samples) == 2
-    again = pickle.loads(pickle.dumps(samples))  # a spawned worker gets the path of the index, not its content
+    again = pickle.loads(
+        pickle.dumps(samples)
+    )  # a spawned worker gets the path of the index, not its content
     assert again[1] == samples[1] and len(pickle.dumps(samples)) < 1000
     monkeypatch.undo()
     write(folder, [good(), good(), good()])
@@ -175,7 +201,9 @@ def test_numbers_and_ids_without_end_stay_out_of_messages(folder):
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("damage", [b"", b"123", bytes(200), bytes(16 * 5), None], ids=["empty", "short", "odd", "zeros", "cut"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"123", bytes(200), bytes(16 * 5), None], ids=["empty", "short", "odd", "zeros", "cut"]
+)
 def test_a_damaged_index_is_made_anew(folder, monkeypatch, damage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     path = write(folder, [good() | {"id": i} for i in range(3)])
@@ -213,14 +241,21 @@ def test_an_index_that_cannot_be_kept_says_where(folder, monkeypatch):
 @pytest.mark.parametrize("path", ["../a.mp4", "/a.mp4", "b/../../a.mp4", ".."])
 def test_media_outside_of_their_folder_are_refused_unless_allowed(folder, path):
     file = write(folder, [good() | {"video": path}])
-    with pytest.raises(DataError, match=r"sample 0.*video: a path inside the media folder \(or --outside-paths\), found"):
+    with pytest.raises(
+        DataError, match=r"sample 0.*video: a path inside the media folder \(or --outside-paths\), found"
+    ):
         data.read_samples(file)[0]
     assert data.read_samples(file, outside_paths=True)[0].media == os.path.join(folder, path)
-    assert data.read_samples(write(folder, [good() | {"video": "b/../..a.mp4"}]))[0].media.endswith("b/../..a.mp4")
+    assert data.read_samples(write(folder, [good() | {"video": "b/../..a.mp4"}]))[0].media.endswith(
+        "b/../..a.mp4"
+    )
 
 
 def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypatch, processor):
-    plain = {"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]}
+    plain = {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}],
+    }
     never, _ = os.pipe()
     real, opened = data.media_info, []
 
@@ -229,7 +264,9 @@ def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypa
         return os.read(never, 1) if path.endswith("clip") else real(path)  # blocks in C, as a decoder does
 
     monkeypatch.setattr(data, "media_info", media_info)
-    dataset = data.ReferringDataset(data.read_samples(write(folder, [good(), plain, good()])), processor, timeout=1.0)
+    dataset = data.ReferringDataset(
+        data.read_samples(write(folder, [good(), plain, good()])), processor, timeout=1.0
+    )
     found = [dataset[0, i] for i in range(3)]
     for error in (found[0], found[2]):
         assert re.search(r"sample \d.*clip: expected to be read within 1 s \(--timeout\)", str(error))
@@ -254,7 +291,11 @@ def test_masks_key_means_what_annotation_means(folder):
     entry["video"] = ["clip"]
     assert read_one(folder, entry).objects == expected
 
-    image = {"image": "a.png", "conversations": good()["conversations"], "masks": [square(1, 1, 9, 9), compressed(np.eye(H, W))]}
+    image = {
+        "image": "a.png",
+        "conversations": good()["conversations"],
+        "masks": [square(1, 1, 9, 9), compressed(np.eye(H, W))],
+    }
     image["conversations"][0]["value"] = "<image>\nWhat is <region>?"
     assert [list(o) for o in read_one(folder, image).objects] == [[0], [0]]
 
@@ -272,7 +313,10 @@ def test_media_tag_may_stand_anywhere_in_the_first_question_or_be_missing(folder
 
 def test_leading_answers_are_dropped_and_the_media_stay(folder):
     entry = good()
-    entry["conversations"] = [{"from": "gpt", "value": "Hello."}, {"from": "gpt", "value": "<video>"}] + entry["conversations"]
+    entry["conversations"] = [
+        {"from": "gpt", "value": "Hello."},
+        {"from": "gpt", "value": "<video>"},
+    ] + entry["conversations"]
     entry["conversations"][2]["value"] = "What is <region>?"
     sample = read_one(folder, entry)
     assert sample.turns[0][0] == "<video>\nWhat is <region>?" and sample.media
@@ -302,7 +346,10 @@ BAD_SAMPLES = {
     "unknown speaker": (spoil([C, 0, "from"], "user"), "turn 0.*human or gpt.*'user'"),
     "text of another type": (spoil([C, 0, "value"], 3), "turn 0.*value.*3"),
     "half a character in a path": (spoil(["video"], "a\ud83d.mp4"), r"video: one path, found 'a\\ud83d.mp4'"),
-    "half a character": (spoil([C, 1, "value"], "a\ud83d"), r"turn 1.*halves of surrogate pairs, found 'a\\ud83d'"),  # JSON can write it
+    "half a character": (
+        spoil([C, 1, "value"], "a\ud83d"),
+        r"turn 1.*halves of surrogate pairs, found 'a\\ud83d'",
+    ),  # JSON can write it
     "empty answer": (spoil([C, 1, "value"], " "), "turn 1.*not empty"),
     "two human turns": (spoil([C, 1, "from"], "human"), "gpt as turn 1, found 'human'"),
     "no answer": (spoil([C], [{"from": "human", "value": "<region> <region>"}]), "supervised token"),
@@ -321,11 +368,23 @@ BAD_SAMPLES = {
     "objects of another type": (spoil([A], {"1": {}}), "annotation.*one entry an object"),
     "object of another type": (spoil([A, 1], 5), "annotation: object 1.*5"),
     "object without a mask": (spoil([A, 1], {"3": {"segmentation": None}}), "object 1.*at least one frame"),
-    "negative frame": (spoil([A, 0, "-1"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '-1'.*whole number from 0"),
-    "frame not a number": (spoil([A, 0, "1.5"], {"segmentation": square(1, 1, 9, 9)}), "object 0.*frame '1.5'"),
-    "frame of many digits": (spoil([A, 0, "0" * 5000], {}), "object 0: frame '0{20}': .*whole number from 0, found '0+[.]{3}$"),
+    "negative frame": (
+        spoil([A, 0, "-1"], {"segmentation": square(1, 1, 9, 9)}),
+        "object 0.*frame '-1'.*whole number from 0",
+    ),
+    "frame not a number": (
+        spoil([A, 0, "1.5"], {"segmentation": square(1, 1, 9, 9)}),
+        "object 0.*frame '1.5'",
+    ),
+    "frame of many digits": (
+        spoil([A, 0, "0" * 5000], {}),
+        "object 0: frame '0{20}': .*whole number from 0, found '0+[.]{3}$",
+    ),
     "the same frame twice": (spoil([A, 0, "01"], {"segmentation": square(1, 1, 9, 9)}), "each frame once"),
-    "the same frame twice, hidden once": (lambda e: e[A].insert(0, {"01": None, **e[A].pop(0)}), "object 0.*frame '1'.*each frame once"),
+    "the same frame twice, hidden once": (
+        lambda e: e[A].insert(0, {"01": None, **e[A].pop(0)}),
+        "object 0.*frame '1'.*each frame once",
+    ),
     "mask not wrapped": (spoil([A, 0, "1"], square(1, 1, 9, 9)), "object 0.*frame '1'.*segmentation"),
     "size of another type": (spoil(["height"], "24"), "height and width"),
     "half a size": (spoil(["width"], 32), "height and width"),
@@ -391,7 +450,10 @@ def test_mask_of_another_resolution_of_the_same_shape_keeps_its_size():
     assert data.decode_mask(compressed(small), 720, 960).shape == (12, 16)
     odd = np.ones((480, 854), np.uint8)  # 480p of a 720p film: the width is rounded
     assert data.decode_mask(compressed(odd), 720, 1280).shape == (480, 854)
-    assert data.decode_mask(compressed(np.ones((720, 1280), np.uint8)), 240, 426).shape == (720, 1280)  # the film is 240p, cut to even
+    assert data.decode_mask(compressed(np.ones((720, 1280), np.uint8)), 240, 426).shape == (
+        720,
+        1280,
+    )  # the film is 240p, cut to even
 
 
 BAD_MASKS = {
@@ -400,14 +462,29 @@ BAD_MASKS = {
     "negative run": ({"size": [4, 4], "counts": [20, -4]}, "whole numbers"),
     "run not whole": ({"size": [4, 4], "counts": [8.0, 8]}, "whole numbers"),
     "boolean run": ({"size": [4, 4], "counts": [True, 15]}, "whole numbers"),
-    "compressed runs too short": ({"size": [4, 5], "counts": compressed(np.eye(4))["counts"]}, "sum to 4 . 5 = 20, found 16"),
-    "compressed, cut": ({"size": [130, 70], "counts": compressed(np.eye(130, 70))["counts"][:3]}, "counts|sum"),
+    "compressed runs too short": (
+        {"size": [4, 5], "counts": compressed(np.eye(4))["counts"]},
+        "sum to 4 . 5 = 20, found 16",
+    ),
+    "compressed, cut": (
+        {"size": [130, 70], "counts": compressed(np.eye(130, 70))["counts"][:3]},
+        "counts|sum",
+    ),
     "compressed, other characters": ({"size": [4, 4], "counts": "\u00e9~ "}, "compressed RLE string"),
     "compressed, unfinished number": ({"size": [4, 4], "counts": "P" * 3}, "compressed RLE string"),
     "compressed, endless number": ({"size": [4, 4], "counts": "P" * 99 + "0"}, "compressed RLE string"),
-    "compressed, a number too long for pycocotools": ({"size": [4, 4], "counts": "0<1goooooO"}, "compressed RLE string"),
-    "sum too large to print": ({"size": [4, 4], "counts": [9 * 10**4299] * 2}, "sum to 4 . 4 = 16, found a int too large to print"),
-    "nested too deeply to print": ([reduce(lambda nest, _: [nest], range(100_000))], "at least 3 points.*found a list too large to print"),
+    "compressed, a number too long for pycocotools": (
+        {"size": [4, 4], "counts": "0<1goooooO"},
+        "compressed RLE string",
+    ),
+    "sum too large to print": (
+        {"size": [4, 4], "counts": [9 * 10**4299] * 2},
+        "sum to 4 . 4 = 16, found a int too large to print",
+    ),
+    "nested too deeply to print": (
+        [reduce(lambda nest, _: [nest], range(100_000))],
+        "at least 3 points.*found a list too large to print",
+    ),
     "no size": ({"counts": [16]}, "size"),
     "size zero": ({"size": [0, 4], "counts": []}, "size"),
     "size absurd": ({"size": [10**9, 10**9], "counts": [10**18]}, "size"),
@@ -452,12 +529,17 @@ def test_coverage_is_the_exact_share_of_each_cell(grid):
 
 def test_coverage_does_not_depend_on_the_resolution_and_never_rounds_to_nothing():
     mask = list(random_masks())[3]
-    np.testing.assert_allclose(data.coverage(np.kron(mask, np.ones((3, 3), np.uint8)), 5, 7), data.coverage(mask, 5, 7), atol=1e-6)
+    np.testing.assert_allclose(
+        data.coverage(np.kron(mask, np.ones((3, 3), np.uint8)), 5, 7), data.coverage(mask, 5, 7), atol=1e-6
+    )
     pixel = np.zeros((720, 1280), np.uint8)
     pixel[411, 997] = 1
     found = data.coverage(pixel, 27, 27)
     assert (found > 0).sum() == 1 and found[411 * 27 // 720, 997 * 27 // 1280] > 0
-    assert data.coverage(np.ones((7, 9), np.uint8), 4, 4).min() == pytest.approx(1) and data.coverage(pixel, 27, 27).max() <= 1
+    assert (
+        data.coverage(np.ones((7, 9), np.uint8), 4, 4).min() == pytest.approx(1)
+        and data.coverage(pixel, 27, 27).max() <= 1
+    )
 
 
 def test_mask_box_is_the_bounding_box_in_fractions():
@@ -466,15 +548,18 @@ def test_mask_box_is_the_bounding_box_in_fractions():
     assert data.mask_box(mask) == pytest.approx((0.5, 0.375, 0.5, 0.25))
 
 
-
-
 # ------------------------------------------------------------------------------------------------ media and masks of a sample
 
 
 @pytest.fixture
 def processor():
     backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
-    return data.Processor(tokenizer, image_processor, backbone.config, data.Settings(frame_pixels=32 * 32, region_pixels=64 * 64))
+    return data.Processor(
+        tokenizer,
+        image_processor,
+        backbone.config,
+        data.Settings(frame_pixels=32 * 32, region_pixels=64 * 64),
+    )
 
 
 def box_of(*frames):
@@ -487,12 +572,30 @@ BAD_MEDIA = {
     "not media": (spoil(["video"], "data.json"), "data.json"),
     "folder without images": (spoil(["video"], "nothing"), "nothing.*none in it"),
     "past the end": (spoil([A, 0], box_of("1", "12")), "object 0: frame 12: .*below 12.*found 12"),
-    "image has one frame": (lambda e: (e.update(image="a.png"), e.pop("video")), "object 0: frame 1.*below 1"),
-    "empty mask": (spoil([A, 1], {"3": {"segmentation": compressed(np.zeros((H, W)))}}), "object 1: .*mask that is not empty"),
-    "mask of another shape": (spoil([A, 1, "3", "segmentation"], compressed(np.ones((32, 24)))), "object 1: frame 3: .*frame's shape, 32x24"),
-    "size of another shape": (lambda e: e.update(height=32, width=24), "height and width of the frame's shape, 32x24.*24x32"),
-    "broken mask": (spoil([A, 1, "3", "segmentation", "counts"], [1, 2]), "object 1: frame 3: .*sum to 24 . 32 = 768, found 3"),
-    "control token": (spoil([C, 0, "value"], "<|im_end|> <region>"), "control tokens, found '<|im_end|>'".replace("|", r"\|")),
+    "image has one frame": (
+        lambda e: (e.update(image="a.png"), e.pop("video")),
+        "object 0: frame 1.*below 1",
+    ),
+    "empty mask": (
+        spoil([A, 1], {"3": {"segmentation": compressed(np.zeros((H, W)))}}),
+        "object 1: .*mask that is not empty",
+    ),
+    "mask of another shape": (
+        spoil([A, 1, "3", "segmentation"], compressed(np.ones((32, 24)))),
+        "object 1: frame 3: .*frame's shape, 32x24",
+    ),
+    "size of another shape": (
+        lambda e: e.update(height=32, width=24),
+        "height and width of the frame's shape, 32x24.*24x32",
+    ),
+    "broken mask": (
+        spoil([A, 1, "3", "segmentation", "counts"], [1, 2]),
+        "object 1: frame 3: .*sum to 24 . 32 = 768, found 3",
+    ),
+    "control token": (
+        spoil([C, 0, "value"], "<|im_end|> <region>"),
+        "control tokens, found '<|im_end|>'".replace("|", r"\|"),
+    ),
 }
 
 
@@ -525,20 +628,29 @@ def test_a_bad_sample_leaves_its_neighbours_batch_as_it_was(folder, processor):
 
 def test_hidden_and_empty_frames_are_skipped(folder, processor):
     entry = good()
-    entry[A][1] = {"2": {"segmentation": compressed(np.zeros((H, W)))}, "9": {"segmentation": None}} | box_of("4")
+    entry[A][1] = {"2": {"segmentation": compressed(np.zeros((H, W)))}, "9": {"segmentation": None}} | box_of(
+        "4"
+    )
     encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
     assert encoded["object_frames"] == [2, 1] and encoded["where"][2][4] == pytest.approx(4 / 11)
 
 
 def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monkeypatch):
     loaded = []
-    monkeypatch.setattr(data, "_load_image", lambda file, load=data._load_image: loaded.append(file.name) or load(file))
+    monkeypatch.setattr(
+        data, "_load_image", lambda file, load=data._load_image: loaded.append(file.name) or load(file)
+    )
     entry = good()
     entry[A] = [box_of("0", "3"), box_of("3", "11")]  # 0 and 11 are among the video's own eight, too
     dataset = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)
     first = dataset[0, 0]
     assert sorted(loaded)[-7:] == ["f11.png", "f2.png", "f3.png", "f5.png", "f6.png", "f8.png", "f9.png"]
-    assert {*loaded[:-7]} == {"f0.png"} and first["region_still"] == [0, 1, 1, 2]  # the first also tells the size
+    assert {*loaded[:-7]} == {"f0.png"} and first["region_still"] == [
+        0,
+        1,
+        1,
+        2,
+    ]  # the first also tells the size
     loaded.clear()
     np.testing.assert_array_equal(dataset[1, 0]["video_patches"], first["video_patches"])
     assert not loaded  # the second epoch comes from the cache
@@ -548,7 +660,9 @@ def test_a_bare_mask_is_for_images_alone(folder):
     mask = compressed(np.eye(H, W))
     turns = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A dog."}]
     for image, given in (("a.png", [mask]), ("A.JPG", [[square(1, 1, 9, 9)]])):
-        assert read_one(folder, {"video": image, "conversations": turns, "masks": given, "type": None}).objects == [{0: given[0]}]
+        assert read_one(
+            folder, {"video": image, "conversations": turns, "masks": given, "type": None}
+        ).objects == [{0: given[0]}]
     for bare in (mask, [square(1, 1, 9, 9)]):
         with pytest.raises(DataError, match="object 0.*frame"):
             read_one(folder, {"video": "a.mp4", "conversations": turns, "masks": [bare]})
@@ -561,7 +675,11 @@ def test_a_path_that_no_file_system_takes_is_a_data_error():
 
 def test_a_shuffled_mask_comes_from_a_sample_that_can_be_read(folder, processor):
     turns = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A dog."}]
-    right = {"image": "a.png", "conversations": turns, "annotation": [{"0": {"segmentation": square(4, 4, 12, 12)}}]}
+    right = {
+        "image": "a.png",
+        "conversations": turns,
+        "annotation": [{"0": {"segmentation": square(4, 4, 12, 12)}}],
+    }
     missing = right | {"image": "nope.png"}
     other = right | {"image": "clip/f0.png", "annotation": [{"0": {"segmentation": square(16, 8, 32, 24)}}]}
     malformed = other | {"annotation": [{"0": {"segmentation": [[1, 1, 2]]}}]}

@@ -17,15 +17,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shapes
 import torch
+from checkpoints import FAMILIES, make_checkpoint
 from PIL import Image
 from transformers import AutoTokenizer
 
 import data
 import eval as evaluation
 import model as models
-import shapes
-from checkpoints import FAMILIES, make_checkpoint
 
 TOP = Path(__file__).resolve().parent.parent
 OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A dog"}
@@ -51,22 +51,42 @@ def test_a_letter_is_read_strictly(reply, letter):
     assert evaluation.choose(reply, OPTIONS) == (letter, "letter" if letter else "none")
 
 
-@pytest.mark.parametrize("reply, letter", [("sleeping", "A"), ("Vitamin C.", "C"), ("a dog", "D"), ("The answer is a dog", "D")])
+@pytest.mark.parametrize(
+    "reply, letter", [("sleeping", "A"), ("Vitamin C.", "C"), ("a dog", "D"), ("The answer is a dog", "D")]
+)
 def test_an_options_whole_text_is_an_answer(reply, letter):
     assert evaluation.choose(reply, OPTIONS) == (letter, "text")
     assert evaluation.choose(reply + "s", OPTIONS) == (None, "none")
-    assert evaluation.choose(reply, OPTIONS | {"E": OPTIONS[letter]}) == (None, "none"), "two options with the same text"
+    assert evaluation.choose(reply, OPTIONS | {"E": OPTIONS[letter]}) == (None, "none"), (
+        "two options with the same text"
+    )
 
 
 def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     listed = ["(A) Sleeping", "(B) Licking its nose", "(C) Running"]
     box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
-    entry = {"video": "a.mp4", "Question": "What is <object0><region> doing?", "options": listed, "frame_idx": "5", "annotation": box}
+    entry = {
+        "video": "a.mp4",
+        "Question": "What is <object0><region> doing?",
+        "options": listed,
+        "frame_idx": "5",
+        "annotation": box,
+    }
     truth = [("x", 0), ("x", 1), ("y", 2), ("y", 0), ("y", 2)]
-    questions = [entry | {"id": 10 + i, "type": kind, "Answer": listed[right]} for i, (kind, right) in enumerate(truth)]
+    questions = [
+        entry | {"id": 10 + i, "type": kind, "Answer": listed[right]} for i, (kind, right) in enumerate(truth)
+    ]
     (tmp_path / "q.json").write_text(json.dumps(questions))
-    replies = {14: "running.", 13: "", 12: "(C) Running", 11: "A", 10: "a"}  # right, none, right, wrong, right
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in replies.items()))
+    replies = {
+        14: "running.",
+        13: "",
+        12: "(C) Running",
+        11: "A",
+        10: "a",
+    }  # right, none, right, wrong, right
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in replies.items())
+    )
     evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["accuracy", "constant"] and rows[1:4] == [
@@ -79,26 +99,47 @@ def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
         (replies | {9: "A"}, "unknown 9 1 times"),
         ({i: reply for i, reply in replies.items() if i != 12}, "question 12 0 times"),
     ):
-        (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in change.items()))
+        (tmp_path / "p.jsonl").write_text(
+            "".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in change.items())
+        )
         with pytest.raises(data.DataError, match="exactly once") as error:
             evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
         assert complaint in str(error.value)
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": "A"}) + "\n" for i in (10, 11, 12, 13, 14, 12)))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"id": i, "pred": "A"}) + "\n" for i in (10, 11, 12, 13, 14, 12))
+    )
     with pytest.raises(data.DataError, match="question 12 2 times"):
         evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
 
 
 def test_the_published_prompt_word_for_word(tmp_path):
     """As upstream's inference_videorefer_q_bench.py and inference_videorefer_d_bench.py write it."""
-    masks = [{"5": {"segmentation": evaluation.box(n, 2, 30, 40)}, "7": {"segmentation": evaluation.box(n, 3, 30, 40)}} for n in (1, 9)]
+    masks = [
+        {
+            "5": {"segmentation": evaluation.box(n, 2, 30, 40)},
+            "7": {"segmentation": evaluation.box(n, 3, 30, 40)},
+        }
+        for n in (1, 9)
+    ]
     entry = {"id": 3, "video": "a.mp4", "frame_idx": "7", "annotation": masks, "caption": "It runs."}
-    entry |= {"Question": "Is <object0><region> near <object1><region>?", "options": ["(A) Yes", "(B) No"], "Answer": "(B) No", "type": "x"}
+    entry |= {
+        "Question": "Is <object0><region> near <object1><region>?",
+        "options": ["(A) Yes", "(B) No"],
+        "Answer": "(B) No",
+        "type": "x",
+    }
     (tmp_path / "q.json").write_text(json.dumps([entry]))
     (tmp_path / "d.json").write_text(json.dumps([entry | {"annotation": masks[:1]}]))
 
     def read(name, mode, no_options=False):
         path, kind = str(tmp_path / name), name[0]
-        files = {"bench_q": path if kind == "q" else None, "bench_d": path if kind == "d" else None, "media": None, "score": None, "outside_paths": False}
+        files = {
+            "bench_q": path if kind == "q" else None,
+            "bench_d": path if kind == "d" else None,
+            "media": None,
+            "score": None,
+            "outside_paths": False,
+        }
         sample = evaluation.Bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
         return sample.turns[0], [sorted(frames) for frames in sample.objects]
 
@@ -133,7 +174,10 @@ def checkpoint(tmp_path_factory):
 
 def command(checkpoint, world, out, *more):
     options = ("--mode", "multi", "--max-new-tokens", 4, "--workers", 0, "--device", "cpu")
-    return [str(a) for a in ("--model", checkpoint, "--bench-q", world / "bench_q.json", "--out", out, *options, *more)]
+    return [
+        str(a)
+        for a in ("--model", checkpoint, "--bench-q", world / "bench_q.json", "--out", out, *options, *more)
+    ]
 
 
 def lines(path):
@@ -146,7 +190,9 @@ def whole(checkpoint, world, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     evaluation.main(command(checkpoint, world, out))
     predictions = lines(out / "predictions.jsonl")
-    assert [p["id"] for p in predictions] == list(range(len(json.loads((world / "bench_q.json").read_text()))))
+    assert [p["id"] for p in predictions] == list(
+        range(len(json.loads((world / "bench_q.json").read_text())))
+    )
     assert len({p["pred"] for p in predictions}) > 3, "answers that differ, or nothing is tested"
     return predictions
 
@@ -159,17 +205,29 @@ def test_batched_answers_equal_single_ones(family, world, tmp_path):
     assert len(lengths) > 1
     found = []
     for batch_size in (1, 4, 10):
-        args = SimpleNamespace(out=str(tmp_path / str(batch_size)), batch_size=batch_size, workers=0, device="cpu", max_new_tokens=8)
-        found.append(evaluation.answer_all(model, processor, samples, {n: (n, 0) for n in range(10)}, "none", args))
+        args = SimpleNamespace(
+            out=str(tmp_path / str(batch_size)),
+            batch_size=batch_size,
+            workers=0,
+            device="cpu",
+            max_new_tokens=8,
+        )
+        found.append(
+            evaluation.answer_all(model, processor, samples, {n: (n, 0) for n in range(10)}, "none", args)
+        )
     assert found[0] == found[1] == found[2] and len(set(found[0].values())) > 1
 
 
 def start(*arguments, ranks=None):
     """eval.py in a process of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    )
     line = [sys.executable, *launcher, "eval.py", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        line, cwd=TOP, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_a_killed_run_goes_on_where_it_stopped(checkpoint, world, whole, tmp_path):
@@ -204,7 +262,18 @@ def test_two_ranks_answer_what_one_does(checkpoint, world, whole, tmp_path):
 
 def test_data_on_two_ranks_gives_the_same_table(checkpoint, world, tmp_path):
     (world / "few.json").write_text(json.dumps(json.loads((world / "test.json").read_text())[4:11]))
-    common = ("--model", checkpoint, "--data", world / "few.json", "--control", "full", "--max-new-tokens", 2, "--workers", 0)
+    common = (
+        "--model",
+        checkpoint,
+        "--data",
+        world / "few.json",
+        "--control",
+        "full",
+        "--max-new-tokens",
+        2,
+        "--workers",
+        0,
+    )
     evaluation.main([str(a) for a in (*common, "--out", tmp_path / "one", "--device", "cpu")])
     process = start(*common, "--out", tmp_path / "two", "--device", "cpu", ranks=2)
     output, _ = process.communicate(timeout=200)
@@ -226,9 +295,18 @@ BAD_ENTRIES = [  # what is wrong with an entry, and its "error"
     ({"frame_idx": None}, "a frame index"),
     ({"annotation": None}, "as many <region> tags"),
     ({"annotation": ["no"]}, "annotation: object 0"),
-    ({"annotation": [{"3": {"segmentation": None}, "5": {"segmentation": MASK}}]}, "a mask on at least one frame, found ['3']"),
-    ({"annotation": [{"3": {"segmentation": {"size": [96, 96], "counts": [5, 6]}}}]}, "run lengths that sum to"),
-    ({"annotation": [{"3": {"segmentation": {"size": [96, 96], "counts": [96 * 96]}}}]}, "a mask that is not empty"),
+    (
+        {"annotation": [{"3": {"segmentation": None}, "5": {"segmentation": MASK}}]},
+        "a mask on at least one frame, found ['3']",
+    ),
+    (
+        {"annotation": [{"3": {"segmentation": {"size": [96, 96], "counts": [5, 6]}}}]},
+        "run lengths that sum to",
+    ),
+    (
+        {"annotation": [{"3": {"segmentation": {"size": [96, 96], "counts": [96 * 96]}}}]},
+        "a mask that is not empty",
+    ),
     ({"annotation": [{"300": {"segmentation": MASK}}], "frame_idx": "300"}, "a frame index below 8"),
     ({"video": "videos/none.mp4"}, "videos/none.mp4"),
     ({"video": "bad.json"}, "bad.json"),
@@ -238,46 +316,95 @@ BAD_ENTRIES = [  # what is wrong with an entry, and its "error"
 @pytest.fixture
 def bad_file(world):
     """A benchmark whose entries are bad, but for the first and the last; ids from 0. -> its path."""
-    entry = {"video": "videos/test0000.mp4", "frame_idx": "3", "annotation": [{"3": {"segmentation": MASK}}], "caption": "It is red."}
-    entry |= {"Question": "Is <object0><region> red?", "options": ["(A) Yes", "(B) No"], "Answer": "(B) No", "type": "x"}
+    entry = {
+        "video": "videos/test0000.mp4",
+        "frame_idx": "3",
+        "annotation": [{"3": {"segmentation": MASK}}],
+        "caption": "It is red.",
+    }
+    entry |= {
+        "Question": "Is <object0><region> red?",
+        "options": ["(A) Yes", "(B) No"],
+        "Answer": "(B) No",
+        "type": "x",
+    }
     entries = [entry, *(entry | change for change, _ in BAD_ENTRIES), entry]
     (world / "bad.json").write_text(json.dumps([entry | {"id": i} for i, entry in enumerate(entries)]))
     return world / "bad.json"
 
 
 def run_bad(kind, checkpoint, bad_file, out, *more):
-    options = ("--model", checkpoint, "--out", out, "--max-new-tokens", 3, "--batch-size", 4, "--device", "cpu")
+    options = (
+        "--model",
+        checkpoint,
+        "--out",
+        out,
+        "--max-new-tokens",
+        3,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+    )
     evaluation.main([str(a) for a in (*options, f"--bench-{kind}", bad_file, *more)])
     return lines(out / "predictions.jsonl"), json.loads((out / "scores.json").read_text())
 
 
 def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_path, capsys, monkeypatch):
     """It neither ends the run nor leaves the denominator, whoever reads the predictions."""
-    monkeypatch.setattr(evaluation, "choose", lambda reply, options: ("B", "letter"))  # right, whatever is said
+    monkeypatch.setattr(
+        evaluation, "choose", lambda reply, options: ("B", "letter")
+    )  # right, whatever is said
     predictions, scores = run_bad("q", checkpoint, bad_file, tmp_path / "out", "--workers", 1)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("16 of 18 questions could not be asked: wrong above;") and "bad.json: sample 1 (id 1)" in last
+    assert (
+        last.startswith("16 of 18 questions could not be asked: wrong above;")
+        and "bad.json: sample 1 (id 1)" in last
+    )
     assert [p["id"] for p in predictions] == list(range(18))
     assert [isinstance(p["pred"], str) for p in predictions] == [True, *[False] * 16, True]
     for n, (_, complaint) in enumerate(BAD_ENTRIES, start=1):
-        assert complaint in predictions[n]["error"] and f"bad.json: sample {n} (id {n})" in predictions[n]["error"]
+        assert (
+            complaint in predictions[n]["error"]
+            and f"bad.json: sample {n} (id {n})" in predictions[n]["error"]
+        )
     counts = {"right": 2, "asked": 18}
     assert scores["mode"] == "single" and scores["replies"] == {"letter": 2, "text": 0, "none": 0}
-    assert scores["not_asked"] == 16 and scores["rows"]["all"]["accuracy"] == scores["rows"]["x"]["accuracy"] == counts
-    evaluation.main(["--bench-q", str(bad_file), "--score", str(tmp_path / "out" / "predictions.jsonl"), "--out", str(tmp_path / "scored")])
+    assert (
+        scores["not_asked"] == 16
+        and scores["rows"]["all"]["accuracy"] == scores["rows"]["x"]["accuracy"] == counts
+    )
+    evaluation.main(
+        [
+            "--bench-q",
+            str(bad_file),
+            "--score",
+            str(tmp_path / "out" / "predictions.jsonl"),
+            "--out",
+            str(tmp_path / "scored"),
+        ]
+    )
     assert capsys.readouterr().out.splitlines()[-1] == last
     again = json.loads((tmp_path / "scored" / "scores.json").read_text())
-    assert again["not_asked"] == 16 and again["rows"]["all"]["accuracy"] == counts and list(scores["rows"]) == ["x", "all"]
+    assert (
+        again["not_asked"] == 16
+        and again["rows"]["all"]["accuracy"] == counts
+        and list(scores["rows"]) == ["x", "all"]
+    )
     # Another model's predictions: what has no right answer, or no object at all, is wrong; whether masks are good is not asked here.
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": "B"}) + "\n" for i in range(18)))
-    evaluation.main(["--bench-q", str(bad_file), "--score", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "scored")])
+    evaluation.main(
+        ["--bench-q", str(bad_file), "--score", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "scored")]
+    )
     other = json.loads((tmp_path / "scored" / "scores.json").read_text())
     assert other["not_asked"] == 8 and other["rows"]["all"]["accuracy"] == {"right": 10, "asked": 18}
 
 
 def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_path):
     entries = json.loads(bad_file.read_text())
-    (tmp_path / "q.json").write_text(json.dumps([entries[0] | {"video": str(bad_file.parent / entries[0]["video"])}]))
+    (tmp_path / "q.json").write_text(
+        json.dumps([entries[0] | {"video": str(bad_file.parent / entries[0]["video"])}])
+    )
     arguments = ["--bench-q", str(tmp_path / "q.json"), "--score", "p.jsonl"]
     with pytest.raises(data.DataError, match="inside the media folder"):
         evaluation.Bench(evaluation.parse(arguments))[0]
@@ -287,9 +414,22 @@ def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_pat
 
 def test_a_bad_sample_ends_data_before_anything_is_asked(checkpoint, world, tmp_path):
     samples = json.loads((world / "test.json").read_text())[:3]
-    (world / "one_bad.json").write_text(json.dumps([*samples, samples[0] | {"id": 9, "video": "videos/none.mp4"}]))
+    (world / "one_bad.json").write_text(
+        json.dumps([*samples, samples[0] | {"id": 9, "video": "videos/none.mp4"}])
+    )
     with pytest.raises(data.DataError, match=r"one_bad.json: sample 3 \(id 9\)"):
-        arguments = ("--model", checkpoint, "--data", world / "one_bad.json", "--workers", 0, "--out", tmp_path / "out", "--device", "cpu")
+        arguments = (
+            "--model",
+            checkpoint,
+            "--data",
+            world / "one_bad.json",
+            "--workers",
+            0,
+            "--out",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+        )
         evaluation.main([str(a) for a in arguments])
     assert os.listdir(tmp_path / "out") == ["run.json"]
 
@@ -305,13 +445,36 @@ def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsy
 
 def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, tmp_path):
     """A video may be there by then. On two ranks, for errors must cross over as well."""
-    process = start("--model", checkpoint, "--out", tmp_path / "out", "--bench-q", bad_file, "--device", "cpu", "--workers", 0, ranks=2)
+    process = start(
+        "--model",
+        checkpoint,
+        "--out",
+        tmp_path / "out",
+        "--bench-q",
+        bad_file,
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+        ranks=2,
+    )
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and "16 of 18 questions could not be asked" in output, output[-3000:]
     copy = bad_file.parent / "videos" / "none.mp4"
     copy.write_bytes((bad_file.parent / "videos" / "test0000.mp4").read_bytes())
     try:
-        arguments = ("--model", checkpoint, "--out", tmp_path / "out", "--bench-q", bad_file, "--device", "cpu", "--workers", 0)
+        arguments = (
+            "--model",
+            checkpoint,
+            "--out",
+            tmp_path / "out",
+            "--bench-q",
+            bad_file,
+            "--device",
+            "cpu",
+            "--workers",
+            0,
+        )
         evaluation.main([str(a) for a in arguments])
     finally:
         copy.unlink()
@@ -334,7 +497,9 @@ def test_a_file_that_is_wrong_as_a_whole_ends_at_once(tmp_path, content, complai
     if content:
         (tmp_path / "q.json").write_text(content)
     with pytest.raises(data.DataError, match=complaint):
-        evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--model", "nowhere", "--out", str(tmp_path / "out")])
+        evaluation.main(
+            ["--bench-q", str(tmp_path / "q.json"), "--model", "nowhere", "--out", str(tmp_path / "out")]
+        )
     assert not (tmp_path / "out").exists(), "the same --out does for the next try"
 
 
@@ -380,12 +545,21 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     for name, content in (("test", tests), ("bench_q", bench)):
         (world / f"same_{name}.json").write_text(json.dumps(content))
     places = ("left", "right", "above", "below")
-    kinds = {"colour": list(shapes.COLOURS), "shape": shapes.SHAPES, "Which way": list(shapes.DIRECTIONS), "Where": places}
+    kinds = {
+        "colour": list(shapes.COLOURS),
+        "shape": shapes.SHAPES,
+        "Which way": list(shapes.DIRECTIONS),
+        "Where": places,
+    }
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     def generate(model, batch, end, max_new_tokens):
         assert len(batch["ids"]) == 1
-        digest = zlib.crc32(b"".join(value.numpy().tobytes() for key, value in sorted(batch.items()) if torch.is_tensor(value)))
+        digest = zlib.crc32(
+            b"".join(
+                value.numpy().tobytes() for key, value in sorted(batch.items()) if torch.is_tensor(value)
+            )
+        )
         question = tokenizer.decode(batch["input_ids"][0])
         asked = [names for word, names in kinds.items() if word in question][0]
         return [tokenizer(asked[digest % 4])["input_ids"]]
@@ -437,7 +611,9 @@ class Judge(http.server.BaseHTTPRequestHandler):
         if isinstance(act, int):
             self.send_error(act)
             return
-        reply = json.dumps({"model": "local-1", "choices": [{"message": {"role": "assistant", "content": act}}]}).encode()
+        reply = json.dumps(
+            {"model": "local-1", "choices": [{"message": {"role": "assistant", "content": act}}]}
+        ).encode()
         reply = {"garbage": b"<html>", "empty": b'{"choices": []}', "hang": b""}.get(act, reply)
         self.send_response(200)
         self.send_header("Content-Length", str(len(reply) + (50 if act == "cut" else 0)))
@@ -464,9 +640,14 @@ def server():
 def described(tmp_path, monkeypatch):
     """Three descriptions to judge, the waits recorded in place of waited."""
     mask = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
-    entries = [{"id": i, "video": "a.mp4", "caption": f"It runs {i}.", "frame_idx": "5", "annotation": mask} for i in range(3)]
+    entries = [
+        {"id": i, "video": "a.mp4", "caption": f"It runs {i}.", "frame_idx": "5", "annotation": mask}
+        for i in range(3)
+    ]
     (tmp_path / "d.json").write_text(json.dumps(entries))
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": f"It sits {i}."}) + "\n" for i in range(3)))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"id": i, "pred": f"It sits {i}."}) + "\n" for i in range(3))
+    )
     waits = []
     monkeypatch.setattr(evaluation.time, "sleep", waits.append)
     monkeypatch.setattr(evaluation, "JUDGE_TIMEOUT", 0.3)
@@ -487,24 +668,47 @@ def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
     server.script = [GOOD.format(5, 4, 3, 2), GOOD.format(1, 1, 1, 1), GOOD.format(0, 4, 5, 0)]
     scores = judged(folder, server)
     assert list(scores["means"].values()) == pytest.approx([2, 3, 3, 1, 2.25])
-    assert (scores["replies"], scores["failed"], scores["judge"], scores["models"], waits) == (3, 0, "some-judge", ["local-1"], [])
+    assert (scores["replies"], scores["failed"], scores["judge"], scores["models"], waits) == (
+        3,
+        0,
+        "some-judge",
+        ["local-1"],
+        [],
+    )
     path, key, body = server.asked[1]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "some-judge")
     assert body["messages"][1]["content"] == "##Correct answer: It runs 1.\n##Predicted answer: It sits 1.\n"
     output = capsys.readouterr().out
-    assert "some-judge" in output and "local-1" in output and "3 replies, 0 of them" in output and "secret" not in output
+    assert (
+        "some-judge" in output
+        and "local-1" in output
+        and "3 replies, 0 of them" in output
+        and "secret" not in output
+    )
     assert "secret" not in (folder / "out" / "judged.jsonl").read_text()
     assert judged(folder, server) == scores and len(server.asked) == 3, "lines that are there are kept"
-    assert not (folder / "out" / "predictions.jsonl").exists(), "--score writes none: they may be another run's"
+    assert not (folder / "out" / "predictions.jsonl").exists(), (
+        "--score writes none: they may be another run's"
+    )
 
 
 def test_a_judge_that_answers_badly_is_counted(described, server, capsys):
     folder, _ = described
     server.script = ["Five stars!", None, GOOD.format(5, 4, 3, 2)]
     scores = judged(folder, server)
-    assert (scores["replies"], scores["failed"]) == (3, 2) and list(scores["means"].values()) == [5, 4, 3, 2, 3.5]
+    assert (scores["replies"], scores["failed"]) == (3, 2) and list(scores["means"].values()) == [
+        5,
+        4,
+        3,
+        2,
+        3.5,
+    ]
     assert "3 replies, 2 of them without four scores" in capsys.readouterr().out
-    assert [line["reply"] for line in lines(folder / "out" / "judged.jsonl")] == ["Five stars!", "", GOOD.format(5, 4, 3, 2)]
+    assert [line["reply"] for line in lines(folder / "out" / "judged.jsonl")] == [
+        "Five stars!",
+        "",
+        GOOD.format(5, 4, 3, 2),
+    ]
 
 
 def test_none_of_the_replies_readable(described, server, capsys):
@@ -574,7 +778,16 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     mask = np.zeros((96, 96), np.uint8)
     mask[50:70, 60:90] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
-    question = ("--ask", "Is <region> near <region>?", "--max-new-tokens", 6, "--device", "cpu", "--preview", tmp_path / "p.png")
+    question = (
+        "--ask",
+        "Is <region> near <region>?",
+        "--max-new-tokens",
+        6,
+        "--device",
+        "cpu",
+        "--preview",
+        tmp_path / "p.png",
+    )
     process = start("--model", checkpoint, "--video", video, *pointed, *question)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
@@ -585,9 +798,14 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     title = 18  # rows of pixels above each frame, for its number
     assert picture.shape == (2 * (title + 96), 96, 3)
     tops = [picture[top : top + title] for top in (0, title + 96)]
-    assert all((top == 0).any() and (top[:, 80:] == 255).all() for top in tops) and not (tops[0] == tops[1]).all(), "frame 0, frame 3"
+    assert (
+        all((top == 0).any() and (top[:, 80:] == 255).all() for top in tops)
+        and not (tops[0] == tops[1]).all()
+    ), "frame 0, frame 3"
     same = (picture[2 * title + 96 :] == second).all(-1)
-    assert same[45:48, 20:30].sum() == 0 and same[55:65, 65:85].sum() == 0 and same[75:].all(), "both objects on frame 3"
+    assert same[45:48, 20:30].sum() == 0 and same[55:65, 65:85].sum() == 0 and same[75:].all(), (
+        "both objects on frame 3"
+    )
     assert not (picture[title : title + 96] == first).all() and same[:, :8].all()
 
 
@@ -611,9 +829,14 @@ def test_an_array_becomes_the_mask_it_was():
 
 
 def test_a_mask_that_is_no_picture_is_named():
-    for path, complaint in (("absent.png", "No such file or directory: 'absent.png'"), (__file__, "cannot identify image file")):
+    for path, complaint in (
+        ("absent.png", "No such file or directory: 'absent.png'"),
+        (__file__, "cannot identify image file"),
+    ):
         with pytest.raises(OSError, match=complaint):  # which the command line turns into its one line
-            evaluation.main(["--model", "m", "--video", "v", "--frame", "3", "--mask", path, "--ask", "What is <region>?"])
+            evaluation.main(
+                ["--model", "m", "--video", "v", "--frame", "3", "--mask", path, "--ask", "What is <region>?"]
+            )
 
 
 @pytest.mark.parametrize(
@@ -636,14 +859,28 @@ def test_a_mask_that_is_no_picture_is_named():
         (["--frame", "3", "--mask", "black.png"], "a mask that is not empty"),
     ],
 )
-def test_what_is_wrong_with_a_question_gets_one_error(world, checkpoint, loaded, tmp_path, monkeypatch, pointed, complaint):
+def test_what_is_wrong_with_a_question_gets_one_error(
+    world, checkpoint, loaded, tmp_path, monkeypatch, pointed, complaint
+):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.full((40, 96), 255, np.uint8)).save("wide.png")
     Image.fromarray(np.zeros((96, 96), np.uint8)).save("black.png")
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
     video = str(world / "videos" / "test0000.mp4")
     with pytest.raises(data.DataError) as error:
-        evaluation.main(["--model", str(checkpoint), "--video", video, *pointed, "--ask", "What is <region>?", "--device", "cpu"])
+        evaluation.main(
+            [
+                "--model",
+                str(checkpoint),
+                "--video",
+                video,
+                *pointed,
+                "--ask",
+                "What is <region>?",
+                "--device",
+                "cpu",
+            ]
+        )
     assert complaint in str(error.value)
 
 
@@ -651,7 +888,10 @@ def test_what_is_wrong_with_a_question_gets_one_error(world, checkpoint, loaded,
     "arguments, complaint",
     [
         (["--model", "m"], "required"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,20"], "--box: invalid X,Y,W,H value"),
+        (
+            ["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,20"],
+            "--box: invalid X,Y,W,H value",
+        ),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "a,b,c,d"], "--box: invalid"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,0,3"], "--box: invalid"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,nan,3"], "--box: invalid"),
@@ -661,9 +901,15 @@ def test_what_is_wrong_with_a_question_gets_one_error(world, checkpoint, loaded,
         (["--model", "m", "--data", "x.json", "--box", "1,2,3,4"], "go with --ask"),
         (["--model", "m", "--bench-q", "q.json"], "--out is missing"),
         (["--bench-q", "q.json", "--out", "o"], "one of the arguments --model --score is required"),
-        (["--model", "m", "--bench-q", "q.json", "--out", "o", "--judge", "u"], "--judge: goes with --bench-d"),
+        (
+            ["--model", "m", "--bench-q", "q.json", "--out", "o", "--judge", "u"],
+            "--judge: goes with --bench-d",
+        ),
         (["--data", "x.json", "--score", "p"], "--score: goes with"),
-        (["--model", "m", "--bench-q", "q.json", "--out", "o", "--control", "full"], "--control: goes with --data"),
+        (
+            ["--model", "m", "--bench-q", "q.json", "--out", "o", "--control", "full"],
+            "--control: goes with --data",
+        ),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--out", "o"], "--out: does not go with --ask"),
         (["--model", "m", "--data", "x.json", "--bench-q", "q.json"], "not allowed with"),
     ],
@@ -678,12 +924,21 @@ def test_what_the_readme_shows_runs(checkpoint, world, tmp_path, monkeypatch, ca
     """Its three lines of Python, with a toy video, and the options of each of its commands."""
     readme = (TOP / "README.md").read_text()
     program = readme.split("```python\n")[1].split("```")[0]
-    for shown, toy in (("out/final", checkpoint), ("a.mp4", world / "videos" / "test0000.mp4"), ("{36", "{3"), ("100, 50, 200, 80", "10, 5, 20, 8")):
+    for shown, toy in (
+        ("out/final", checkpoint),
+        ("a.mp4", world / "videos" / "test0000.mp4"),
+        ("{36", "{3"),
+        ("100, 50, 200, 80", "10, 5, 20, 8"),
+    ):
         assert program.count(shown) == 1
         program = program.replace(shown, str(toy))
     exec(program, {})
     assert capsys.readouterr().out.strip()
-    commands = re.findall(r"^(?:python|torchrun[^\n]*?) eval\.py (.*)$", readme + evaluation.__doc__.replace("\n    ", "\n"), re.MULTILINE)
+    commands = re.findall(
+        r"^(?:python|torchrun[^\n]*?) eval\.py (.*)$",
+        readme + evaluation.__doc__.replace("\n    ", "\n"),
+        re.MULTILINE,
+    )
     assert len(commands) >= 12
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.full((9, 9), 255, np.uint8)).save("cup.png")

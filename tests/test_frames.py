@@ -1,4 +1,5 @@
 """Is the frame that read_frames returns the one that was asked for? Every clip's frames carry their numbers (clips.py)."""
+
 import os
 import random
 import struct
@@ -7,15 +8,23 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import VIDEOS, VPX, X264, X265, draw_number, read_number, remux, write_silence, write_video
 from PIL import Image
 
 import data
-from clips import VIDEOS, VPX, X264, X265, draw_number, read_number, remux, write_silence, write_video
 from data import DataError, MediaInfo, media_info, read_frames, read_media
 
 SHORT_GOP = {"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"}
 # Containers or codecs whose packets don't tell the frames apart; and streams with no keyframe but the first.
-COUNTED = {"h264 mpeg-ts", "h264 avi", "mpeg4 avi B-frames", "mpeg4 mp4 B-frames", "mpeg2 mpg", "vp8 webm", "gif"}
+COUNTED = {
+    "h264 mpeg-ts",
+    "h264 avi",
+    "mpeg4 avi B-frames",
+    "mpeg4 mp4 B-frames",
+    "mpeg2 mpg",
+    "vp8 webm",
+    "gif",
+}
 NO_KEYFRAMES = {"h264 intra refresh", "hevc intra refresh", "av1 open GOP mkv"}
 SEEKABLE = [name for name in VIDEOS if name not in COUNTED | NO_KEYFRAMES]
 
@@ -62,7 +71,10 @@ def forward(path):
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_video_frames_are_the_ones_asked_for(videos, name):
-    path, first = videos[name], 30 if name == "h264 negative start" else 0   # 30 frames lie before time 0: never shown
+    path, first = (
+        videos[name],
+        30 if name == "h264 negative start" else 0,
+    )  # 30 frames lie before time 0: never shown
     info, n = media_info(path), 72 - first
     assert (info.num_frames, info.height, info.width, info.is_image) == (n, 64, 128, False)
     assert info.fps == pytest.approx(8 if name == "h264 variable rate" else 24, rel=1e-3)
@@ -74,9 +86,9 @@ def test_video_frames_are_the_ones_asked_for(videos, name):
     assert (frames == truth).all()
     shuffled = random.Random(0)
     for size in (1, 3, 10):
-        indices = shuffled.choices(range(n), k=size) * 2                      # out of order, some twice
+        indices = shuffled.choices(range(n), k=size) * 2  # out of order, some twice
         assert (read_frames(path, indices) == truth[indices]).all(), indices
-    for k in range(0, n, 7 if name in COUNTED else 1):                        # each frame as the target of its own seek
+    for k in range(0, n, 7 if name in COUNTED else 1):  # each frame as the target of its own seek
         assert (read_frames(path, [k])[0] == truth[k]).all(), k
     assert numbers(path, [n - 1]) == [71]
 
@@ -86,7 +98,9 @@ def test_decord_agrees(videos, name):
     """A second decoder with an FFmpeg of its own; forward from frame 0, the way in which it is exact."""
     decord = pytest.importorskip("decord")
     if name in ("h264 negative start", "h264 mpeg-ts"):
-        pytest.skip("decord repeats the last frame for each that the edit list cut off, and for the first GOP, which it loses")
+        pytest.skip(
+            "decord repeats the last frame for each that the edit list cut off, and for the first GOP, which it loses"
+        )
     try:
         reader = decord.VideoReader(str(videos[name]), num_threads=1)
     except decord.DECORDError:
@@ -101,12 +115,14 @@ def test_decord_agrees(videos, name):
 def test_seeks_save_decoding(videos, name, decoded):
     n = media_info(videos[name]).num_frames
     read_frames(videos[name], [n - 5])
-    assert len(decoded) == 1 and decoded[0] < n - 10, decoded                 # one stretch, much shorter than the file
+    assert len(decoded) == 1 and decoded[0] < n - 10, decoded  # one stretch, much shorter than the file
 
 
 def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, decoded):
     """With x264's plain B-frames, two of three frames are such. The one that is wanted comes, whichever it is."""
-    path = write_video(tmp_path / "b.mp4", options={"x264-params": X264 + "keyint=72:bframes=2:b-pyramid=none"})
+    path = write_video(
+        tmp_path / "b.mp4", options={"x264-params": X264 + "keyint=72:bframes=2:b-pyramid=none"}
+    )
     truth = forward(path)
     for k in range(72):
         assert (read_frames(path, [k])[0] == truth[k]).all(), k
@@ -121,7 +137,7 @@ def test_one_pass_serves_near_frames_and_far_ones_get_seeks(tmp_path, decoded):
     assert len(decoded) == 3 and sum(decoded) < 50, decoded
     decoded.clear()
     assert numbers(path, range(250)) == list(range(250))
-    assert decoded == [250]                                                   # no seek where every frame is wanted
+    assert decoded == [250]  # no seek where every frame is wanted
 
 
 def test_a_seek_that_goes_astray_falls_back_to_the_start(clip, decoded, monkeypatch):
@@ -129,11 +145,13 @@ def test_a_seek_that_goes_astray_falls_back_to_the_start(clip, decoded, monkeypa
     truth, frames_from = forward(clip), data._frames_from
 
     def astray(container, stream, time, needed):
-        return frames_from(container, stream, None if time is None else time + 24 * 512, needed)     # two keyframes too late
+        return frames_from(
+            container, stream, None if time is None else time + 24 * 512, needed
+        )  # two keyframes too late
 
     monkeypatch.setattr(data, "_frames_from", astray)
     assert (read_frames(clip, [40])[0] == truth[40]).all()
-    assert decoded[-1] == 41                                                  # from the start up to it
+    assert decoded[-1] == 41  # from the start up to it
 
 
 class BadSeek:
@@ -158,17 +176,25 @@ def test_a_bad_seek_falls_back_to_the_start(videos, name, miss, monkeypatch):
     if miss is not None:
         _, times, keyframes = data._index_video(videos[name])
         with av.open(str(videos[name])) as container:
-            assert not list(frames_from(BadSeek(container, miss), container.streams.video[0], times[keyframes[2]], None))
-    monkeypatch.setattr(data, "_frames_from", lambda container, stream, time, needed: frames_from(
-        BadSeek(container, miss), stream, time, needed))
+            assert not list(
+                frames_from(BadSeek(container, miss), container.streams.video[0], times[keyframes[2]], None)
+            )
+    monkeypatch.setattr(
+        data,
+        "_frames_from",
+        lambda container, stream, time, needed: frames_from(BadSeek(container, miss), stream, time, needed),
+    )
     for k in range(20, 72, 3):
         assert (read_frames(videos[name], [k])[0] == truth[k]).all(), k
 
 
 def test_packets_that_show_nothing_are_not_frames(tmp_path):
     """VP8's hidden reference frames are packets of their own."""
+
     def hide(k, packet):
-        return bytes([packet[0] & ~0x10]) + packet[1:] if k == 27 else packet     # RFC 6386, 9.1: the show_frame bit
+        return (
+            bytes([packet[0] & ~0x10]) + packet[1:] if k == 27 else packet
+        )  # RFC 6386, 9.1: the show_frame bit
 
     path = remux(write_video(tmp_path / "a.webm", "libvpx", VPX), tmp_path / "hidden.webm", hide)
     assert numbers(path, range(media_info(path).num_frames)) == [k for k in range(72) if k != 27]
@@ -176,12 +202,14 @@ def test_packets_that_show_nothing_are_not_frames(tmp_path):
 
 def test_packet_without_a_frame_is_an_error_not_a_shift(tmp_path):
     def blank(k, packet):
-        return b"\0\0\0\3\x46\1\x50" if k == 30 else packet                   # an access unit delimiter, and no picture
+        return b"\0\0\0\3\x46\1\x50" if k == 30 else packet  # an access unit delimiter, and no picture
 
-    source = write_video(tmp_path / "a.mp4", "libx265", {"x265-params": X265 + "keyint=48:bframes=1:b-pyramid=0"})
+    source = write_video(
+        tmp_path / "a.mp4", "libx265", {"x265-params": X265 + "keyint=48:bframes=1:b-pyramid=0"}
+    )
     path, shown = remux(source, tmp_path / "hole.mp4", blank), forward(tmp_path / "a.mp4")
     left = [read_number(frame) for frame in forward(path)]
-    hole, = set(range(72)) - set(left)
+    (hole,) = set(range(72)) - set(left)
     assert (read_frames(path, [hole - 1, 60]) == shown[[hole - 1, 60]]).all()
     for k in (hole, hole + 1):
         with pytest.raises(DataError, match=rf"hole.mp4: expected 72 frames.*\[{k}\]"):
@@ -190,7 +218,9 @@ def test_packet_without_a_frame_is_an_error_not_a_shift(tmp_path):
 
 def test_equal_times_are_counted(tmp_path):
     """At 3000 frames a second Matroska's milliseconds give three frames the same pts: nothing to tell them apart by."""
-    path = write_video(tmp_path / "fast.mkv", options={"x264-params": X264 + "keyint=24:bframes=0"}, rate=3000)
+    path = write_video(
+        tmp_path / "fast.mkv", options={"x264-params": X264 + "keyint=24:bframes=0"}, rate=3000
+    )
     assert numbers(path, [71, 40, 41, 42]) == [71, 40, 41, 42]
 
 
@@ -213,14 +243,16 @@ def test_display_rotation(tmp_path, a, b, c, d):
     shown_x, shown_y = a * x + c * y, b * x + d * y
     shown = np.empty_like(frame)
     shown[shown_y - shown_y.min(), shown_x - shown_x.min()] = stored
-    assert np.abs(frame.astype(int) - shown).mean() < 12                      # the 4 quarters differ by far more
+    assert np.abs(frame.astype(int) - shown).mean() < 12  # the 4 quarters differ by far more
 
 
 @pytest.mark.parametrize("color_range", [1, 2])
 def test_colors(tmp_path, color_range):
     """RGB, not BGR; and black is 16 in a limited-range video, 0 in a full-range one, which VP9 says in a flag only."""
     picture = np.full((64, 128, 3), (200, 30, 90), np.uint8)
-    path = write_video(tmp_path / "a.webm", "libvpx-vp9", pictures=[picture] * 3, color_range=color_range, options={"crf": 5})
+    path = write_video(
+        tmp_path / "a.webm", "libvpx-vp9", pictures=[picture] * 3, color_range=color_range, options={"crf": 5}
+    )
     assert np.abs(read_frames(path, [1])[0].astype(int) - picture).max() <= 4
 
 
@@ -236,8 +268,10 @@ def test_folder_of_images(tmp_path):
         read_frames(tmp_path, [0, 2])
 
 
-@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("RGB", "webp"),
-                                          ("CMYK", "jpg")])
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("RGB", "webp"), ("CMYK", "jpg")],
+)
 def test_single_image(tmp_path, mode, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(draw_number(77)).convert(mode).save(path)
@@ -247,7 +281,7 @@ def test_single_image(tmp_path, mode, suffix):
 
 def test_exif_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                          # stored lying down: turn by 90 degrees clockwise
+    exif[0x0112] = 6  # stored lying down: turn by 90 degrees clockwise
     Image.fromarray(draw_number(77)).rotate(90, expand=True).save(tmp_path / "a.jpg", exif=exif)
     assert numbers(tmp_path / "a.jpg", [0]) == [77]
     assert media_info(tmp_path / "a.jpg").height == 64
@@ -263,7 +297,9 @@ def test_gif_matches_pillow(videos):
 
 def test_frames_come_by_number_or_as_one_array(clip):
     info, frames = read_media(clip, (71, 24, 0, 47, 24))
-    assert info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {k: k for k in (0, 24, 47, 71)}
+    assert info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {
+        k: k for k in (0, 24, 47, 71)
+    }
     assert read_frames(clip, []).shape == (0, 64, 128, 3)
     assert numbers(clip, (k for k in (3, 4))) == [3, 4]
 
@@ -302,10 +338,17 @@ class Frames(torch.utils.data.Dataset):
 def test_workers(videos, start):
     paths = [videos[name] for name in ("h264 open GOP", "hevc open GOP", "vp9 webm", "av1 mp4", "gif")]
     dataset = Frames(paths)
-    dataset[0]                                           # the parent reads first: after that, decord hangs in forked workers
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2 if start == "fork" else 1,
-                                         multiprocessing_context=start, timeout=60)
-    assert [(k, read_number(frame.numpy())) for k, frame in loader] == [(k, k) for k in (70, 5, 40)] * len(paths)
+    dataset[0]  # the parent reads first: after that, decord hangs in forked workers
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=2 if start == "fork" else 1,
+        multiprocessing_context=start,
+        timeout=60,
+    )
+    assert [(k, read_number(frame.numpy())) for k, frame in loader] == [(k, k) for k in (70, 5, 40)] * len(
+        paths
+    )
 
 
 @pytest.mark.parametrize("k", [-1, 72, 10**12, 1.0, "3", None, True])
@@ -319,13 +362,17 @@ def cut(path, size):
     return path
 
 
-@pytest.mark.parametrize("suffix, settings", [
-    (".mp4", dict(options=SHORT_GOP, container_options={"movflags": "faststart"})),
-    (".mp4", dict(options=SHORT_GOP, container_options={"movflags": "frag_keyframe+empty_moov"})),
-    (".mkv", dict(options=SHORT_GOP)),
-    (".webm", dict(codec="libvpx-vp9", options=VPX)),
-    (".avi", dict(codec="mpeg4"))])
-@pytest.mark.parametrize("share", [.3, .6, .9])
+@pytest.mark.parametrize(
+    "suffix, settings",
+    [
+        (".mp4", dict(options=SHORT_GOP, container_options={"movflags": "faststart"})),
+        (".mp4", dict(options=SHORT_GOP, container_options={"movflags": "frag_keyframe+empty_moov"})),
+        (".mkv", dict(options=SHORT_GOP)),
+        (".webm", dict(codec="libvpx-vp9", options=VPX)),
+        (".avi", dict(codec="mpeg4")),
+    ],
+)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_truncated_video(tmp_path, suffix, settings, share):
     path = write_video(tmp_path / f"a{suffix}", **settings)
     cut(path, int(path.stat().st_size * share))
@@ -350,7 +397,7 @@ def test_audio_may_outlast_the_video(tmp_path):
 def test_damage_in_the_middle(tmp_path, suffix):
     path = write_video(tmp_path / f"a{suffix}", options=SHORT_GOP)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2:len(content) // 2 + 300] = bytes(300)
+    content[len(content) // 2 : len(content) // 2 + 300] = bytes(300)
     path.write_bytes(content)
     assert numbers(path, [0, 5]) == [0, 5]
     with pytest.raises(DataError, match=f"a{suffix}: expected"):
@@ -377,16 +424,34 @@ def not_video(folder):
         frame = av.VideoFrame.from_ndarray(draw_number(3), format="rgb24")
         container.mux(picture.encode(frame) + picture.encode())
         write_silence(container, audio, 1)
-    (folder / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n")
+    (folder / "list.m3u8").write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
+    )
     (folder / "no images").mkdir()
     (folder / "no images" / "a.txt").write_text("")
 
 
-@pytest.mark.parametrize("name, found", [
-    ("missing.mp4", "no such file"), ("empty.mp4", "an empty one"), ("empty.png", "an empty one"), ("no images", "none"),
-    ("moov.mp4", "FFmpeg can't open"), ("text.mp4", "FFmpeg can't open"), ("text.txt", "FFmpeg can't open"), ("text", "FFmpeg can't open"),
-    ("list.m3u8", "FFmpeg can't open"), ("ebml.mkv", "cut off"), ("audio.mp4", "only ..audio"), ("cover.mp4", "cover art"),
-    ("text.png", "cannot identify"), ("cut.png", "does not decode"), ("cut.jpg", "truncated"), ("cut.webp", "does not decode")])
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("missing.mp4", "no such file"),
+        ("empty.mp4", "an empty one"),
+        ("empty.png", "an empty one"),
+        ("no images", "none"),
+        ("moov.mp4", "FFmpeg can't open"),
+        ("text.mp4", "FFmpeg can't open"),
+        ("text.txt", "FFmpeg can't open"),
+        ("text", "FFmpeg can't open"),
+        ("list.m3u8", "FFmpeg can't open"),
+        ("ebml.mkv", "cut off"),
+        ("audio.mp4", "only ..audio"),
+        ("cover.mp4", "cover art"),
+        ("text.png", "cannot identify"),
+        ("cut.png", "does not decode"),
+        ("cut.jpg", "truncated"),
+        ("cut.webp", "does not decode"),
+    ],
+)
 def test_not_media(tmp_path, name, found):
     not_video(tmp_path)
     with pytest.raises(DataError, match=rf"{name}: expected .*found.*{found}"):

@@ -11,11 +11,11 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import make_checkpoint
 from safetensors.torch import load_file
+from test_train import COMMON, metrics, mixed, toy  # noqa: F401 (fixtures)
 
 import train
-from checkpoints import make_checkpoint
-from test_train import COMMON, metrics, mixed, toy  # noqa: F401 (fixtures)
 
 MLPS = {"Qwen3VLTextMLP", "Qwen3VLVisionMLP"}  # one inside each layer that is sharded and recomputed
 
@@ -43,7 +43,9 @@ def observe(arguments):
     before, choose_parameters = signal.getsignal(signal.SIGTERM), train.choose_parameters
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "choose_parameters", choose)
-        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch 2.13 renamed it
+        name = (
+            "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        )  # torch 2.13 renamed it
         patch.setattr(dist, name, count("reduce_scatters", getattr(dist, name)))
         train.train(train.parse([str(a) for a in arguments]))
     signal.signal(signal.SIGTERM, before)
@@ -55,9 +57,13 @@ def rank_main(rank, jobs, meeting, results):
     torch.set_num_threads(1)
     initialise = dist.init_process_group
     for name, arguments in jobs.items():
-        with pytest.MonkeyPatch.context() as patch:  # ranks meet in a file: a port could be another program's by then
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # ranks meet in a file: a port could be another program's by then
             place = (meeting / name.replace("/", "-")).as_uri()
-            patch.setattr(dist, "init_process_group", partial(initialise, init_method=place, rank=rank, world_size=2))
+            patch.setattr(
+                dist, "init_process_group", partial(initialise, init_method=place, rank=rank, world_size=2)
+            )
             patch.setenv("RANK", str(rank))
             results.put((name, rank, observe(arguments)))
 
@@ -93,15 +99,30 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
     one_bad = mixed.parent / "bad_for_fsdp.json"
     one_bad.write_text(json.dumps(samples))
     checkpoint = make_checkpoint(top / "qwen2_5_vl", "qwen2_5_vl")
-    parts = {"region": ["--train", "region"], "projector,llm": ["--train", "projector,llm"], "vision": ["--train", "vision"]}
+    parts = {
+        "region": ["--train", "region"],
+        "projector,llm": ["--train", "projector,llm"],
+        "vision": ["--train", "vision"],
+    }
     parts["bad"] = ["--data", one_bad, "--max-bad", 0.5]
     parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3]
     parts["qwen2_5_vl"] += ["--frame-pixels", 3136, "--region-pixels", 3136]
-    job = lambda name, *arguments: ["--data", mixed, *COMMON, *parts.get(name.split("/")[0], []), "--out", top / name, *arguments]
+    job = lambda name, *arguments: [
+        "--data",
+        mixed,
+        *COMMON,
+        *parts.get(name.split("/")[0], []),
+        "--out",
+        top / name,
+        *arguments,
+    ]
     resume = lambda name: ["--resume", top / name / "step-000001"]
 
     save = ["--save-every", 1, "--keep", 3]
-    seen = {("one", 0): observe(job("one", *save)), ("one-recomputed", 0): observe(job("one-recomputed", "--grad-checkpoint"))}
+    seen = {
+        ("one", 0): observe(job("one", *save)),
+        ("one-recomputed", 0): observe(job("one-recomputed", "--grad-checkpoint")),
+    }
     for name in parts:
         observe(job(f"{name}/one"))
     jobs = {
@@ -146,7 +167,9 @@ def test_the_files_do_not_tell_that_the_model_was_sharded(runs):
         assert (one / "config.json").read_bytes() == (fsdp / "config.json").read_bytes()
         for file in ("model.safetensors", "region_encoder.safetensors"):
             torch.testing.assert_close(load_file(fsdp / file), load_file(one / file), rtol=0, atol=1e-4)
-    one, fsdp = (torch.load(top / name / "step-000002" / "training.pt", weights_only=True) for name in ("one", "fsdp"))
+    one, fsdp = (
+        torch.load(top / name / "step-000002" / "training.pt", weights_only=True) for name in ("one", "fsdp")
+    )
     assert one["config"] == fsdp["config"]
     torch.testing.assert_close(fsdp["optimizer"], one["optimizer"], rtol=1e-2, atol=1e-5)
 
@@ -154,7 +177,10 @@ def test_the_files_do_not_tell_that_the_model_was_sharded(runs):
 def test_fsdp_keeps_half_of_the_weights_on_each_of_two_ranks_and_never_a_whole_gradient(runs):
     _, seen = runs
     for rank in range(2):
-        assert seen["fsdp", rank]["share"] == pytest.approx(0.5, abs=0.01) and seen["ddp-recomputed", rank]["share"] == 1
+        assert (
+            seen["fsdp", rank]["share"] == pytest.approx(0.5, abs=0.01)
+            and seen["ddp-recomputed", rank]["share"] == 1
+        )
         # 3 steps of 2 micro-batches; units: 2 blocks of the vision tower, 3 layers of the LLM, and what is left.
         assert seen["fsdp", rank]["reduce_scatters"] == 3 * 2 * 6  # each unit's gradient is cut up at once
 
@@ -162,7 +188,9 @@ def test_fsdp_keeps_half_of_the_weights_on_each_of_two_ranks_and_never_a_whole_g
 def test_grad_checkpoint_computes_each_layer_twice(runs):
     _, seen = runs
     layers = 2 + 3
-    assert seen["one", 0]["forwards"] == 3 * layers and seen["one-recomputed", 0]["forwards"] == 3 * 2 * layers
+    assert (
+        seen["one", 0]["forwards"] == 3 * layers and seen["one-recomputed", 0]["forwards"] == 3 * 2 * layers
+    )
     for rank in range(2):
         assert seen["fsdp", rank]["forwards"] == 3 * 2 * layers  # two micro-batches
         assert seen["fsdp-recomputed", rank]["forwards"] == 3 * 2 * layers  # one

@@ -32,7 +32,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import data  # noqa: E402
 
 PATIENCE = 20  # seconds that a case may take; the slowest takes a few tenths of one
-MEMORY = 32 << 30  # bytes of address space, most of it libraries: what wants more gets a MemoryError, and leaves the machine alone
+MEMORY = (
+    32 << 30
+)  # bytes of address space, most of it libraries: what wants more gets a MemoryError, and leaves the machine alone
 
 # ------------------------------------------------------------------------------------------------ the specification
 
@@ -58,14 +60,21 @@ def spec_sample(entry, place, media, position, outside_paths=False):
     names = [given[key] for key in ("video", "image") if key in given]
     if names:
         path = names[0][0] if is_a(list, names[0]) and len(names[0]) == 1 else names[0]
-        need(len(names) == 1 and is_a(str, path) and path and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in path))
+        need(
+            len(names) == 1
+            and is_a(str, path)
+            and path
+            and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in path)
+        )
         depths = accumulate({"": 0, ".": 0, "..": -1}.get(part, 1) for part in path.split("/"))
         need(outside_paths or path[0] != "/" and min(depths) >= 0)
         path = path if path[0] == "/" else f"{media}/{path}"
     turns = spec_turns(given.get("conversations"), path is not None)
     masks = [(key, given[key]) for key in ("annotation", "masks") if key in given]
     need(len(masks) <= 1 and is_a(list, *(listed for _, listed in masks)))
-    stem, _, suffix = ([part for part in (path or "").split("/") if part not in ("", ".")] or [""])[-1].rpartition(".")
+    stem, _, suffix = ([part for part in (path or "").split("/") if part not in ("", ".")] or [""])[
+        -1
+    ].rpartition(".")
     bare = stem and suffix.lower() in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
     objects = [spec_object(frames, key, bare) for key, listed in masks for frames in listed]
     need(sum(question.count("<region>") for question, _ in turns) == len(objects) and (path or not objects))
@@ -79,13 +88,21 @@ def spec_sample(entry, place, media, position, outside_paths=False):
 def spec_turns(turns, has_media):
     need(is_a(list, turns) and is_a(dict, *turns))
     for turn in turns:
-        need(turn.get("from") in ("human", "gpt") and is_a(str, turn.get("value")) and not turn["value"].isspace())
+        need(
+            turn.get("from") in ("human", "gpt")
+            and is_a(str, turn.get("value"))
+            and not turn["value"].isspace()
+        )
         need(turn["value"] and not any("\ud800" <= char <= "\udfff" for char in turn["value"]))
     order = "".join(turn["from"][0] for turn in turns)
     need(re.fullmatch("g*(hg)+", order))  # answers to nothing are dropped, whatever they say
     texts = [turn["value"] for turn in turns][order.index("h") :]
     media_tags = [text.count("<video>") + text.count("<image>") for text in texts]
-    need(media_tags[0] <= has_media and not any(media_tags[1:]) and not any("<region>" in answer for answer in texts[1::2]))
+    need(
+        media_tags[0] <= has_media
+        and not any(media_tags[1:])
+        and not any("<region>" in answer for answer in texts[1::2])
+    )
     texts[0] = "<video>\n" * (has_media - media_tags[0]) + texts[0]
     return list(zip(texts[0::2], texts[1::2]))
 
@@ -93,12 +110,19 @@ def spec_turns(turns, has_media):
 def spec_object(frames, key, bare):
     if key == "masks" and bare and (is_a(list, frames) or is_a(dict, frames) and "counts" in frames):
         return {0: frames}  # an image's mask
-    need(is_a(dict, frames) and all(0 < len(index) <= 9 and set(index) <= set("0123456789") for index in frames))
+    need(
+        is_a(dict, frames)
+        and all(0 < len(index) <= 9 and set(index) <= set("0123456789") for index in frames)
+    )
     need(len({int(index) for index in frames}) == len(frames))
     there = {int(index): mask for index, mask in frames.items() if mask is not None}
     if key == "annotation":
         need(is_a(dict, *there.values()))
-        there = {index: mask["segmentation"] for index, mask in there.items() if mask.get("segmentation") is not None}
+        there = {
+            index: mask["segmentation"]
+            for index, mask in there.items()
+            if mask.get("segmentation") is not None
+        }
     need(there)
     return there
 
@@ -108,18 +132,40 @@ def spec_mask(segmentation, height, width):
     need(segmentation and type(segmentation) in (list, dict))
     if is_a(dict, segmentation):
         size, runs = segmentation.get("size"), segmentation.get("counts")
-        need(is_a(list, size) and len(size) == 2 and is_a(int, *size) and min(size) >= 1 and math.prod(size) <= 2**26)
+        need(
+            is_a(list, size)
+            and len(size) == 2
+            and is_a(int, *size)
+            and min(size) >= 1
+            and math.prod(size) <= 2**26
+        )
         runs = spec_runs(runs) if is_a(str, runs) else runs
-        need(is_a(list, runs) and is_a(int, *runs) and min(runs, default=0) >= 0 and sum(runs) == math.prod(size))
+        need(
+            is_a(list, runs)
+            and is_a(int, *runs)
+            and min(runs, default=0) >= 0
+            and sum(runs) == math.prod(size)
+        )
         # The frame's shape: scaled to the height or width of the larger picture, the smaller one is right to a pixel of its own.
         (h, w), (big_h, big_w) = sorted([size, [height, width]], key=math.prod)
         need(abs(w - Fraction(h * big_w, big_h)) <= 1 or abs(h - Fraction(w * big_h, big_w)) <= 1)
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0]).T
     polygons = [segmentation] if type(segmentation[0]) in (int, float, bool) else segmentation
     for polygon in polygons:
-        need(is_a(list, polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(type(x) in (int, float) for x in polygon))
-        need(all(-width <= x <= 2 * width for x in polygon[0::2]) and all(-height <= y <= 2 * height for y in polygon[1::2]))
-    return np.any([coco_mask.decode(coco_mask.frPyObjects([polygon], height, width))[:, :, 0] for polygon in polygons], axis=0)
+        need(
+            is_a(list, polygon)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(type(x) in (int, float) for x in polygon)
+        )
+        need(
+            all(-width <= x <= 2 * width for x in polygon[0::2])
+            and all(-height <= y <= 2 * height for y in polygon[1::2])
+        )
+    return np.any(
+        [coco_mask.decode(coco_mask.frPyObjects([polygon], height, width))[:, :, 0] for polygon in polygons],
+        axis=0,
+    )
 
 
 def spec_runs(text):
@@ -151,7 +197,10 @@ def make_sample(rng):
         questions[rng.randrange(len(questions))] += " <region>"
     entry = {"id": rng.choice([7, "seven"])} if rng.random() < 0.5 else {}
     if media:
-        name, tag = rng.choice(["a.mp4", "clips/ü.mp4", "./a b.png"]), rng.choice(["", "<video>\n", "<image>", "\n<video>\n"])
+        name, tag = (
+            rng.choice(["a.mp4", "clips/ü.mp4", "./a b.png"]),
+            rng.choice(["", "<video>\n", "<image>", "\n<video>\n"]),
+        )
         entry[media] = rng.choice([name, [name]])
         questions[0] = rng.choice([tag + questions[0], questions[0] + tag])
     greeting = [("gpt", "Hello <region> <video>")] * (rng.random() < 0.1)
@@ -176,26 +225,43 @@ def make_object(rng, key, image):
 def make_mask(rng):
     """-> (segmentation, height, width of a frame). One in three, say, is a little wrong: what comes later changes more."""
     h, w, k = rng.randint(1, 24), rng.randint(1, 24), rng.choice([2, 3, 7])
-    other = rng.choice([(h * k, w * k), (h * k + 1, w * k - 1), (-(-h // k), -(-w // k)), (w, h), (720, 1280)])
+    other = rng.choice(
+        [(h * k, w * k), (h * k + 1, w * k - 1), (-(-h // k), -(-w // k)), (w, h), (720, 1280)]
+    )
     height, width = rng.choice([(h, w), (h, w), other])
     if rng.random() < 0.5:
-        low, high = rng.choice([(0, 1)] * 6 + [(-1, 2), (-1.01, 2.01)])  # as far outside as is allowed, and a little further
+        low, high = rng.choice(
+            [(0, 1)] * 6 + [(-1, 2), (-1.01, 2.01)]
+        )  # as far outside as is allowed, and a little further
         kind, count = rng.choice([float, int, lambda x: round(x, 1)]), rng.choice([1, 1, 2, 3])
         points = [rng.choice([3, 4, 6, 20] * 10 + [2, 3000]) for _ in range(count)]
-        polygons = [[kind(rng.uniform(low, high) * side) for _ in range(n) for side in (width, height)] for n in points]
+        polygons = [
+            [kind(rng.uniform(low, high) * side) for _ in range(n) for side in (width, height)]
+            for n in points
+        ]
         return rng.choice([polygons, polygons[0], polygons[0][:2] * 3]), height, width
     share = rng.choice([0.1, 0.5, 0.9])
     pixels = [rng.random() < share for _ in range(h * w)]
     pixels = rng.choice([pixels, sorted(pixels), [pixels[0]] * h * w])
     runs = [0] * pixels[0] + [len(list(group)) for _, group in groupby(pixels)]
-    for _ in range(rng.choice([0, 0, 1, 2])):  # the same in other words, other runs of the same sum, another sum
-        i, j, amount = rng.randrange(len(runs)), rng.randrange(len(runs)), rng.choice([1, 2, 1000, 2**26, 2**31, 2**32])
+    for _ in range(
+        rng.choice([0, 0, 1, 2])
+    ):  # the same in other words, other runs of the same sum, another sum
+        i, j, amount = (
+            rng.randrange(len(runs)),
+            rng.randrange(len(runs)),
+            rng.choice([1, 2, 1000, 2**26, 2**31, 2**32]),
+        )
         amount = rng.choice([amount, min(amount, max(0, runs[i]))])
         runs[i] -= amount
         change = rng.choice(["split", "split", "move", "lose"])
         runs[i + 1 : i + 1] = [0, amount] if change == "split" else []
         runs[j] += amount if change == "move" else 0
-    return {"size": [h, w], "counts": rng.choice([runs, compress(runs, rng.choice([0, 0, 0, 1, 4, 6]))])}, height, width
+    return (
+        {"size": [h, w], "counts": rng.choice([runs, compress(runs, rng.choice([0, 0, 0, 1, 4, 6]))])},
+        height,
+        width,
+    )
 
 
 def compress(runs, longer):
@@ -210,11 +276,70 @@ def compress(runs, longer):
 
 # ------------------------------------------------------------------------------------------------ mutations
 
-NUMBERS = [0, -1, 1, 2, 3.0, -0.0, 0.5, 1e6, 1e30, 2**26 + 1, 2**31, 2**63, 9 * 10**4299, math.nan, math.inf, -math.inf, True, False]
-TAGS = ["<region>", "<region>", "<region>", "<video>", "<video>\n", "<image>", "<regi", "<|im_end|>", "<|region_pad|>", "\ue000"]
-TEXTS = TAGS + ["", " ", "\u2003", "\0", "\ud800", "\udc80", "x" * 100_000, "human", "gpt", "user", "/etc/a", "../a", "a/../b", "a/../../b"]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3.0,
+    -0.0,
+    0.5,
+    1e6,
+    1e30,
+    2**26 + 1,
+    2**31,
+    2**63,
+    9 * 10**4299,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    False,
+]
+TAGS = [
+    "<region>",
+    "<region>",
+    "<region>",
+    "<video>",
+    "<video>\n",
+    "<image>",
+    "<regi",
+    "<|im_end|>",
+    "<|region_pad|>",
+    "\ue000",
+]
+TEXTS = TAGS + [
+    "",
+    " ",
+    "\u2003",
+    "\0",
+    "\ud800",
+    "\udc80",
+    "x" * 100_000,
+    "human",
+    "gpt",
+    "user",
+    "/etc/a",
+    "../a",
+    "a/../b",
+    "a/../../b",
+]
 FRAMES = ["01", "00", "-1", "1.5", "１", "²", "1\n", " 1", "", "9" * 9, "9" * 10, "0" * 5000, "1e3", "36"]
-KEYS = ["counts", "size", "segmentation", "id", "type", "video", "image", "masks", "annotation", "height", "width", "from", "value"]
+KEYS = [
+    "counts",
+    "size",
+    "segmentation",
+    "id",
+    "type",
+    "video",
+    "image",
+    "masks",
+    "annotation",
+    "height",
+    "width",
+    "from",
+    "value",
+]
 
 
 def hostile(rng):
@@ -235,21 +360,45 @@ def mutate(rng, value):
         key = rng.choice(keys)
         value[key] = mutate(rng, value[key])
     elif rng.random() < 0.25:
-        return hostile(rng) if rng.random() < 0.6 else rng.choice([[value], {"segmentation": value}, shown(value)])
+        return (
+            hostile(rng)
+            if rng.random() < 0.6
+            else rng.choice([[value], {"segmentation": value}, shown(value)])
+        )
     elif isinstance(value, str):
-        i, char = rng.randrange(len(value) + 1), chr(rng.choice([0, 10, 47, rng.randrange(48, 112), 112, 0xE9, 0xDC80]))
+        i, char = (
+            rng.randrange(len(value) + 1),
+            chr(rng.choice([0, 10, 47, rng.randrange(48, 112), 112, 0xE9, 0xDC80])),
+        )
         put, tag = rng.choice([*TEXTS, char, char, char]), rng.choice(TAGS)
         cut = [value[:i], value[:i] + value[i + 1 :], value.replace(tag, "", 1)]
-        return rng.choice([*cut, value[:i] + char + value[i + 1 :], value[:i] + put + value[i:], value[:i] + tag + value[i:], value + put])
+        return rng.choice(
+            [
+                *cut,
+                value[:i] + char + value[i + 1 :],
+                value[:i] + put + value[i:],
+                value[:i] + tag + value[i:],
+                value + put,
+            ]
+        )
     elif isinstance(value, list):
         i, put = rng.randrange(len(value) + 1), rng.choice([[hostile(rng)], value, value[:2]])
-        return rng.choice([value[:i] + value[i + 1 :], value[:i] + value[max(0, i - 1) :], value[:i] + put + value[i:], value[::-1]])
+        return rng.choice(
+            [
+                value[:i] + value[i + 1 :],
+                value[:i] + value[max(0, i - 1) :],
+                value[:i] + put + value[i:],
+                value[::-1],
+            ]
+        )
     elif isinstance(value, dict):
         moved = value.pop(rng.choice(list(value)), None) if value and rng.random() < 0.7 else hostile(rng)
         if rng.random() < 0.7:
             value[rng.choice(FRAMES + ["0" + key for key in frames] if frames else KEYS)] = moved
     elif type(value) in (int, float):
-        return rng.choice([value + 1, value - 1, -value, value * 3, value + 0.5 if abs(value) < 2**50 else 0, bool(value)])
+        return rng.choice(
+            [value + 1, value - 1, -value, value * 3, value + 0.5 if abs(value) < 2**50 else 0, bool(value)]
+        )
     return value
 
 
@@ -281,10 +430,16 @@ def agree(specification, function, *arguments, longest=1000):
         found = function(*arguments)
     except data.DataError as refusal:
         error = str(refusal)
-    assert (expected is None) == (found is None), f"refused, but valid: {error}"[:300] if error else f"accepted, but invalid: {shown(found)}"
+    assert (expected is None) == (found is None), (
+        f"refused, but valid: {error}"[:300] if error else f"accepted, but invalid: {shown(found)}"
+    )
     if error is not None:
-        assert re.search("expected .*found|not valid JSON|UTF-8", error), f"the error does not tell: {error[:300]}"
-        assert error.isprintable() and len(error) < longest, f"the error is not one line that can be printed: {error[:300]!r}"
+        assert re.search("expected .*found|not valid JSON|UTF-8", error), (
+            f"the error does not tell: {error[:300]}"
+        )
+        assert error.isprintable() and len(error) < longest, (
+            f"the error is not one line that can be printed: {error[:300]!r}"
+        )
     return expected, found
 
 
@@ -296,7 +451,9 @@ def parts(sample):
 
 def sample_case(rng, folder, show):
     entry, outside_paths = show(mutated(rng, make_sample(rng))), rng.random() < 0.5
-    expected, found = agree(spec_sample, data.parse_sample, entry, ("file", "sample 5"), "media", 5, outside_paths)
+    expected, found = agree(
+        spec_sample, data.parse_sample, entry, ("file", "sample 5"), "media", 5, outside_paths
+    )
     assert parts(found) == parts(expected), (found, expected)
     return found is not None
 
@@ -306,13 +463,23 @@ def mask_case(rng, folder, show):
     expected, found = agree(spec_mask, data.decode_mask, *show((mutated(rng, segmentation), height, width)))
     if found is None:
         return False
-    assert found.dtype == np.uint8 and found.shape == expected.shape, (found.dtype, found.shape, expected.shape)
-    assert np.array_equal(found, expected), f"(y, x) that differ: {np.argwhere(found != expected)[:5].tolist()}"
+    assert found.dtype == np.uint8 and found.shape == expected.shape, (
+        found.dtype,
+        found.shape,
+        expected.shape,
+    )
+    assert np.array_equal(found, expected), (
+        f"(y, x) that differ: {np.argwhere(found != expected)[:5].tolist()}"
+    )
     (h, w), gh, gw = found.shape, rng.randint(1, 40), rng.randint(1, 40)
     if found.size < 10_000:
         share = data.coverage(found, gh, gw)
         np.testing.assert_allclose(share, shares(shares(found, gh).T, gw).T, atol=1e-5)
-        assert share.min() >= 0 and share.max() <= 1 and math.isclose(share.mean(dtype=float) * found.size, found.sum(), rel_tol=1e-5)
+        assert (
+            share.min() >= 0
+            and share.max() <= 1
+            and math.isclose(share.mean(dtype=float) * found.size, found.sum(), rel_tol=1e-5)
+        )
     if found.any():
         (top, left), (bottom, right) = np.argwhere(found).min(axis=0), np.argwhere(found).max(axis=0) + 1
         box = (left + right) / 2 / w, (top + bottom) / 2 / h, (right - left) / w, (bottom - top) / h
@@ -338,10 +505,15 @@ def spec_file(path):
 
 def file_case(rng, folder, show):
     """Samples through JSON text, whose bytes change as well."""
-    entries = [make_sample(rng) if rng.random() < 0.5 else mutated(rng, make_sample(rng)) for _ in range(rng.randint(1, 3))]
+    entries = [
+        make_sample(rng) if rng.random() < 0.5 else mutated(rng, make_sample(rng))
+        for _ in range(rng.randint(1, 3))
+    ]
     ascii_only, pattern = rng.random() < 0.5, rng.choice(["[%s]", " [\n%s]\n", "%s"])
     try:
-        text = pattern % (", " if "[" in pattern else "\n").join(json.dumps(entry, ensure_ascii=ascii_only) for entry in entries)
+        text = pattern % (", " if "[" in pattern else "\n").join(
+            json.dumps(entry, ensure_ascii=ascii_only) for entry in entries
+        )
     except (RecursionError, ValueError):  # a nest, or more digits than Python writes
         text = "[" * 5000
     if rng.random() < 0.05:
@@ -350,8 +522,18 @@ def file_case(rng, folder, show):
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         i, byte = rng.randrange(len(raw)), bytes([rng.randrange(256)])
         twice = raw.replace(b'"id":', b'"id": 1, "id":', 1)  # the later one counts
-        raw = rng.choice([raw[:i] + byte + raw[i + 1 :], raw[:i] + raw[i + 9 :], raw[: i + 1], b"\xef\xbb\xbf" + raw, twice])
-    path = os.path.join(folder, f"{rng.getrandbits(64)}.json")  # a new name a case: an index that is kept is not for another
+        raw = rng.choice(
+            [
+                raw[:i] + byte + raw[i + 1 :],
+                raw[:i] + raw[i + 9 :],
+                raw[: i + 1],
+                b"\xef\xbb\xbf" + raw,
+                twice,
+            ]
+        )
+    path = os.path.join(
+        folder, f"{rng.getrandbits(64)}.json"
+    )  # a new name a case: an index that is kept is not for another
     with open(path, "wb") as file:
         file.write(show(raw))
     values, samples = agree(spec_file, data.read_samples, path)
@@ -361,7 +543,9 @@ def file_case(rng, folder, show):
     right = 0
     for number, value in enumerate(values):
         arguments = value, None, folder, number  # the place is compared with itself
-        expected, found = agree(lambda i: spec_sample(*arguments), samples.__getitem__, number, longest=10**7)  # it has the whole id
+        expected, found = agree(
+            lambda i: spec_sample(*arguments), samples.__getitem__, number, longest=10**7
+        )  # it has the whole id
         assert parts(found) == parts(expected and replace(expected, place=found.place)), (found, expected)
         right += found is not None
     return right == len(values)
@@ -382,7 +566,9 @@ def child(seed, first, last, folder):
     counts, failures, now = Counter(), 0, os.open(os.path.join(folder, "now"), os.O_WRONLY | os.O_CREAT)
     for number in range(first, last):
         os.pwrite(now, b"%20d" % number, 0)
-        faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a thread that needs no help from the interpreter
+        faulthandler.dump_traceback_later(
+            PATIENCE, exit=True
+        )  # a thread that needs no help from the interpreter
         try:
             name, accepted = run_case(seed, number, folder)
             counts[f"{name} {'accepted' if accepted else 'refused'}"] += 1
@@ -403,16 +589,24 @@ def fuzz(seed, cases, start="child"):
         with tempfile.TemporaryDirectory() as folder:
             code = f"import test_fuzz; test_fuzz.{start}({seed}, {first}, {cases}, {folder!r})"
             command = [sys.executable, "-W", "ignore", "-X", "faulthandler", "-c", code]
-            done = subprocess.run(command, env=environment | {"XDG_CACHE_HOME": folder}, capture_output=True, text=True)
+            done = subprocess.run(
+                command, env=environment | {"XDG_CACHE_HOME": folder}, capture_output=True, text=True
+            )
             lines = [json.loads(line) for line in done.stdout.splitlines()]
             failures += [line for line in lines if isinstance(line, list)]
             if done.returncode == 0:
                 counts.update(lines[-1])
                 break
-            with open(os.path.join(folder, "now")) as now:  # where it is missing, no case began, and the error is here
+            with open(
+                os.path.join(folder, "now")
+            ) as now:  # where it is missing, no case began, and the error is here
                 first = int(now.read()) + 1
-            failures.append([first - 1, f"its process ended, exit status {done.returncode}: {done.stderr[:600]}"])
-    return counts, [f"python tests/test_fuzz.py --seed {seed} --case {number}: {reason}" for number, reason in failures]
+            failures.append(
+                [first - 1, f"its process ended, exit status {done.returncode}: {done.stderr[:600]}"]
+            )
+    return counts, [
+        f"python tests/test_fuzz.py --seed {seed} --case {number}: {reason}" for number, reason in failures
+    ]
 
 
 def test_hostile_samples_masks_and_files():
@@ -446,7 +640,11 @@ def main():
     if options.case is not None:
         faulthandler.enable()
         with tempfile.TemporaryDirectory() as folder:
-            print(run_case(options.seed, options.case, folder, lambda value: print(shown(value), flush=True) or value))
+            print(
+                run_case(
+                    options.seed, options.case, folder, lambda value: print(shown(value), flush=True) or value
+                )
+            )
         return 0
     counts, failures = fuzz(options.seed, options.cases)
     print(*(f"{name}: {count}" for name, count in sorted(counts.items())), *failures, sep="\n")

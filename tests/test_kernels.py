@@ -22,7 +22,11 @@ interpreted = pytest.mark.skipif(GPU, reason="looks inside the interpreter, whic
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # float32 differs by the order of the sum; the others by the one rounding at the end, half a unit in the last place, and no more.
 # (The interpreter cuts bfloat16 off instead of rounding it: a whole unit.)
-RELATIVE = {torch.float32: 1e-5, torch.float16: 0.55 * 2**-10, torch.bfloat16: (0.55 if GPU else 1.05) * 2**-7}
+RELATIVE = {
+    torch.float32: 1e-5,
+    torch.float16: 0.55 * 2**-10,
+    torch.bfloat16: (0.55 if GPU else 1.05) * 2**-7,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +37,18 @@ def forced(monkeypatch):
 def use_blocks(monkeypatch, cells, columns, stages=1):
     forward = triton.Config({"BLOCK_N": cells, "BLOCK_D": columns, "STAGES": stages}, num_warps=4)
     monkeypatch.setattr(kernels.pool_forward, "configs", [forward])
-    monkeypatch.setattr(kernels.pool_backward, "configs", [triton.Config({"BLOCK_N": cells, "BLOCK_D": columns}, num_warps=4)])
+    monkeypatch.setattr(
+        kernels.pool_backward, "configs", [triton.Config({"BLOCK_N": cells, "BLOCK_D": columns}, num_warps=4)]
+    )
 
 
 def closed_form(features, weights, frame_start, weight_start, grad):
     """float64 (R, D) and its gradient for features (N, D), from the formula, one cell at a time."""
     x, g = features.detach().cpu().double().numpy(), grad.cpu().double().numpy()
-    w, fs, ws = (t.cpu().numpy().astype(kind) for t, kind in ((weights, float), (frame_start, int), (weight_start, int)))
+    w, fs, ws = (
+        t.cpu().numpy().astype(kind)
+        for t, kind in ((weights, float), (frame_start, int), (weight_start, int))
+    )
     out, gradient = np.zeros(g.shape), np.zeros(x.shape)
     for r in range(len(fs)):
         cells = [(fs[r] + i, w[ws[r] + i]) for i in range(ws[r + 1] - ws[r]) if w[ws[r] + i] > 0]
@@ -69,7 +78,9 @@ def run(features, region_tensors, grad):
 def compare(features, region_tensors, seed=0):
     torch.manual_seed(seed)
     grad = torch.randn(len(region_tensors[1]), features.shape[1]).to(DEVICE, features.dtype)
-    for found, wanted in zip(run(features, region_tensors, grad), closed_form(features, *region_tensors, grad)):
+    for found, wanted in zip(
+        run(features, region_tensors, grad), closed_form(features, *region_tensors, grad)
+    ):
         torch.testing.assert_close(found.cpu().double(), wanted, rtol=RELATIVE[features.dtype], atol=1e-6)
 
 
@@ -97,12 +108,17 @@ def test_ragged_batches(seed, dtype):
     frames = rng.integers(1, 60, size=6)
     first = np.cumsum(frames) - frames
     chosen = rng.integers(1, 6, size=9)  # never frame 0: its gradient is zero
-    weights = [rng.random(frames[f]) * (rng.random(frames[f]) < rng.random()) * (r != 4) for r, f in enumerate(chosen)]
+    weights = [
+        rng.random(frames[f]) * (rng.random(frames[f]) < rng.random()) * (r != 4)
+        for r, f in enumerate(chosen)
+    ]
     features = cells_of(frames.sum(), 37, dtype, seed)
     read = np.zeros(frames.sum(), bool)
     for f, w in zip(chosen, weights):
         read[first[f] : first[f] + frames[f]] |= w > 0
-    features[torch.from_numpy(~read)] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 13, dtype=dtype, device=DEVICE)[:37]
+    features[torch.from_numpy(~read)] = torch.tensor(
+        [torch.nan, torch.inf, -torch.inf] * 13, dtype=dtype, device=DEVICE
+    )[:37]
     regions = tensors(first[chosen], frames[chosen], np.concatenate(weights))
     out, gradient = run(features, regions, torch.ones(9, 37, dtype=dtype, device=DEVICE))
     assert out.isfinite().all() and (out[4] == 0).all() and (gradient[: frames[0]] == 0).all()
@@ -112,7 +128,10 @@ def test_ragged_batches(seed, dtype):
 @pytest.mark.parametrize(
     "starts, lengths",
     [
-        ([0, 5, 10, 3, 12, 0], [40, 2, 2, 9, 1, 3]),  # a long one first: the short ones after it end before it does
+        (
+            [0, 5, 10, 3, 12, 0],
+            [40, 2, 2, 9, 1, 3],
+        ),  # a long one first: the short ones after it end before it does
         ([30, 20, 10, 0], [10, 15, 25, 8]),  # the later, the earlier in features
         ([7, 7, 7, 7], [1, 30, 4, 0]),  # one beginning, one of them of no cells
         ([0, 39, 0, 39], [1, 1, 40, 1]),  # first row, last row
@@ -191,7 +210,9 @@ def test_every_element_is_written(monkeypatch):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # numpy computes what tl.where then leaves out
+@pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in multiply"
+)  # numpy computes what tl.where then leaves out
 def test_an_infinite_gradient_stays_with_its_cells():
     regions = tensors([0, 0], [6, 6], [1, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0])
     grad = torch.ones(2, 3, device=DEVICE)
@@ -208,7 +229,9 @@ def test_gradient_of_a_sum():
     torch.testing.assert_close(features.grad, torch.full((10, 4), 0.1, device=DEVICE))
 
 
-@pytest.mark.parametrize("N, D, lengths", [(5, 3, []), (0, 3, []), (0, 3, [0, 0]), (5, 0, [5]), (5, 3, [0]), (5, 3, [0, 5, 0])])
+@pytest.mark.parametrize(
+    "N, D, lengths", [(5, 3, []), (0, 3, []), (0, 3, [0, 0]), (5, 0, [5]), (5, 3, [0]), (5, 3, [0, 5, 0])]
+)
 @pytest.mark.parametrize("choice", ["triton", "reference"])
 def test_nothing_to_do(N, D, lengths, choice, monkeypatch):
     monkeypatch.setenv("NANOREFER_POOL", choice)
@@ -226,7 +249,9 @@ def test_any_scale_of_the_weights(scale):
 def test_starts_that_lie_outside_give_nan():
     """A kernel cannot raise: it does not read there, the region becomes NaN, and other regions and all gradients stay right."""
     weights, frame_start, _ = tensors([0, 98, -3, 0, 2], [4, 4, 4, 4, 4], np.ones(20))
-    weight_start = torch.tensor([0, 4, 8, 12, 99, 20], device=DEVICE)  # region 3 would end past weights, region 4 before it begins
+    weight_start = torch.tensor(
+        [0, 4, 8, 12, 99, 20], device=DEVICE
+    )  # region 3 would end past weights, region 4 before it begins
     features, grad = cells_of(100, 3), torch.ones(5, 3, device=DEVICE)
     out, gradient = run(features, (weights, frame_start, weight_start), grad)
     assert out.isnan().all(1).tolist() == [False, True, True, True, True]
@@ -274,7 +299,9 @@ def test_offsets_of_64_bits_forward(monkeypatch):
     N, regions = big_regions(1024)
     features = torch.empty(N, 1024, dtype=torch.float16)
     features[-30:] = cells_of(30, 1024, torch.float16)
-    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)  # would copy all arguments onto themselves
+    monkeypatch.setattr(
+        GridExecutor, "_restore_args_dev", lambda *_: None
+    )  # would copy all arguments onto themselves
     use_blocks(monkeypatch, 16, 512)
     with torch.no_grad():
         out = masked_average_pool(features, *regions)
@@ -293,7 +320,9 @@ def test_offsets_of_64_bits_on_the_gpu():
     out, gradient = run(features, regions, grad)
     wanted, wanted_gradient = closed_form(features[-30:], regions[0], regions[1] - (N - 30), regions[2], grad)
     torch.testing.assert_close(out.cpu().double(), wanted, rtol=RELATIVE[torch.bfloat16], atol=1e-6)
-    torch.testing.assert_close(gradient[-30:].cpu().double(), wanted_gradient, rtol=RELATIVE[torch.bfloat16], atol=1e-6)
+    torch.testing.assert_close(
+        gradient[-30:].cpu().double(), wanted_gradient, rtol=RELATIVE[torch.bfloat16], atol=1e-6
+    )
     assert not gradient[:-30].any()
 
 
@@ -317,7 +346,11 @@ print("compiled")
 
 def test_the_kernels_compile_for_a_gpu(tmp_path):
     """The interpreter forgives what the compiler refuses, such as a variable that changes its type in a loop. No GPU is needed."""
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(kernels.__file__), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {
+        "PYTHONPATH": os.path.dirname(kernels.__file__),
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.stdout == "compiled\n", result.stderr
 
@@ -345,12 +378,22 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
 )
 def test_wrong_arguments(change, found, choice, monkeypatch):
     monkeypatch.setenv("NANOREFER_POOL", choice)
-    right = dict(features=torch.zeros(8, 4), weights=torch.ones(8), frame_start=torch.tensor([0, 4]), weight_start=torch.tensor([0, 4, 8]))
-    arguments = {name: x if x.is_meta else x.detach().to(DEVICE).requires_grad_(x.requires_grad) for name, x in (right | change).items()}
+    right = dict(
+        features=torch.zeros(8, 4),
+        weights=torch.ones(8),
+        frame_start=torch.tensor([0, 4]),
+        weight_start=torch.tensor([0, 4, 8]),
+    )
+    arguments = {
+        name: x if x.is_meta else x.detach().to(DEVICE).requires_grad_(x.requires_grad)
+        for name, x in (right | change).items()
+    }
     if "weights" in change and not change["weights"].is_contiguous():
         arguments["weights"] = torch.ones(16, device=DEVICE)[::2]
     found = re.escape(found.format(arguments["features"].device))
-    with pytest.raises(ValueError, match="^masked_average_pool expected contiguous tensors.*found .*" + found):
+    with pytest.raises(
+        ValueError, match="^masked_average_pool expected contiguous tensors.*found .*" + found
+    ):
         masked_average_pool(**arguments)
 
 
@@ -429,13 +472,17 @@ def test_versions_that_are_timed_agree(monkeypatch):
     (features, other), versions = kernels.make_versions("tiny", DEVICE, torch.float32, 2)
     assert not torch.equal(features, other)
     grad = cells_of(16, 10)
-    regions = tensors([36 * (r // 2) for r in range(16)], [36] * 16, kernels.make_masks(8, 6, 2, False).flatten())
+    regions = tensors(
+        [36 * (r // 2) for r in range(16)], [36] * 16, kernels.make_masks(8, 6, 2, False).flatten()
+    )
     wanted = masked_average_pool_reference(features, *regions)
     (wanted_gradient,) = torch.autograd.grad(wanted, features, grad)
     for version in versions.values():
         out = version(features)
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.autograd.grad(out, features, grad)[0], wanted_gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(out, features, grad)[0], wanted_gradient, rtol=1e-4, atol=1e-5
+        )
     assert set(versions) | {"compiled"} == set(kernels.bytes_moved("tiny", 2))
     assert kernels.median_ms(lambda i: versions["eager"]((features, other)[i]), 2, DEVICE) > 0
 
@@ -443,7 +490,9 @@ def test_versions_that_are_timed_agree(monkeypatch):
 def test_bytes_that_the_comment_names():
     with open(kernels.__file__) as file:
         named = dict(re.findall(r"^#    (\w+) .*?((?: +\d+){2})$", file.read(), re.M))
-    counted = {name: tuple(round(n / 1e6) for n in both) for name, both in kernels.bytes_moved("b", 2).items()}
+    counted = {
+        name: tuple(round(n / 1e6) for n in both) for name, both in kernels.bytes_moved("b", 2).items()
+    }
     assert {name: tuple(map(int, numbers.split())) for name, numbers in named.items()} == counted
 
 

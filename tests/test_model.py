@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import FAMILIES, make_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -17,9 +18,10 @@ from transformers.processing_utils import ProcessorMixin
 
 import data
 import model as models
-from checkpoints import FAMILIES, make_checkpoint
 
-SETTINGS = data.Settings(num_frames=5, frame_pixels=100 * 100, region_pixels=150 * 150, region_frames=8, region_tokens=2)
+SETTINGS = data.Settings(
+    num_frames=5, frame_pixels=100 * 100, region_pixels=150 * 150, region_frames=8, region_tokens=2
+)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -40,20 +42,34 @@ def world(tmp_path):
     Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "clip").mkdir()
     for i in range(9):
-        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "clip" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(
+            tmp_path / "clip" / f"{i}.png"
+        )
     box = lambda x, y: [x, y, x + 30, y, x + 30, y + 25, x, y + 25]
 
     def talk(*turns):
-        return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+        return {
+            "conversations": [
+                {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)
+            ]
+        }
 
     samples = [
         talk("Say the other thing.", "Never."),
         {"image": "a.png"} | talk("<image>\nWhat is on the image?", "Noise in the picture."),
         {"video": "clip"} | talk("Describe <video> then.", "More noise.", "And the rest?", "The same."),
-        {"video": "clip", "annotation": [{"3": {"segmentation": box(5, 5)}}]} | talk("<video>\nWhat is <region>?", "The one."),
-        {"video": "clip", "annotation": [{str(f): {"segmentation": box(f, 2 * f)} for f in (8, 0, 2, 5)}, {"2": {"segmentation": box(40, 30)}}]}
+        {"video": "clip", "annotation": [{"3": {"segmentation": box(5, 5)}}]}
+        | talk("<video>\nWhat is <region>?", "The one."),
+        {
+            "video": "clip",
+            "annotation": [
+                {str(f): {"segmentation": box(f, 2 * f)} for f in (8, 0, 2, 5)},
+                {"2": {"segmentation": box(40, 30)}},
+            ],
+        }
         | talk("<video>\nIs <region> left of <region>?", "On the left."),
-        {"image": "a.png", "annotation": [{"0": {"segmentation": box(50, 40)}}]} | talk("What is <region>?", "A box."),
+        {"image": "a.png", "annotation": [{"0": {"segmentation": box(50, 40)}}]}
+        | talk("What is <region>?", "A box."),
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(samples))
@@ -65,7 +81,9 @@ def dataset(world, processor, **options):
 
 
 def batch_of(world, processor, numbers, **options):
-    return data.collate([dataset(world, processor)[0, i] for i in numbers], processor.tokenizer.pad_token_id, **options)
+    return data.collate(
+        [dataset(world, processor)[0, i] for i in numbers], processor.tokenizer.pad_token_id, **options
+    )
 
 
 # ------------------------------------------------------------------------------------------------ transformers' own inputs
@@ -74,19 +92,31 @@ def batch_of(world, processor, numbers, **options):
 def theirs(checkpoint, world, number):
     """The inputs that transformers' own classes make for a sample without regions: dict for the plain backbone."""
     sample, folder = world[0][number], world[1]
-    tokenizer, images = AutoTokenizer.from_pretrained(checkpoint), Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+    tokenizer, images = (
+        AutoTokenizer.from_pretrained(checkpoint),
+        Qwen2VLImageProcessorPil.from_pretrained(checkpoint),
+    )
     kind = {1: "image", 2: "video"}.get(number)
     messages = []
     for question, answer in sample.turns:
         before, _, after = question.partition(f"<{kind}>")
-        parts = [{"type": "text", "text": before}, {"type": kind}, {"type": "text", "text": after.removeprefix("\n")}]
+        parts = [
+            {"type": "text", "text": before},
+            {"type": kind},
+            {"type": "text", "text": after.removeprefix("\n")},
+        ]
         if not after:
             parts = [{"type": "text", "text": question}]
-        messages += [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        messages += [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     inputs = {}
     namespace = SimpleNamespace(
-        image_token="<|image_pad|>", video_token="<|video_pad|>", all_special_multimodal_tokens=["<|image_pad|>", "<|video_pad|>"]
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        all_special_multimodal_tokens=["<|image_pad|>", "<|video_pad|>"],
     )
     replacements = {"images_replacements": [], "videos_replacements": [], "audio_replacements": []}
     if kind == "image":
@@ -112,7 +142,9 @@ def theirs(checkpoint, world, number):
             namespace._calculate_timestamps = partial(Qwen3VLProcessor._calculate_timestamps, None)
             metadata = SimpleNamespace(fps=24.0, frames_indices=[0, 2, 4, 6, 8])
             described = {"video_grid_thw": inputs["video_grid_thw"], "video_metadata": [metadata]}
-            replacements["videos_replacements"] = [Qwen3VLProcessor.replace_video_token(namespace, described, 0)]
+            replacements["videos_replacements"] = [
+                Qwen3VLProcessor.replace_video_token(namespace, described, 0)
+            ]
         else:
             replacements["videos_replacements"] = ["<|video_pad|>" * (3 * cells)]
             # transformers' VideoMetadata.sampled_fps: sampled frames / all frames * fps; two frames a step of the grid.
@@ -120,7 +152,10 @@ def theirs(checkpoint, world, number):
     (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
     ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    return inputs | {"input_ids": ids, "mm_token_type_ids": (ids == image_id).int() + 2 * (ids == video_id).int()}
+    return inputs | {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == image_id).int() + 2 * (ids == video_id).int(),
+    }
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -147,12 +182,16 @@ def test_pixels_tokens_and_logits_equal_those_of_transformers(checkpoint, loaded
 def test_timestamps_of_a_longer_video_are_those_of_transformers(tmp_path, indices):
     """The pairs' mean times, an odd last frame paired with itself: far enough apart that one decimal tells them from the first."""
     folder = make_checkpoint(tmp_path, "qwen3_vl")
-    namespace = SimpleNamespace(video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
+    namespace = SimpleNamespace(
+        video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>"
+    )
     namespace.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
     namespace._calculate_timestamps = partial(Qwen3VLProcessor._calculate_timestamps, None)
     metadata = SimpleNamespace(fps=29.97, frames_indices=list(indices))
     grid = torch.tensor([[(len(indices) + 1) // 2, 4, 6]])
-    expected = Qwen3VLProcessor.replace_video_token(namespace, {"video_grid_thw": grid, "video_metadata": [metadata]}, 0)
+    expected = Qwen3VLProcessor.replace_video_token(
+        namespace, {"video_grid_thw": grid, "video_metadata": [metadata]}, 0
+    )
     assert data.Processor.from_pretrained(folder, SETTINGS).video_prompt(indices, 29.97, 6) == expected
 
 
@@ -169,7 +208,10 @@ def test_a_padded_batch_of_all_kinds_equals_its_samples_one_by_one(loaded, world
 
 def test_labels_are_the_answers_and_their_end_tokens(loaded, world):
     _, processor = loaded
-    for number, answers in [(2, ["More noise.<|im_end|>", "The same.<|im_end|>"]), (3, ["The one.<|im_end|>"])]:
+    for number, answers in [
+        (2, ["More noise.<|im_end|>", "The same.<|im_end|>"]),
+        (3, ["The one.<|im_end|>"]),
+    ]:
         encoded = dataset(world, processor)[0, number]
         supervised = encoded["labels"] != data.IGNORE
         assert (encoded["input_ids"] == encoded["labels"])[supervised].all()
@@ -191,8 +233,12 @@ def test_the_prompt_of_a_question_is_the_beginning_of_the_conversation(loaded, w
 def test_the_prompt_of_a_question_ends_as_the_template_begins_an_answer(loaded, world):
     _, processor = loaded
     tokenizer = processor.tokenizer
-    expected = tokenizer.apply_chat_template([{"role": "user", "content": "Say the other thing."}], add_generation_prompt=True, tokenize=False)
-    assert dataset(world, processor).question(0, 0)["input_ids"].tolist() == tokenizer.encode(expected, add_special_tokens=False)
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say the other thing."}], add_generation_prompt=True, tokenize=False
+    )
+    assert dataset(world, processor).question(0, 0)["input_ids"].tolist() == tokenizer.encode(
+        expected, add_special_tokens=False
+    )
 
 
 def test_mixed_precision_runs_and_stays_close(loaded, world):
@@ -230,7 +276,9 @@ def test_a_region_token_starts_as_the_average_of_its_cells(loaded, world):
     model, processor = loaded
     batch = batch_of(world, processor, [5])
     with torch.no_grad():
-        cells = model.backbone.model.visual(model._pixels(batch["still_patches"], repeat=True), grid_thw=batch["still_grid_thw"]).pooler_output
+        cells = model.backbone.model.visual(
+            model._pixels(batch["still_patches"], repeat=True), grid_thw=batch["still_grid_thw"]
+        ).pooler_output
         embeddings = model._inputs(batch)[0]
     mask = np.zeros((90, 130))
     mask[40:65, 50:80] = 1
@@ -326,8 +374,13 @@ def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
 def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     _, processor = loaded
     plain, full = dataset(world, processor)[0, 4], dataset(world, processor, control="full")[0, 4]
-    assert full["input_ids"].tolist() == plain["input_ids"].tolist() and full["region_still"] == plain["region_still"]
-    assert all((grid == 1).all() for grid in full["coverage"]) and all(w[:4] == (0.5, 0.5, 1, 1) for w in full["where"])
+    assert (
+        full["input_ids"].tolist() == plain["input_ids"].tolist()
+        and full["region_still"] == plain["region_still"]
+    )
+    assert all((grid == 1).all() for grid in full["coverage"]) and all(
+        w[:4] == (0.5, 0.5, 1, 1) for w in full["where"]
+    )
     shuffled = dataset(world, processor, control="shuffle")[0, 4]
     other = dataset(world, processor)[0, 5]["where"][0][:4]  # the only object on other media
     assert all(w[:4] == pytest.approx(other) for w in shuffled["where"])
@@ -378,7 +431,9 @@ def test_generate_stops_at_the_end_token(loaded, world):
     assert model.generate(batch, end, max_new_tokens=8)[0] == free[: free.index(end)]
 
 
-def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transformers_alone(loaded, world, tmp_path):
+def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transformers_alone(
+    loaded, world, tmp_path
+):
     model, processor = loaded
     give_regions_weight(model)
     model.save_pretrained(tmp_path / "saved", {"num_frames": 5})
@@ -388,7 +443,9 @@ def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transform
     other = models.ReferringVideoLLM.from_pretrained(tmp_path / "saved", again.region_token_id).eval()
     numbers = range(6)
     with torch.no_grad():
-        assert torch.equal(other.logits(batch_of(world, again, numbers)), model.logits(batch_of(world, processor, numbers)))
+        assert torch.equal(
+            other.logits(batch_of(world, again, numbers)), model.logits(batch_of(world, processor, numbers))
+        )
         plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
         ids = batch_of(world, processor, [0])["input_ids"]
         assert torch.equal(plain(input_ids=ids).logits, model.logits(batch_of(world, processor, [0])))
@@ -407,7 +464,9 @@ def test_loading_is_strict(loaded, tmp_path, fault):
     else:
         del weights[name]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match="extra" if fault == "left over" else name.split(".")[-2]):
+    with pytest.raises(
+        (ValueError, RuntimeError), match="extra" if fault == "left over" else name.split(".")[-2]
+    ):
         models.ReferringVideoLLM.from_pretrained(tmp_path, processor.region_token_id)
 
 

@@ -11,12 +11,27 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-
-import train
 from test_train import TOP, launch, metrics, run, toy  # noqa: F401 (toy is a fixture)
 
+import train
+
 # 5 samples a step in micro-batches of 2, 7 samples an epoch: steps straddle epochs, and the last micro-batch is smaller.
-SHAPE = ("--batch-size", 5, "--micro-batch", 2, "--workers", 2, "--warmup", 2, "--log-every", 1, "--steps", 12, "--single-frame", 0.5)
+SHAPE = (
+    "--batch-size",
+    5,
+    "--micro-batch",
+    2,
+    "--workers",
+    2,
+    "--warmup",
+    2,
+    "--log-every",
+    1,
+    "--steps",
+    12,
+    "--single-frame",
+    0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +50,21 @@ def uninterrupted(seven, tmp_path_factory):
 
 def what_must_agree(folder):
     """The logged values that a step determines, and the bytes of the final model."""
-    timeless = [{name: m[name] for name in ("step", "epoch", "loss", "lr", "grad_norm", "supervised_tokens")} for m in metrics(folder)]
-    return timeless, *((folder / "final" / name).read_bytes() for name in ("model.safetensors", "region_encoder.safetensors"))
+    timeless = [
+        {name: m[name] for name in ("step", "epoch", "loss", "lr", "grad_norm", "supervised_tokens")}
+        for m in metrics(folder)
+    ]
+    return timeless, *(
+        (folder / "final" / name).read_bytes() for name in ("model.safetensors", "region_encoder.safetensors")
+    )
 
 
 def start(*command):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=TOP, env=environment, start_new_session=True, **output)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=TOP, env=environment, start_new_session=True, **output
+    )
 
 
 def when_steps_are_logged(process, out, steps, patience=240):
@@ -50,14 +72,20 @@ def when_steps_are_logged(process, out, steps, patience=240):
     deadline = time.monotonic() + patience
     while process.poll() is None and len(train.read_jsonl(out / "metrics.jsonl")) < steps:
         assert time.monotonic() < deadline, "no progress"
-        with pytest.raises(subprocess.TimeoutExpired) if process.poll() is None else pytest.MonkeyPatch.context():
+        with (
+            pytest.raises(subprocess.TimeoutExpired)
+            if process.poll() is None
+            else pytest.MonkeyPatch.context()
+        ):
             process.wait(timeout=0.02)
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(seven, uninterrupted, tmp_path):
     out, rng, kills = tmp_path / "run", random.Random(0), 0
     while not (out / "final").exists():
-        process = start("train.py", "--data", seven, "--out", out, "--save-every", 1, "--resume", "latest", *SHAPE)
+        process = start(
+            "train.py", "--data", seven, "--out", out, "--save-every", 1, "--resume", "latest", *SHAPE
+        )
         before = len(train.read_jsonl(out / "metrics.jsonl"))
         if kills < 5:
             when_steps_are_logged(process, out, max(before - 1, 0) + rng.randint(1, 3))
@@ -79,7 +107,11 @@ def test_sigterm_saves_exits_and_the_run_goes_on(seven, uninterrupted, tmp_path)
     when_steps_are_logged(process, out, 3)
     os.killpg(process.pid, signal.SIGTERM)  # the loader's processes get it too, as from torchrun
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 128 + signal.SIGTERM and "--resume latest goes on" in output and "Traceback" not in output
+    assert (
+        process.returncode == 128 + signal.SIGTERM
+        and "--resume latest goes on" in output
+        and "Traceback" not in output
+    )
     (done,) = train.checkpoints(out)
     assert 3 <= done < 12 and not (out / "final").exists()
     run("train.py", "--data", seven, "--out", out, "--resume", "latest", *SHAPE)
@@ -87,12 +119,29 @@ def test_sigterm_saves_exits_and_the_run_goes_on(seven, uninterrupted, tmp_path)
 
 
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(toy, tmp_path):  # noqa: F811
-    shape = ("--data", toy / "train.json", "--batch-size", 4, "--workers", 0, "--log-every", 1, "--steps", 4, "--warmup", 1)
+    shape = (
+        "--data",
+        toy / "train.json",
+        "--batch-size",
+        4,
+        "--workers",
+        0,
+        "--log-every",
+        1,
+        "--steps",
+        4,
+        "--warmup",
+        1,
+    )
     run("train.py", "--out", tmp_path / "one", *shape, "--save-every", 2, "--keep", 9)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    run(*launcher, "train.py", "--out", tmp_path / "two", *shape, "--resume", tmp_path / "one" / "step-000002")
+    run(
+        *launcher, "train.py", "--out", tmp_path / "two", *shape, "--resume", tmp_path / "one" / "step-000002"
+    )
     one, two = metrics(tmp_path / "one")[2:], metrics(tmp_path / "two")
-    assert [m["step"] for m in two] == [2, 3] and [m["supervised_tokens"] for m in one] == [m["supervised_tokens"] for m in two]
+    assert [m["step"] for m in two] == [2, 3] and [m["supervised_tokens"] for m in one] == [
+        m["supervised_tokens"] for m in two
+    ]
     assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=2e-4)
 
 
@@ -107,12 +156,29 @@ def test_other_settings_other_data_and_finished_runs_are_refused(seven, uninterr
         (["--out", out], "is finished"),
         (["--resume", toy], "found no training.pt"),
     ]:
-        done = launch("train.py", "--data", seven, "--out", tmp_path / "other", "--resume", step, *two_steps, *changed)
-        assert done.returncode == 1 and complaint in done.stdout and "Traceback" not in done.stdout, done.stdout[-2000:]
+        done = launch(
+            "train.py", "--data", seven, "--out", tmp_path / "other", "--resume", step, *two_steps, *changed
+        )
+        assert done.returncode == 1 and complaint in done.stdout and "Traceback" not in done.stdout, (
+            done.stdout[-2000:]
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(seven, tmp_path):
-    done = launch("train.py", "--data", seven, "--out", tmp_path / "run", "--save-every", 1, *SHAPE, "--lr", 1e30, "--clip", 1e30)
+    done = launch(
+        "train.py",
+        "--data",
+        seven,
+        "--out",
+        tmp_path / "run",
+        "--save-every",
+        1,
+        *SHAPE,
+        "--lr",
+        1e30,
+        "--clip",
+        1e30,
+    )
     assert done.returncode == 1 and "stopped at step" in done.stdout and "had samples [" in done.stdout
     (last,) = list(train.checkpoints(tmp_path / "run").values())[-1:]
     assert torch.load(os.path.join(last, "training.pt"), weights_only=True)["done"] >= 1

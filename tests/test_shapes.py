@@ -5,9 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import shapes
 
 import data
-import shapes
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +22,24 @@ def test_all_kinds_of_sample_and_all_forms_of_mask_occur(world):
     samples = data.read_samples(world / "train.json")
     kinds = Counter()
     for entry, sample in zip(entries, (samples[i] for i in range(len(samples)))):
-        media = "text" if sample.media is None else data.media_info(sample.media).is_image and "image" or "video"
+        media = (
+            "text" if sample.media is None else data.media_info(sample.media).is_image and "image" or "video"
+        )
         frames = max((len(o) for o in sample.objects), default=0)
         kinds[media, min(frames, 2)] += 1
     assert {("video", 2), ("video", 1), ("image", 1)} <= set(kinds)
     text = json.dumps(entries)
-    assert '"masks"' in text and '"annotation"' in text and '"segmentation": null' in text and '"height"' in text
-    forms = {type(m.get("counts", None)) if isinstance(m, dict) else type(m[0]) for m in _segmentations(entries)}
+    assert (
+        '"masks"' in text and '"annotation"' in text and '"segmentation": null' in text and '"height"' in text
+    )
+    forms = {
+        type(m.get("counts", None)) if isinstance(m, dict) else type(m[0]) for m in _segmentations(entries)
+    }
     assert forms == {str, list, float} or forms == {str, list, float, int}
-    assert {tuple(m["size"]) for m in _segmentations(entries) if isinstance(m, dict)} == {(96, 96), (192, 192)}
+    assert {tuple(m["size"]) for m in _segmentations(entries) if isinstance(m, dict)} == {
+        (96, 96),
+        (192, 192),
+    }
 
 
 def _segmentations(entries):
@@ -57,9 +66,16 @@ def test_the_picture_without_the_mask_decides_nothing(world):
     rng = random.Random(5)
     for _ in range(5):
         objects = shapes.deal(rng)
-        for name, values in (("colour", shapes.COLOURS), ("shape", shapes.SHAPES), ("direction", shapes.DIRECTIONS)):
+        for name, values in (
+            ("colour", shapes.COLOURS),
+            ("shape", shapes.SHAPES),
+            ("direction", shapes.DIRECTIONS),
+        ):
             assert sorted(o[name] for o in objects) == sorted(values)
-    media = [{e.get("video") or e.get("image") for e in json.loads((world / f).read_text())} - {None} for f in ("train.json", "test.json")]
+    media = [
+        {e.get("video") or e.get("image") for e in json.loads((world / f).read_text())} - {None}
+        for f in ("train.json", "test.json")
+    ]
     assert not media[0] & media[1]
 
 
@@ -78,6 +94,11 @@ def test_bench_q_entries_ask_what_the_test_file_asks(world):
     assert len(bench) == len(about_regions)
     for question, entry in zip(bench, about_regions):
         assert question["type"] == entry["type"] and question["video"] == entry["video"]
-        assert question["Answer"][4:] == entry["conversations"][1]["value"] and question["Answer"] in question["options"]
-        assert len(question["annotation"]) == question["Question"].count("<region>") == len(entry["annotation"])
+        assert (
+            question["Answer"][4:] == entry["conversations"][1]["value"]
+            and question["Answer"] in question["options"]
+        )
+        assert (
+            len(question["annotation"]) == question["Question"].count("<region>") == len(entry["annotation"])
+        )
         assert question["frame_idx"] in question["annotation"][0]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 import torch
 
 import data
-import shapes
 import train
 
 TOP = Path(__file__).resolve().parent.parent
@@ -60,8 +60,16 @@ def mixed(toy):
     image = next(s for s in samples if "image" in s)
     video = next(s for s in samples if "video" in s and ("annotation" in s or "masks" in s))
     text = [{"from": "human", "value": "Say red."}, {"from": "gpt", "value": "red"}]
-    ask = [{"from": "human", "value": "What colour is the background?"}, {"from": "gpt", "value": "a very long answer"}]
-    chosen = [{"conversations": text}, {"image": image["image"], "conversations": ask}, {"video": video["video"], "conversations": ask}, video]
+    ask = [
+        {"from": "human", "value": "What colour is the background?"},
+        {"from": "gpt", "value": "a very long answer"},
+    ]
+    chosen = [
+        {"conversations": text},
+        {"image": image["image"], "conversations": ask},
+        {"video": video["video"], "conversations": ask},
+        video,
+    ]
     path = toy / "mixed.json"
     path.write_text(json.dumps(chosen))
     return path
@@ -102,7 +110,11 @@ def test_the_order_is_shared_out_without_gaps_or_repeats():
 
 def test_a_step_is_grouped_by_length_and_keeps_its_number_of_micro_batches():
     def sample(length):
-        return data.EMPTY_SAMPLE | {"id": length} | {name: np.ones(length, int) for name in ("input_ids", "labels", "attention_mask")}
+        return (
+            data.EMPTY_SAMPLE
+            | {"id": length}
+            | {name: np.ones(length, int) for name in ("input_ids", "labels", "attention_mask")}
+        )
 
     lengths = [9, 2, 7, 3, 8]
     batches, errors = train.micro_batches([sample(n) for n in lengths], 2, pad_token_id=0)
@@ -116,17 +128,23 @@ def test_schedule_warms_up_and_follows_a_cosine_to_zero():
     config = train.Config(steps=110, warmup=10)
     assert [train.schedule(s, config) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert train.schedule(10, config) == 1 and train.schedule(60, config) == pytest.approx(0.5)
-    assert train.schedule(110, config) == pytest.approx(0) and train.schedule(35, config) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert train.schedule(110, config) == pytest.approx(0) and train.schedule(35, config) == pytest.approx(
+        (1 + math.sqrt(0.5)) / 2
+    )
 
 
-@pytest.mark.parametrize("names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision"])
+@pytest.mark.parametrize(
+    "names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision"]
+)
 def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
     config = train.parse(["--data", str(mixed), "--train", names, "--out", str(tmp_path)])
     samples = data.read_samples(mixed)
     model, processor = train.build(config, samples)
     groups = train.choose_parameters(model, config)
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    torch.nn.init.normal_(model.region_encoder.mlp[-1].weight)  # so that gradients reach all of the region encoder at once
+    torch.nn.init.normal_(
+        model.region_encoder.mlp[-1].weight
+    )  # so that gradients reach all of the region encoder at once
     torch.nn.init.normal_(model.region_encoder.position[-1].weight)
     before = {name: p.clone() for name, p in model.named_parameters()}
     dataset = data.ReferringDataset(samples, processor)
@@ -140,7 +158,10 @@ def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
 
 def test_unknown_part_and_unfit_batch_size_are_refused(mixed, tmp_path):
     done = launch("train.py", "--data", mixed, "--out", tmp_path / "a", "--train", "regions", *COMMON)
-    assert done.returncode == 1 and "--train: expected names out of region,projector,llm,vision, found regions" in done.stdout
+    assert (
+        done.returncode == 1
+        and "--train: expected names out of region,projector,llm,vision, found regions" in done.stdout
+    )
     assert "Traceback" not in done.stdout
 
 
@@ -148,7 +169,11 @@ def test_bad_data_ends_with_one_message_and_no_traceback(toy, tmp_path):
     path = toy / "broken.json"
     path.write_text('[{"id": 1},\n oops]')
     done = launch("train.py", "--data", path, "--out", tmp_path / "run", *COMMON)
-    assert done.returncode == 1 and "broken.json: line 2, column 2" in done.stdout and "Traceback" not in done.stdout
+    assert (
+        done.returncode == 1
+        and "broken.json: line 2, column 2" in done.stdout
+        and "Traceback" not in done.stdout
+    )
 
 
 def test_a_bad_sample_is_left_out_recorded_and_never_replaced(mixed, tmp_path):
@@ -163,7 +188,9 @@ def test_a_bad_sample_is_left_out_recorded_and_never_replaced(mixed, tmp_path):
     run(*launcher, "train.py", "--data", path, "--out", out, "--max-bad", 0.5, *COMMON)
     (line,) = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert line["places"][1] == "sample 2" and "absent.mp4" in line["reason"]
-    assert all(math.isfinite(m["loss"]) for m in metrics(out)) and (out / "final" / "model.safetensors").exists()
+    assert (
+        all(math.isfinite(m["loss"]) for m in metrics(out)) and (out / "final" / "model.safetensors").exists()
+    )
 
 
 def test_an_earlier_run_is_not_overwritten(mixed, tmp_path):
@@ -189,12 +216,40 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_it_learns_four_samples_by_heart_and_eval_hears_them_back(mixed, tmp_path):
     """The path of the quick start in small: train.py to a folder, eval.py from it."""
     out = tmp_path / "run"
-    run("train.py", "--data", mixed, "--out", out, "--steps", 60, "--single-frame", 0, "--workers", 0, "--lr", 2e-3)
+    run(
+        "train.py",
+        "--data",
+        mixed,
+        "--out",
+        out,
+        "--steps",
+        60,
+        "--single-frame",
+        0,
+        "--workers",
+        0,
+        "--lr",
+        2e-3,
+    )
     losses = [m["loss"] for m in metrics(out)]
     assert losses[-1] < losses[0] / 10
-    table = run("eval.py", "--model", out / "final", "--data", mixed, "--workers", 0, "--out", tmp_path / "scores", "--control", "full")
+    table = run(
+        "eval.py",
+        "--model",
+        out / "final",
+        "--data",
+        mixed,
+        "--workers",
+        0,
+        "--out",
+        tmp_path / "scores",
+        "--control",
+        "full",
+    )
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    answers = [json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()
+    ]
     asked = sum(len(s["conversations"]) // 2 for s in json.loads(mixed.read_text()))
     assert len(answers) == asked == scores["rows"]["all"]["questions"] and "about regions" in table
     assert sum(a["exact"] == a["answer"] for a in answers) == scores["rows"]["all"]["exact"]["right"]
@@ -206,7 +261,18 @@ def test_it_learns_four_samples_by_heart_and_eval_hears_them_back(mixed, tmp_pat
 
 
 def test_bench_prints_its_tables_and_writes_nothing(toy, tmp_path):
-    output = run("train.py", "--data", toy / "train.json", "--bench", "--workers", 0, "--batch-size", 4, "--out", tmp_path / "out")
+    output = run(
+        "train.py",
+        "--data",
+        toy / "train.json",
+        "--bench",
+        "--workers",
+        0,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "out",
+    )
     for row in ("open, decode, ms", "handed over, MB", "wait for data, ms", "backward, ms", "tokens/s"):
         (line,) = [line for line in output.splitlines() if line.strip().startswith(row)]
         ours, straightforward, ratio = map(float, line.split()[-3:])
@@ -220,16 +286,25 @@ def test_bench_compares_with_the_same_work(toy):
     config = train.parse(["--data", str(toy / "train.json")])
     model, processor = train.build(config, samples)
     dataset = data.ReferringDataset(samples, processor)
-    number = next(i for i in range(len(samples)) if len(samples[i].objects) > 1 and samples[i].media.endswith(".mp4"))
+    number = next(
+        i for i in range(len(samples)) if len(samples[i].objects) > 1 and samples[i].media.endswith(".mp4")
+    )
     ours = dataset[0, number]
     video, stills, masks, (input_ids, labels) = train.straightforward_sample(dataset, samples[number])
     assert np.abs(video * 0.5 + 0.5 - ours["video_patches"] / 255).mean() < 0.01  # another decoder
     assert np.abs(np.stack(stills) * 0.5 + 0.5 - np.stack(ours["still_patches"]) / 255).mean() < 0.01
-    cells = [data.coverage(mask.astype(np.uint8), *(side // 2 for side in ours["still_grid"])).ravel() for mask in masks]
+    cells = [
+        data.coverage(mask.astype(np.uint8), *(side // 2 for side in ours["still_grid"])).ravel()
+        for mask in masks
+    ]
     np.testing.assert_array_equal(cells, ours["coverage"])
     assert (input_ids == ours["input_ids"]).all() and (labels == ours["labels"]).all()
 
-    encoded, pad, device = [dataset[0, i] for i in range(6)], processor.tokenizer.pad_token_id, torch.device("cpu")
+    encoded, pad, device = (
+        [dataset[0, i] for i in range(6)],
+        processor.tokenizer.pad_token_id,
+        torch.device("cpu"),
+    )
     gradients = []
     for collate, run_backward in (
         (lambda s: train.micro_batches(s, 4, pad), train.backward),
@@ -245,14 +320,42 @@ def test_bench_compares_with_the_same_work(toy):
 
 def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(toy, tmp_path, monkeypatch):
     samples = json.loads((toy / "train.json").read_text())
-    videos = sorted({s["video"] if isinstance(s["video"], str) else s["video"][0] for s in samples if "video" in s})
-    (tmp_path / "data.json").write_text(json.dumps([s for s in samples if videos[0] in json.dumps(s)][:1] + samples[-7:]))
+    videos = sorted(
+        {s["video"] if isinstance(s["video"], str) else s["video"][0] for s in samples if "video" in s}
+    )
+    (tmp_path / "data.json").write_text(
+        json.dumps([s for s in samples if videos[0] in json.dumps(s)][:1] + samples[-7:])
+    )
     never, _ = os.pipe()
     real = data.read_media
-    monkeypatch.setattr(data, "read_media", lambda path, frames: os.read(never, 1) if path.endswith(videos[0]) else real(path, frames))
+    monkeypatch.setattr(
+        data,
+        "read_media",
+        lambda path, frames: os.read(never, 1) if path.endswith(videos[0]) else real(path, frames),
+    )
     handler = signal.getsignal(signal.SIGTERM)
-    options = ["--data", tmp_path / "data.json", "--media", toy, "--out", tmp_path / "out", "--timeout", 1, "--max-bad", 1, "--workers", 1]
-    train.train(train.parse([str(option) for option in [*options, "--steps", 3, "--batch-size", 8, "--log-every", 1, "--device", "cpu"]]))
+    options = [
+        "--data",
+        tmp_path / "data.json",
+        "--media",
+        toy,
+        "--out",
+        tmp_path / "out",
+        "--timeout",
+        1,
+        "--max-bad",
+        1,
+        "--workers",
+        1,
+    ]
+    train.train(
+        train.parse(
+            [
+                str(option)
+                for option in [*options, "--steps", 3, "--batch-size", 8, "--log-every", 1, "--device", "cpu"]
+            ]
+        )
+    )
     signal.signal(signal.SIGTERM, handler)
     assert (tmp_path / "out/final").is_dir() and len(metrics(tmp_path / "out")) == 3
     bad = [line["reason"] for line in train.read_jsonl(tmp_path / "out/bad_samples.jsonl")]
@@ -262,9 +365,15 @@ def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(toy, tmp_path, monk
 # ------------------------------------------------------------------------------------------------ options
 
 
-@pytest.mark.parametrize("option, least", [("batch-size", 1), ("micro-batch", 1), ("log-every", 1), ("num-frames", 1), ("keep", 1), ("workers", 0)])
+@pytest.mark.parametrize(
+    "option, least",
+    [("batch-size", 1), ("micro-batch", 1), ("log-every", 1), ("num-frames", 1), ("keep", 1), ("workers", 0)],
+)
 def test_numbers_that_mean_nothing_are_refused(option, least, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--data", "d.json", f"--{option}", str(least - 1)])
     assert f"--{option}: expected a whole number from {least}, found {least - 1}" in capsys.readouterr().err
-    assert getattr(train.parse(["--data", "d.json", f"--{option}", str(least)]), option.replace("-", "_")) == least
+    assert (
+        getattr(train.parse(["--data", "d.json", f"--{option}", str(least)]), option.replace("-", "_"))
+        == least
+    )
