@@ -1,4 +1,4 @@
-"""Is the frame that read_frames returns the one that was asked for? Every clip's frames carry their numbers (clips.py)."""
+"""Is the frame that read_frames returns the one asked for? Each frame shows its number (clips.py)."""
 
 import os
 import random
@@ -45,7 +45,7 @@ def clip(videos):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Counts the frames that the decoder puts out: a list of one count per stretch, one stretch per seek or start."""
+    """How many frames the decoder puts out in each stretch; a stretch begins at a seek or at the start."""
     counts, frames_from = [], data._frames_from
 
     def counted(*args):
@@ -63,7 +63,7 @@ def numbers(path, indices):
 
 
 def forward(path):
-    """Every frame by the plainest decoding there is: one thread, from the start, no seek. uint8 (n, H, W, 3)."""
+    """Every frame by the plainest decoding: one thread, from the start, no seek. uint8 (n, H, W, 3)."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -99,7 +99,7 @@ def test_decord_agrees(videos, name):
     decord = pytest.importorskip("decord")
     if name in ("h264 negative start", "h264 mpeg-ts"):
         pytest.skip(
-            "decord repeats the last frame for each that the edit list cut off, and for the first GOP, which it loses"
+            "decord repeats the last frame for those an edit list cut off, and loses a TS file's first GOP"
         )
     try:
         reader = decord.VideoReader(str(videos[name]), num_threads=1)
@@ -118,8 +118,19 @@ def test_seeks_save_decoding(videos, name, decoded):
     assert len(decoded) == 1 and decoded[0] < n - 10, decoded  # one stretch, much shorter than the file
 
 
+@pytest.mark.parametrize("name", ["h264 closed GOP", "h264 open GOP", "hevc open GOP", "vp9 mkv"])
+def test_a_keyframe_is_read_from_itself(videos, name, decoded):
+    with av.open(str(videos[name])) as container:
+        shown = sorted((packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size)
+    keyframes = [k for k, (_, is_keyframe) in enumerate(shown) if is_keyframe and k > 20]
+    assert keyframes
+    for k in keyframes:
+        decoded.clear()
+        assert numbers(videos[name], [k]) == [k] and decoded == [1], k
+
+
 def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, decoded):
-    """With x264's plain B-frames, two of three frames are such. The one that is wanted comes, whichever it is."""
+    """With x264's plain B-frames, two of three frames are such. A wanted one comes, whichever it is."""
     path = write_video(
         tmp_path / "b.mp4", options={"x264-params": X264 + "keyint=72:bframes=2:b-pyramid=none"}
     )
@@ -141,7 +152,7 @@ def test_one_pass_serves_near_frames_and_far_ones_get_seeks(tmp_path, decoded):
 
 
 def test_a_seek_that_goes_astray_falls_back_to_the_start(clip, decoded, monkeypatch):
-    """Some files' index leads to a later keyframe. The frame must still come, or DataError: never a neighbour."""
+    """Some files' index leads to a later keyframe. The frame must still come, and never a neighbour."""
     truth, frames_from = forward(clip), data._frames_from
 
     def astray(container, stream, time, needed):
@@ -217,15 +228,15 @@ def test_packet_without_a_frame_is_an_error_not_a_shift(tmp_path):
 
 
 def test_equal_times_are_counted(tmp_path):
-    """At 3000 frames a second Matroska's milliseconds give three frames the same pts: nothing to tell them apart by."""
+    """At 3000 frames a second, Matroska's milliseconds give three frames the same pts."""
     path = write_video(
         tmp_path / "fast.mkv", options={"x264-params": X264 + "keyint=24:bframes=0"}, rate=3000
     )
     assert numbers(path, [71, 40, 41, 42]) == [71, 40, 41, 42]
 
 
-# What a player does: QuickTime's matrix sends the stored pixel (x, y) to (a x + c y, b x + d y), y down, then moves the
-# picture back to the origin. The phone's "portrait" is (0, 1, -1, 0).
+# What a player does: QuickTime's matrix sends the stored pixel (x, y) to (a x + c y, b x + d y), y down, then
+# moves the picture back to the origin. The phone's "portrait" is (0, 1, -1, 0).
 @pytest.mark.parametrize("a, b, c, d", [(0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1)])
 def test_display_rotation(tmp_path, a, b, c, d):
     stored = np.zeros((64, 128, 3), np.uint8)
@@ -248,7 +259,7 @@ def test_display_rotation(tmp_path, a, b, c, d):
 
 @pytest.mark.parametrize("color_range", [1, 2])
 def test_colors(tmp_path, color_range):
-    """RGB, not BGR; and black is 16 in a limited-range video, 0 in a full-range one, which VP9 says in a flag only."""
+    """RGB, not BGR; black is 16 in a limited-range video, 0 in a full-range one (VP9 says so in a flag)."""
     picture = np.full((64, 128, 3), (200, 30, 90), np.uint8)
     path = write_video(
         tmp_path / "a.webm", "libvpx-vp9", pictures=[picture] * 3, color_range=color_range, options={"crf": 5}
@@ -277,6 +288,13 @@ def test_single_image(tmp_path, mode, suffix):
     Image.fromarray(draw_number(77)).convert(mode).save(path)
     assert media_info(path) == MediaInfo(1, 24.0, 64, 128, is_image=True)
     assert numbers(path, [0, 0]) == [77, 77]
+
+
+def test_suffixes_in_capitals_mean_the_same(tmp_path):
+    Image.fromarray(draw_number(77)).save(tmp_path / "A.JPG")
+    Image.fromarray(draw_number(78)).save(tmp_path / "B.Png")
+    assert media_info(tmp_path / "A.JPG").is_image and numbers(tmp_path / "A.JPG", [0]) == [77]
+    assert not media_info(tmp_path).is_image and numbers(tmp_path, [0, 1]) == [77, 78]
 
 
 def test_exif_orientation(tmp_path):
