@@ -573,13 +573,7 @@ def test_mask_box_is_the_bounding_box_in_fractions():
 
 @pytest.fixture
 def processor():
-    backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
-    return data.Processor(
-        tokenizer,
-        image_processor,
-        backbone.config,
-        data.Settings(frame_pixels=32 * 32, region_pixels=64 * 64),
-    )
+    return models.load_processor("tiny", ["What is it?"], frame_pixels=32 * 32, region_pixels=64 * 64)
 
 
 def box_of(*frames):
@@ -655,7 +649,7 @@ def test_hidden_and_empty_frames_are_skipped(folder, processor):
         "4"
     )
     encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
-    assert encoded["object_frames"] == [2, 1] and encoded["where"][2][4] == pytest.approx(4 / 11)
+    assert encoded["object_frames"] == [2, 1] and encoded["boxes"][2][4] == pytest.approx(4 / 11)
 
 
 def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monkeypatch):
@@ -709,7 +703,7 @@ def test_a_shuffled_mask_comes_from_a_sample_that_can_be_read(folder, processor)
     samples = data.read_samples(write(folder, [right, missing, malformed, other]))
     for seed in range(6):
         encoded = data.ReferringDataset(samples, processor, control="shuffle", seed=seed)[0, 0]
-        np.testing.assert_allclose(encoded["where"][0][:4], (24 / 32, 16 / 24, 16 / 32, 16 / 24))
+        np.testing.assert_allclose(encoded["boxes"][0][:4], (24 / 32, 16 / 24, 16 / 32, 16 / 24))
 
 
 def images_with_boxes(folder, count):
@@ -725,7 +719,7 @@ def images_with_boxes(folder, count):
 
 def donor(encoded):
     """Which of images_with_boxes a shuffled mask came from: by the left edge of its box."""
-    center_x, _, width = encoded["where"][0][:3]
+    center_x, _, width = encoded["boxes"][0][:3]
     return round((center_x - width / 2) * W / 4)
 
 
@@ -790,7 +784,7 @@ def test_polygons_are_drawn_on_the_size_that_the_sample_gives(folder, processor)
     entry = good() | {"height": 2 * H, "width": 2 * W}
     entry[A] = [{"1": {"segmentation": square(16, 8, 32, 40)}}, box_of("3")]
     encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
-    assert encoded["where"][0][:4] == pytest.approx((24 / 64, 24 / 48, 16 / 64, 32 / 48))
+    assert encoded["boxes"][0][:4] == pytest.approx((24 / 64, 24 / 48, 16 / 64, 32 / 48))
 
 
 def test_a_picture_of_more_than_200_to_1_is_an_error_of_its_sample(folder, processor):
@@ -811,11 +805,10 @@ def test_a_picture_of_more_than_200_to_1_is_an_error_of_its_sample(folder, proce
         (64 * 64, 10**7, 128 * 128, 64 * 64, 128 * 128),  # no less than the checkpoint's smallest
     ],
 )
-def test_stills_keep_to_the_limits_of_checkpoint_and_user(shortest, longest, region, low, high):
-    backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
-    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
-    settings = data.Settings(region_pixels=region)
-    processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
+def test_stills_keep_to_the_limits_of_checkpoint_and_user(processor, shortest, longest, region, low, high):
+    images, settings = processor.image_processor, data.Settings(region_pixels=region)
+    images.size = {"shortest_edge": shortest, "longest_edge": longest}
+    processor = data.Processor(processor.tokenizer, images, processor.config, settings)
     for size in ((720, 1280), (20, 30)):
         height, width = processor.still_size(*size)
         assert low <= height * width <= high and height % processor.factor == width % processor.factor == 0
