@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -171,8 +172,8 @@ class Samples:
         self.files, self.outside_paths = files, outside_paths
         self.indices = [_open_index(path) for path, _ in files]
         self.first = np.cumsum(
-            [0] + [len(index) - 2 for index in self.indices]
-        )  # the number of each file's first sample
+            [0] + [len(spans) for _, spans in self.indices]
+        )  # the index of each file's first sample
 
     def __reduce__(
         self,
@@ -192,188 +193,166 @@ class Samples:
         return entry
 
     def read(self, i):
-        """-> the i-th JSON value as the file has it, its place (file, sample name), its media folder, its position in the file."""
+        """Returns the i-th JSON value as its file has it, its place (file, sample name), its media folder and
+        its position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        number = int(np.searchsorted(self.first, i, side="right")) - 1
-        (path, media), position = self.files[number], i - int(self.first[number])
-        version, (start, end) = self.indices[number][[0, position + 2]].tolist()
+        file_index = int(np.searchsorted(self.first, i, side="right")) - 1
+        (path, media), (version, spans) = self.files[file_index], self.indices[file_index]
+        position = i - int(self.first[file_index])
+        start, end = spans[position].tolist()
         name = f"sample {position}"
-        try:
-            with open(path, "rb") as file:
-                if _version(file) != version:
-                    raise DataError(
-                        "expected the file as it was when it was opened, found that it has changed",
-                        path,
-                        name,
-                    )
-                file.seek(start)
-                entry = _DECODER.decode(file.read(end - start).decode())
-        except OSError as error:
-            raise DataError(f"expected a readable file, found: {error.strerror}", path, name) from None
-        except RecursionError:  # the index was made with more of the stack left
-            raise DataError(
-                "expected JSON of ordinary depth, found brackets nested too deeply to parse", path, name
-            ) from None
+        with within(path, name):
+            try:
+                with open(path, "rb") as file:
+                    changed = _version(file) != version
+                    file.seek(start)
+                    text = file.read(end - start)
+            except OSError as error:
+                raise DataError(f"expected a readable file, found: {error.strerror}") from None
+            if changed:
+                raise DataError("expected the file as it was when it was opened, found that it has changed")
+            try:
+                entry = _parse(text.decode(), parse_constant=_refuse_constant)
+            except DataError:
+                raise
+            except ValueError as error:  # of _refuse_constant, or of int(), which refuses thousands of digits
+                raise DataError(f"expected ordinary numbers, found: {error}") from None
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {shorten(entry['id'])})"
         return entry, (path, name), media, position
 
 
 def _refuse_constant(name):
-    raise DataError(f"expected numbers that JSON knows, found {name}")
+    raise ValueError(f"{name}, which JSON does not know")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_SPACE = re.compile(r"[ \t\r\n]*")
-_INDEX_FORMAT = 1  # to be raised when the rows of an index mean something else
-_CHUNK = 1 << 24  # bytes of a file that are held at a time
-_MAX_ENTRY = 1 << 28  # bytes; what does not parse within so many is taken for a syntax error
+def _parse(text, **hooks):
+    """json.loads, but brackets that are nested too deeply for it are a DataError."""
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError:
+        reason = "expected JSON of ordinary depth, found brackets nested too deeply to parse"
+        raise DataError(reason) from None
+
+
+_INDEX_FORMAT = 2  # to be raised when the content of an index file means something else
+_CHUNK = 1 << 24  # bytes of a file that are copied into memory at a time
+_MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
+
+# Strings hide brackets and commas. Possessive quantifiers (*+, ++) never go back, so that a search takes
+# linear time and constant memory. A string without an end reaches to the end of the file; json.loads complains.
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
+_NEXT_BRACKET = re.compile(rb'(?:[^][{}"]++|' + _STRING + rb")*+([][{}]|\Z)", re.DOTALL)
+_STRING_OR_COMMA = re.compile(_STRING + rb"|(,)", re.DOTALL)
+_VISIBLE = re.compile(rb"[^ \t\r\n]")  # a character that is not JSON's white space
+_ARRAY_END = re.compile(rb"\]?[ \t\r\n]*")
+_LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # what there is of a line, if it is not blank
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: every byte of a character but its first
 
 
 def _version(file):
     """What changes when an open file is written to: its size in bytes, and its time of modification in ns."""
     status = os.fstat(file.fileno())
-    return [status.st_size, status.st_mtime_ns]
+    return status.st_size, status.st_mtime_ns
 
 
 def _open_index(path):
-    """-> memory-mapped int64 (2 + samples, 2): the data file's _version; the number of samples and the format of this index; then where
-    each sample begins and ends, in bytes.
+    """Returns (the data file's _version, int64 (samples, 2): where each sample begins and ends, in bytes).
 
-    It is kept in the user's cache folder (data folders are often read-only), and made anew when the data file has changed.
+    Finding the samples of a file of gigabytes takes minutes, so the index is saved in the user's cache folder
+    (data folders are often read-only). It is memory-mapped, so that all processes of a machine share it. Its
+    name tells the version of the data file that it was made for: a file that has changed gets a new index.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = os.path.join(
-        cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".index"
-    )
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:24]
     with within(path):
         try:
             with open(path, "rb") as file:
-                version = _version(file)
-                index = _map_index(kept, version)
-                if index is not None:
-                    return index
-                spans = np.fromiter(chain.from_iterable(_spans(file)), np.int64).reshape(-1, 2)
+                size, time_ns = version = _version(file)
+                index_path = Path(cache, "nanorefer", f"{name}-{_INDEX_FORMAT}-{size}-{time_ns}.npy")
+                # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
+                with suppress(OSError, ValueError, EOFError):
+                    return version, np.asarray(np.load(index_path, mmap_mode="r"))
+                spans = _find_samples(file)
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
-        except RecursionError:
-            raise DataError(
-                "expected JSON of ordinary depth, found brackets nested too deeply to parse"
-            ) from None
-        except DataError:
-            raise
-        except ValueError as error:  # int() refuses thousands of digits
-            raise DataError(f"expected ordinary numbers, found: {error}") from None
-        expect(len(spans), "at least one sample", "none")
-    aside = f"{kept}.{os.getpid()}.{time.time_ns()}"
     try:
-        os.makedirs(os.path.dirname(kept), exist_ok=True)
-        np.concatenate([[version, [len(spans), _INDEX_FORMAT]], spans]).tofile(aside)
-        os.replace(aside, kept)
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        for outdated in index_path.parent.glob(f"{name}-*.npy"):
+            outdated.unlink(missing_ok=True)
+        with atomic_write(index_path) as temporary, open(temporary, "wb") as file:
+            np.save(file, spans)
     except OSError as error:
-        raise DataError(
-            f"expected a cache folder that can be written to (set XDG_CACHE_HOME), found: {error.strerror}",
-            kept,
-        ) from None
-    index = _map_index(kept, version)
-    expect(index is not None, f"{path} to stay as it is while its index is made", "that it has changed")
+        expected = "expected a cache folder that can be written to (set XDG_CACHE_HOME)"
+        raise DataError(f"{expected}, found: {error.strerror}", str(index_path)) from None
+    return version, spans
+
+
+def _find_samples(file):
+    """Returns int64 (samples, 2): first byte and last byte + 1 of each element of an array or line of JSONL.
+
+    Every sample is parsed, so that a syntax error is reported before training starts, with line and column.
+    """
+    expect(_version(file)[0] > 0, "at least one sample", "none")  # an empty file cannot be mapped
+    # The map is not closed by hand, because an unfinished search still refers to it while an error is raised.
+    text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 3 if text[:3] == b"\xef\xbb\xbf" else 0  # skip a byte order mark
+    first = _VISIBLE.search(text, start)
+    if first and first[0] == b"[":
+        spans = _array_spans(text, start, first.end())
+    else:
+        spans = (line.span() for line in _LINE.finditer(text, start))
+    checked = (_check_syntax(text, start, *span) for span in spans)
+    index = np.fromiter(checked, np.dtype((np.int64, 2)))
+    expect(len(index), "at least one sample", "none")
     return index
 
 
-def _map_index(kept, version):
-    """-> the index, as a plain array that still lies on disk (np.memmap is slow to slice), or None where it has to be made (anew)."""
-    try:
-        index = np.asarray(np.memmap(kept, np.int64, "r")).reshape(
-            -1, 2
-        )  # one open, one length: another process may replace it now
-    except (OSError, ValueError):  # there is none, or a damaged one
-        return None
-    return index if index[:2].tolist() == [version, [len(index) - 2, _INDEX_FORMAT]] else None
+def _check_syntax(text, start, begin, end):
+    """Returns (begin, end), the span of a sample, or raises DataError unless valid JSON stands there.
 
-
-def _spans(file):
-    """Yields (first byte, last byte + 1) of each element of a JSON array, or of each line of a JSONL file.
-
-    The whole file is parsed, so that a syntax error is reported before training starts; but it is never held whole.
+    NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
     """
-    begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # past a byte order mark
-    file.seek(begin)
-    head = file.read(4096)
-    first = len(head) - len(head.lstrip())
-    if b"".join(head.split()) == b"[]":
-        return iter(())
-    return (
-        _array_spans(file, begin, begin + first + 1)
-        if head[first:].startswith(b"[")
-        else _line_spans(file, begin)
-    )
+    try:
+        _parse(text[begin : min(end, begin + _MAX_SAMPLE)].decode(), parse_int=float)
+    except UnicodeDecodeError as error:
+        raise _syntax_error(text, start, begin + error.start, "not UTF-8") from None
+    except json.JSONDecodeError as error:
+        byte = begin + len(error.doc[: error.pos].encode())
+        raise _syntax_error(text, start, byte, f"not valid JSON: {error.msg}") from None
+    return begin, end
 
 
-def _array_spans(file, begin, byte):
-    """A window moves over the file, from byte on: what follows a bracket or comma. Where parsing fails in it, it moves on to there,
-    and grows if it stood there before."""
-    size, last = _CHUNK, False
-    while not last:
-        file.seek(byte)
-        window = file.read(size)
-        text, position = (
-            window.decode("latin-1"),
-            0,
-        )  # a character a byte: positions are bytes, and JSON's own characters the same
-        try:
-            while not last:
-                start = _SPACE.match(text, position).end()
-                end = _DECODER.raw_decode(text, start)[1]
-                after = _SPACE.match(text, end).end()
-                if text[after : after + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
-                window[start:end].decode()
-                yield byte + start, byte + end
-                position, last = after + 1, text[after] == "]"
-        except UnicodeDecodeError as error:
-            raise _syntax_error(file, begin, byte + start + error.start, "not UTF-8") from None
-        except json.JSONDecodeError as error:
-            if len(window) < size or size > _MAX_ENTRY:  # there is no more text that could mend it
-                raise _syntax_error(file, begin, byte + error.pos, f"not valid JSON: {error.msg}") from None
-            size = _CHUNK if position else 2 * size
-        byte += position
-    file.seek(byte)
-    while window := file.read(_CHUNK):
-        if window.strip(b" \t\r\n"):
-            extra = byte + len(window) - len(window.lstrip(b" \t\r\n"))
-            raise _syntax_error(file, begin, extra, "not valid JSON: Extra data after ']'")
-        byte += len(window)
+def _array_spans(text, start, begin):
+    """Yields (first byte, last byte + 1) of what stands between the commas of an array, from begin on."""
+    after_bracket, depth, is_empty = begin, 1, True
+    for bracket in _NEXT_BRACKET.finditer(text, begin):
+        position = bracket.start(1)
+        if depth == 1:
+            for comma in _STRING_OR_COMMA.finditer(text, after_bracket, position):
+                if comma[1]:
+                    yield begin, comma.start()
+                    begin, is_empty = comma.end(), False
+        depth += 1 if bracket[1] in (b"[", b"{") else -1
+        after_bracket = bracket.end()
+        if depth == 0 or not bracket[1]:
+            break
+    if not is_empty or _VISIBLE.search(text, begin, position):
+        yield begin, position
+    end = _ARRAY_END.match(text, position).end()
+    if bracket[1] != b"]" or end < len(text):
+        raise _syntax_error(text, start, end, "not valid JSON: Expecting ',' or the end of array and file")
 
 
-def _line_spans(file, begin):
-    file.seek(begin)
-    byte = begin
-    for line in file:
-        if line.strip(b" \t\r\n"):
-            try:
-                text = line.decode()
-                _DECODER.decode(text)
-            except UnicodeDecodeError as error:
-                raise _syntax_error(file, begin, byte + error.start, "not UTF-8") from None
-            except json.JSONDecodeError as error:
-                at = byte + len(text[: error.pos].encode())
-                raise _syntax_error(file, begin, at, f"not valid JSON: {error.msg}") from None
-            yield byte, byte + len(line)
-        byte += len(line)
-
-
-def _syntax_error(file, begin, byte, reason):
-    """-> DataError that tells a byte's line and column, counted in characters from 1; begin: the byte of the first."""
-    line, column = 1, 1
-    file.seek(begin)
-    while begin < byte:
-        chunk = np.frombuffer(file.read(min(_CHUNK, byte - begin)), np.uint8)
-        begin += len(chunk)
-        breaks = np.flatnonzero(chunk == ord("\n"))
-        if len(breaks):
-            line, column, chunk = line + len(breaks), 1, chunk[breaks[-1] + 1 :]
-        column += np.count_nonzero(chunk & 0xC0 != 0x80)  # all but UTF-8's continuation bytes
+def _syntax_error(text, start, byte, reason):
+    """Returns a DataError with a byte's line and column, in characters from 1; start: where line 1 begins."""
+    line = 1 + sum(1 for _ in re.compile(b"\n").finditer(text, start, byte))
+    line_start = max(start, text.rfind(b"\n", start, byte) + 1)
+    column = 1
+    for position in range(line_start, byte, _CHUNK):
+        piece = text[position : min(position + _CHUNK, byte)]
+        column += len(piece.translate(None, _CONTINUATION_BYTES))
     return DataError(f"line {line}, column {column}: {reason}")
 
 

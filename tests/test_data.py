@@ -138,9 +138,9 @@ def test_missing_and_undecodable_files_are_refused(folder):
         data.read_samples(folder / "latin.json")
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 1000])
-def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypatch, chunk):
-    monkeypatch.setattr(data, "_CHUNK", chunk)
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_samples_are_found_as_json_finds_them(folder, monkeypatch, chunk):
+    monkeypatch.setattr(data, "_CHUNK", chunk)  # bytes in which the characters of a line are counted
     entries = [
         {"id": 0, "deep": [[{"a": []}], "]},{["]},
         12345678,
@@ -165,9 +165,17 @@ def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypa
         ("[{},\n 1234567 8]", 2, 10),
         ('["ü",\n"ü" x]', 2, 5),
         ("[1, 2] \n\n 3", 3, 2),
+        ("[1, 2}, 3]", 1, 6),
+        ("[1, [2}, 3]", 1, 7),
+        ('["a": 1]', 1, 5),
+        ('["\\', 1, 2),
+        ('[{"a": "b}, {"a": "c"}]', 1, 15),  # a quote is missing
+        ('[{"a": "b},\n {"a": "c"}]', 1, 12),
         ("[1, 2", 1, 6),
         ('["a', 1, 2),
     ):
+        with pytest.raises(json.JSONDecodeError, match=f"line {line} column {column} "):
+            json.loads(text)
         with pytest.raises(DataError, match=f"line {line}, column {column}: "):
             data.read_samples(write(folder, text))
 
@@ -175,7 +183,7 @@ def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypa
 def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypatch):
     path = write(folder, [good(), good()])
     data.read_samples(path)
-    monkeypatch.setattr(data, "_spans", None)  # cannot be called: the second time nothing is parsed
+    monkeypatch.setattr(data, "_find_samples", None)  # cannot be called: the second time nothing is parsed
     samples = data.read_samples(path)
     assert len(samples) == 2
     again = pickle.loads(
@@ -208,9 +216,27 @@ def test_an_edit_of_equal_length_is_noticed(folder):
         before.read(0)
 
 
-def test_numbers_and_ids_without_end_stay_out_of_messages(folder):
-    with pytest.raises(DataError, match="data.json: expected ordinary numbers, found: Exceeds the limit"):
-        data.read_samples(write(folder, '[{"id": %s}]' % ("7" * 5000)))
+@pytest.mark.parametrize(
+    "number, found",
+    [
+        ("7" * 5000, "Exceeds the limit"),
+        ("NaN", "NaN, which JSON does not know"),
+        ("-Infinity", "-Infinity, which JSON does not know"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["[%s,\n%s,\n%s]", "%s\n%s\n%s"])
+def test_a_number_that_json_does_not_know_is_the_error_of_its_sample(folder, number, found, pattern):
+    """It was an error of the file, so that one such number made 700,000 samples unusable."""
+    right = json.dumps(good())
+    samples = data.read_samples(
+        write(folder, pattern % (right, '{"id": 1, "scores": [' + number + "]}", right))
+    )
+    with pytest.raises(DataError, match=f"data.json: sample 1: expected ordinary numbers, found: {found}"):
+        samples[1]
+    assert [samples[i].id for i in (0, 2)] == [7, 7]
+
+
+def test_ids_without_end_stay_out_of_messages(folder):
     with pytest.raises(DataError) as caught:
         read_one(folder, {"id": "x" * 10**6})
     assert len(str(caught.value)) < 400
