@@ -29,7 +29,7 @@ import textwrap
 import threading
 import time
 import uuid
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -241,7 +241,8 @@ _CHUNK = 1 << 24  # bytes of a file that are copied into memory at a time
 _MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
 
 # Strings hide brackets and commas. Possessive quantifiers (*+, ++) never go back, so that a search takes
-# linear time and constant memory. A string without an end reaches to the end of the file; json.loads complains.
+# linear time and constant memory. A string without an end reaches to the end of the file; json.loads
+# complains.
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
 _NEXT_BRACKET = re.compile(rb'(?:[^][{}"]++|' + _STRING + rb")*+([][{}]|\Z)", re.DOTALL)
 _STRING_OR_COMMA = re.compile(_STRING + rb"|(,)", re.DOTALL)
@@ -601,303 +602,344 @@ def mask_box(mask):
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
 
 
-# ------------------------------------------------------------------------------------------------ media: frames of the source
+# ---- media: the frames of a video, GIF, image or folder of images -----------------------------------------
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-# Demuxers that may open a file. FFmpeg has more: one draws a .txt as a film of its letters, playlists fetch URLs.
+# Demuxers that may open a file. Of FFmpeg's others one draws a .txt as a film of letters; playlists fetch
+# URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
-# The codecs where a packet is one shown frame and a keyframe starts anew. Not VP8: its hidden frames are packets too.
+# Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
 INDEXED_CODECS = {"h264", "hevc", "vp9", "av1"}
-UNKNOWN_FPS = (
-    24.0  # a folder of images has no clock; 24 is what Qwen3-VL's processor assumes for frames without one
-)
-REORDER = (
-    16  # the most frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
-)
+UNKNOWN_FPS = 24.0  # of a folder of images; Qwen3-VL's processor assumes as much for frames without a clock
+MAX_REORDER = 16  # frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    num_frames: int
+    num_frames: int  # frames that are shown
     fps: float  # frames a second, averaged over the file
     height: int  # pixels, as displayed: a phone's portrait video is higher than wide
     width: int
     is_image: bool
+    # Packets that are decoded but not shown, because an edit list cuts them off, as in a clip that was cut
+    # without being encoded anew. decord counts them when it seeks, so its frame numbers differ from ours.
+    hidden_packets: int = 0
 
 
 def media_info(path):
-    """-> MediaInfo. Decodes one picture at most where packets tell the frames apart (see read_frames), else all of them."""
-    return read_media(path, [])[0]
+    """Returns the MediaInfo of a file or folder: open_media(path).info."""
+    return open_media(path).info
 
 
 def read_frames(path, indices):
-    """-> uint8 (len(indices), H, W, 3) RGB: the frames with these 0-based numbers, in the order asked, repeats allowed.
-
-    Frame k is the k-th shown, in any video, GIF, folder of images or image; H and W are as displayed. Never another frame
-    than the one asked for: DataError if it can't be had. Nothing stays open, so any forked or spawned worker may call it.
-
-    Videos are read with PyAV. decord 0.6.0 returns wrong frames in silence: after a seek, in open-GOP H.264/HEVC and MPEG-4
-    AVI; even forward from 0, in MPEG-TS (first GOP lost) and past an edit list (last frame repeated). It refuses AV1, hangs
-    in workers forked after it was used, and forward it pays for every frame. PyAV can be exact, at the same speed.
-    A frame is known by its pts (presentation time): packets are listed without decoding, and decoding starts at the last
-    keyframe with a pts at or before the wanted one. So frames shown before a keyframe but stored after it, which decord gets
-    wrong, start from the keyframe before. Where packets have no reliable pts, frames are decoded from 0 and counted.
-    """
+    """Returns uint8 (len(indices), H, W, 3) RGB: the frames with these indices, in this order, also repeated."""
     indices = list(indices)
-    info, pictures = read_media(path, indices)
-    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+    media = open_media(path)
+    pictures = media.read(indices)
+    frames = np.empty((len(indices), media.info.height, media.info.width, 3), np.uint8)
     for row, k in enumerate(indices):
         frames[row] = pictures[k]
     return frames
 
 
-def read_media(path, indices):
-    """-> (MediaInfo, {frame number: uint8 (H, W, 3) RGB}); read_frames without the copy that joins the pictures."""
+def open_media(path):
+    """Returns Video or Images, which have the same members: info, a MediaInfo, and read(indices), the frames.
+
+    Frame k is the k-th shown, counted from 0, at the height and width that it is displayed with. It is never
+    another frame than the one asked for: what cannot be had is a DataError. A file is looked through once,
+    here, but it does not stay open and no pixels are held, so the object may live in a cache and be used in
+    forked or spawned workers.
+    """
     path = Path(path)
+    found = None
     try:
-        return _read_folder_or_file(path, indices)
+        if path.is_dir():
+            names = [file.name for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+            names = [name for name in names if not name.startswith(".")]
+            if names:
+                return Images(path, sorted(names, key=_natural_order), is_image=False)
+            found = "none in it"
+        elif not path.is_file():
+            found = "no such file"
+        elif path.stat().st_size == 0:
+            found = "an empty one"
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            return Images(path.parent, [path.name], is_image=True)
+        else:
+            return Video(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(
-            f"{path}: expected a media file or a folder of images, found: {error.strerror}"
-        ) from None
+        found = error.strerror
+    raise DataError(f"expected a media file or a folder of images, found: {found}", str(path))
 
 
-def _read_folder_or_file(path, indices):
-    if path.is_dir():
-        files = [
-            f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
-        ]
-        if not files:
-            raise DataError(f"{path}: expected a folder of images, found none in it")
-        return _read_images(path, sorted(files, key=_natural_order), indices, is_image=False)
-    if not path.is_file():
-        raise DataError(f"{path}: expected a media file or a folder of images, found no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: expected a media file, found an empty one")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_images(path, [path], indices, is_image=True)
-    return _read_video(path, indices)
+def _natural_order(name):
+    """Sort key that puts img2 before img10; the name itself decides between img2 and img02."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)], name
 
 
-def _check_indices(path, indices, num_frames):
-    """-> the indices as rising int, each once, or DataError."""
+def _check_indices(indices, num_frames):
+    """Returns the indices as a rising list of int, each once, or raises DataError."""
     for k in indices:
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k < num_frames:
-            raise DataError(
-                f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}"
-            )
+        valid = isinstance(k, (int, np.integer)) and not isinstance(k, bool) and 0 <= k < num_frames
+        expect(valid, f"frame numbers from 0 to {num_frames - 1}, it has {num_frames}", k)
     return sorted({int(k) for k in indices})
 
 
-def _natural_order(file):
-    """Sort key that puts img2 before img10; the name itself decides between img2 and img02."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)], file.name
+def _check_size(picture, info):
+    height, width, _ = picture.shape
+    first = info.height, info.width
+    expect((height, width) == first, f"the first frame's height and width {first}", (height, width))
 
 
-def _read_images(path, files, indices, is_image):
-    height, width, _ = _load_image(files[0]).shape
-    info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
-    pictures = {k: _load_image(files[k]) for k in _check_indices(path, indices, len(files))}
-    return info, _of_one_size(pictures, info, name=lambda k: files[k])
+class Images:
+    """An image, or a folder of images in natural order: a video without a clock."""
+
+    def __init__(self, folder, names, is_image):
+        self.folder, self.names = folder, names
+        self.nbytes = 100 * len(names)  # about what they take in memory, for a cache to count
+        height, width = _image_size(folder / names[0])
+        self.info = MediaInfo(len(names), UNKNOWN_FPS, height, width, is_image)
+
+    def read(self, indices):
+        """Returns {frame index: uint8 (H, W, 3) RGB}; raises DataError where an image does not decode."""
+        with within(str(self.folder)):
+            wanted = _check_indices(indices, len(self.names))
+        pictures = {}
+        for k in wanted:
+            file = self.folder / self.names[k]
+            pictures[k] = _load_image(file)
+            with within(str(file)):
+                _check_size(pictures[k], self.info)
+        return pictures
+
+
+@contextmanager
+def _open_image(file):
+    """Yields the PIL image, its pixels not yet decoded. What PIL raises on bad files becomes a DataError."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = f"expected an image, found one that does not decode: {error}"
+        raise DataError(reason, str(file)) from error
+
+
+def _image_size(file):
+    """Returns the (height, width) that _load_image gives: the header's, unless EXIF turns the image."""
+    with _open_image(file) as image:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image.height, image.width
+    return _load_image(file).shape[:2]
 
 
 def _load_image(file):
-    """-> uint8 (H, W, 3) RGB, turned as EXIF says, like Hugging Face's load_image; an animation gives its first picture."""
+    """Returns uint8 (H, W, 3) RGB, turned as EXIF says (as Hugging Face's load_image does)."""
+    with _open_image(file) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+class Video:
+    """A video file or GIF, read with PyAV.
+
+    decord 0.6.0 returns wrong frames without an error: after a seek, in open-GOP H.264/HEVC and in MPEG-4
+    AVI; and even forward from 0, in MPEG-TS (it loses the first GOP) and past an edit list (it repeats the
+    last frame). It does not open AV1, hangs in workers forked after it was used, and reading forward it pays
+    for every frame.
+
+    A frame is known by its pts (presentation time), because the order in which frames are stored is not the
+    one in which they are shown, and a seek leads to a time, not to a number. The packets are listed once,
+    without decoding: their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at
+    the last keyframe that is shown at or before k, and goes on until a frame with the pts of k comes out. In
+    an open GOP some frames are stored after a keyframe but shown before it, and need the previous GOP to be
+    decoded: by this rule they start there. If a seek fails or leads elsewhere, or if the frames that come out
+    are not those that the packets announced, everything is decoded from the first packet on.
+
+    path: the file. times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not
+    tell them, and frames are decoded from the first packet and counted. keyframes: int64, the frames where
+    decoding may start, rising; the first is 0.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        with _ffmpeg_errors(path):
+            _check_whole(path)
+            self.info, self.times, self.keyframes = _index_video(path)
+        self.nbytes = self.keyframes.nbytes + (0 if self.times is None else self.times.nbytes)
+
+    def read(self, indices):
+        """Returns {frame index: uint8 (H, W, 3) RGB}; raises DataError unless each of the frames decodes."""
+        with _ffmpeg_errors(self.path):
+            wanted = _check_indices(indices, self.info.num_frames)
+            try:
+                pictures = self._decode(wanted, self.keyframes, skip=True)
+            except av.error.FFmpegError:  # some files refuse to be sought in
+                pictures = {}
+            if len(pictures) < len(wanted):
+                # A seek led astray, or packets and frames do not match: decode from the first packet.
+                pictures = self._decode(wanted, keyframes=[0], skip=False)
+            missing = [k for k in wanted if k not in pictures]
+            if missing:
+                expected = f"expected {self.info.num_frames} frames, one a packet"
+                raise DataError(f"{expected}, found that {missing} can't be decoded")
+            for k, picture in pictures.items():
+                with within(f"frame {k}"):
+                    _check_size(picture, self.info)
+        return pictures
+
+    def _decode(self, wanted, keyframes, skip):
+        """Returns {frame index: uint8 (H, W, 3) RGB}; fewer than the wanted frames if anything is odd.
+
+        skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to
+        (most B-frames). Frames without times are counted, so there none may be left out.
+        """
+        asked, pictures, reformatter = set(wanted), {}, VideoReformatter()
+        with _open_video(self.path) as (container, stream):
+            skip = skip and self.times is not None and stream.codec.canonical_name == "h264"
+            needed = set(self.times[wanted].tolist()) if skip else None
+            index_of = {} if self.times is None else {pts: k for k, pts in enumerate(self.times.tolist())}
+            for keyframe, group in _plan(wanted, keyframes):
+                start = self.times[keyframe] if keyframe else None
+                previous = None
+                for count, frame in enumerate(_frames_from(container, stream, start, needed)):
+                    k = count if self.times is None else index_of.get(frame.pts)
+                    is_gap = not skip and previous is not None and k != previous + 1
+                    if k is None or is_gap or frame.is_corrupt and k in asked:
+                        break  # here packets and frames do not match one to one
+                    if k in asked:
+                        pictures[k] = _to_rgb(frame, reformatter)
+                    if k >= group[-1]:
+                        break
+                    previous = k
+        return pictures
+
+
+def _plan(wanted, keyframes):
+    """Returns [(keyframe to start at, frames to fetch in one go from there)] for rising frame indices."""
+    plan, previous = [(0, [])], 0
+    for k in wanted:
+        keyframe = int(keyframes[bisect_right(keyframes, k) - 1])
+        if keyframe > previous + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
+            plan.append((keyframe, []))
+        plan[-1][1].append(k)
+        previous = k
+    return [(keyframe, group) for keyframe, group in plan if group]
+
+
+@contextmanager
+def _ffmpeg_errors(path):
+    """Errors of FFmpeg and of the file system become DataErrors, and every DataError names the file."""
     try:
-        with Image.open(file) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL raises on bad files
-        raise DataError(f"{file}: expected an image, found one that does not decode: {error}") from error
-
-
-def _of_one_size(pictures, info, name):
-    """-> the pictures, or DataError. name(k) says which picture it was."""
-    for k, picture in pictures.items():
-        if picture.shape[:2] != (info.height, info.width):
-            raise DataError(
-                f"{name(k)}: expected the first frame's height and width {info.height, info.width}, found {picture.shape[:2]}"
-            )
-    return pictures
-
-
-def _open_video(path):
-    # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
-    return av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS})
-
-
-def _video_stream(path, container):
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams:
-        raise DataError(
-            f"{path}: expected a video stream, found only {[s.type for s in container.streams]} (or cover art)"
-        )
-    streams[
-        0
-    ].thread_count = 1  # a DataLoader runs a process a core; and one thread is the exact, deterministic way
-    return streams[0]
-
-
-def _to_rgb(frame, reformatter):
-    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in the masks."""
-    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
-
-
-def _read_video(path, indices):
-    try:
-        _check_whole(path)
-        info, times, keyframes = _index_video(path)
-        wanted = _check_indices(path, indices, info.num_frames)
-        if not wanted:
-            return info, {}
-        try:
-            pictures = _decode(path, times, keyframes, wanted, skip=True)
-        except av.error.FFmpegError:  # some files refuse to be sought in
-            pictures = {}
-        if len(pictures) < len(wanted):  # some lead astray: decode again, all from the first packet
-            pictures = _decode(path, times, [0], wanted, skip=False)
+        with within(str(path)):
+            yield
     except (av.error.FFmpegError, OSError) as error:
-        raise DataError(
-            f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
-            f"video): {error.strerror}"
-        ) from error
-    missing = [k for k in wanted if k not in pictures]
-    if missing:
-        raise DataError(
-            f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded"
-        )
-    return info, _of_one_size(pictures, info, name=lambda k: f"{path}, frame {k}")
+        expected = "expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no video)"
+        raise DataError(f"{expected}: {error.strerror}", str(path)) from error
 
 
 def _check_whole(path):
-    """DataError if a Matroska or WebM file is shorter than its header says: FFmpeg reads a cut one without a complaint."""
+    """Raises DataError if a Matroska or WebM file is shorter than its header says: FFmpeg would not mind.
+
+    Such a file is made of EBML elements: an id, a size, and as many bytes. First comes a header, its id of 4
+    bytes, and then the Segment, which holds everything else (RFC 8794, RFC 9559).
+    """
     with open(path, "rb") as file:
         head = file.read(4096)
-    if not head.startswith(
-        b"\x1a\x45\xdf\xa3"
-    ):  # EBML: an id, a size, that many bytes; then the Segment, alike
+    if not head.startswith(b"\x1a\x45\xdf\xa3"):
         return
-
-    def read_size(at):  # a size's leading zero bits tell how many bytes it takes
-        num_bytes = 9 - int.from_bytes(head[at : at + 1], "big").bit_length()
-        unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
-        size = int.from_bytes(head[at : at + num_bytes], "big") & unknown
-        return at + num_bytes, 0 if size == unknown else size
-
-    at, size = read_size(4)
-    at, size = read_size(at + size + 4)
-    if path.stat().st_size < at + size:
-        raise DataError(
-            f"{path}: expected {at + size} bytes, as its header says, found {path.stat().st_size}: it is cut off"
-        )
+    position, size = _ebml_size(head, 4)
+    position, size = _ebml_size(head, position + size + 4)
+    expected, found = position + size, path.stat().st_size
+    if found < expected:
+        raise DataError(f"expected {expected} bytes, as its header says, found {found}: it is cut off")
 
 
-def _index_video(path, count=False):
-    """List a video's frames, from the packets alone where they can tell; `count`: by decoding all of them.
+def _ebml_size(head, position):
+    """Returns where an EBML element's content begins, and its size in bytes, which is stored at position."""
+    first_byte = int.from_bytes(head[position : position + 1], "big")
+    num_bytes = 9 - first_byte.bit_length()  # the leading zero bits tell
+    unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
+    size = int.from_bytes(head[position : position + num_bytes], "big") & unknown
+    return position + num_bytes, 0 if size == unknown else size
 
-    -> (MediaInfo, times: pts of frame 0, 1, 2, ... or None: count frames as they decode,
-        keyframes: numbers of the frames where decoding can start, rising, the first is 0)
+
+@contextmanager
+def _open_video(path):
+    """Yields PyAV's container and its first video stream that is no cover art."""
+    # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
+    with av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS}) as container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            kinds = [stream.type for stream in container.streams]
+            raise DataError(f"expected a video stream, found only {kinds} (or cover art)")
+        # A DataLoader runs a process a core, and one thread is the exact, deterministic way.
+        streams[0].thread_count = 1
+        yield container, streams[0]
+
+
+def _index_video(path, count_frames=False):
+    """Returns (MediaInfo, times, keyframes) of a Video, from its packets alone where they can tell them.
+
+    MP4/MOV and Matroska/WebM store a pts with each packet. For AVI and other containers FFmpeg has to guess
+    it, so there all frames are decoded and counted (count_frames). So they are for codecs whose packets may
+    show nothing, and where two packets have the same pts or one has none.
     """
-    pts, keyframe_pts, first = [], [], None
-    with _open_video(path) as container:
-        stream = _video_stream(path, container)
-        # MP4/MOV and Matroska/WebM store a pts with every packet. For AVI and the rest FFmpeg has to guess.
-        count = count or not (
-            stream.codec.canonical_name in INDEXED_CODECS
-            and container.format.name.startswith(("mov,", "matroska,"))
-        )
-        for num_packets, packet in enumerate(
-            container.demux(stream)
-        ):  # the last one is empty: it flushes the decoder
+    frame_times, keyframe_times, first, hidden_packets = [], [], None, 0
+    with _open_video(path) as (container, stream):
+        stores_times = container.format.name.startswith(("mov,", "matroska,"))
+        if not stores_times or stream.codec.canonical_name not in INDEXED_CODECS:
+            count_frames = True
+        # The last packet is an empty one: it flushes the decoder.
+        for num_packets, packet in enumerate(container.demux(stream)):
             if packet.is_corrupt:
-                raise DataError(f"{path}: expected whole packets, found packet {num_packets} cut short")
-            if first is None or count:
-                frames = packet.decode()
-                first = first or next(iter(frames), None)
-            if count:
-                pts += [frame.pts for frame in frames]
-            elif packet.size and not packet.is_discard:  # an edit list discards what it cuts off
-                pts.append(packet.pts)
+                raise DataError(f"expected whole packets, found packet {num_packets} cut short")
+            frames = packet.decode() if count_frames or first is None else []
+            first = first or next(iter(frames), None)
+            hidden_packets += packet.is_discard
+            if count_frames:
+                frame_times += [frame.pts for frame in frames]
+            elif packet.size and not packet.is_discard:
+                frame_times.append(packet.pts)
             if packet.is_keyframe:
-                keyframe_pts.append(packet.pts)
-        indexed = len(stream.index_entries)  # not the header's nb_frames: edit lists make the packets fewer
-        if not count and num_packets < indexed:
-            raise DataError(
-                f"{path}: expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
-            )
+                keyframe_times.append(packet.pts)
+        # Not compared with the number of frames in the header: an edit list makes the packets fewer.
+        indexed = len(stream.index_entries)
+        if not count_frames and num_packets < indexed:
+            reason = f"expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
+            raise DataError(reason)
         fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
     if first is None:
-        raise DataError(f"{path}: expected at least one frame, found none that decodes")
-    if not count and (None in pts or len(set(pts)) < len(pts)):
-        return _index_video(path, count=True)
-    if None not in pts and max(pts) > min(
-        pts
-    ):  # measured: Matroska's header claims a steady rate for any video
-        fps = (len(pts) - 1) / ((max(pts) - min(pts)) * time_base)
+        raise DataError("expected at least one frame, found none that decodes")
+    has_times = None not in frame_times
+    if not count_frames and (not has_times or len(set(frame_times)) < len(frame_times)):
+        return _index_video(path, count_frames=True)
+    if has_times and max(frame_times) > min(frame_times):
+        # The rate is measured, because Matroska's header claims a steady one for any video.
+        fps = (len(frame_times) - 1) / ((max(frame_times) - min(frame_times)) * time_base)
     lies_down = round(first.rotation / 90) % 2
     height, width = (first.width, first.height) if lies_down else (first.height, first.width)
-    info = MediaInfo(len(pts), float(fps), height, width, is_image=False)
-    if count:
-        return info, None, [0]
-    times = sorted(pts)
-    return info, times, sorted({0} | {bisect_left(times, t) for t in keyframe_pts if t <= times[-1]})
-
-
-def _decode(path, times, keyframes, wanted, skip):
-    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if anything is odd.
-
-    skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to (most B-frames).
-    """
-    runs, previous = [(0, [])], 0  # (keyframe to start at, frames to fetch in one go from there)
-    for k in wanted:
-        keyframe = keyframes[bisect_right(keyframes, k) - 1]
-        if keyframe > previous + REORDER:  # nearer by, decoding on costs no more than starting anew
-            runs.append((keyframe, []))
-        runs[-1][1].append(k)
-        previous = k
-    number, asked = {t: k for k, t in enumerate(times or [])}, set(wanted)
-    pictures, reformatter = {}, VideoReformatter()
-    with _open_video(path) as container:
-        stream = _video_stream(path, container)
-        skip = skip and times is not None and stream.codec.canonical_name == "h264"
-        needed = {times[k] for k in wanted} if skip else None
-        for keyframe, group in (run for run in runs if run[1]):
-            expected, start = None, times[keyframe] if keyframe else None
-            for count, frame in enumerate(_frames_from(container, stream, start, needed)):
-                k = number.get(frame.pts) if times else count
-                if k is None or expected not in (None, k) and not skip or frame.is_corrupt and k in asked:
-                    break  # a gap: here packets and frames do not go together one to one
-                if k in asked:
-                    pictures[k] = _to_rgb(frame, reformatter)
-                if k >= group[-1]:
-                    break
-                expected = k + 1
-    return pictures
+    info = MediaInfo(len(frame_times), float(fps), height, width, False, hidden_packets)
+    if count_frames:
+        return info, None, np.zeros(1, np.int64)
+    times = np.sort(np.array(frame_times, np.int64))
+    keyframes = np.searchsorted(times, [time for time in keyframe_times if time <= times[-1]])
+    return info, times, np.union1d(0, keyframes)
 
 
 def _frames_from(container, stream, time, needed):
-    """Yield frames from the keyframe with pts `time` on, or from an earlier one where the container's own index leads there;
-    None: from the first packet. Yields nothing where that is not safe. needed: the pts of the frames that must come; of the
-    others, those that nothing refers to may be missing. None: all must come.
+    """Yields decoded frames from the keyframe with the pts `time` on; None: from the first packet.
 
-    The keyframe itself must come out first. H.264 with intra refresh has none: it flags packets where a gradual refresh
-    begins, and what FFmpeg puts out before the refresh is over was seen to be grey in places.
+    The container's own index may lead to an earlier keyframe, from which it starts then. It yields nothing
+    where that is not safe: the keyframe must be the first frame to come out. In H.264 with intra refresh it
+    is not, because such a "keyframe" is where a gradual refresh begins, and frames before its end were seen
+    to be grey in places. needed: the pts of the frames that must come (None: all); of the others, those that
+    no frame refers to may be missing.
     """
     if time is not None:
-        container.seek(time, stream=stream)
+        container.seek(int(time), stream=stream)
     packets = container.demux(stream)
     start = next(packets)
-
-    def decode(packet):
-        stream.codec_context.skip_frame = "DEFAULT" if needed is None or packet.pts in needed else "NONREF"
-        return packet.decode()
-
-    frames = (frame for packet in chain([start], packets) for frame in decode(packet))
+    frames = _decode_packets(chain([start], packets), stream, needed)
     if time is not None:
         if not start.is_keyframe or start.pts > time:
             return
@@ -906,6 +948,25 @@ def _frames_from(container, stream, time, needed):
             return
         yield first
     yield from frames
+
+
+def _decode_packets(packets, stream, needed):
+    for packet in packets:
+        may_skip = needed is not None and packet.pts not in needed
+        stream.codec_context.skip_frame = "NONREF" if may_skip else "DEFAULT"
+        yield from packet.decode()
+
+
+def _to_rgb(frame, reformatter):
+    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in masks."""
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
+
+
+def read_media(path, indices):
+    """For callers that have not moved to open_media yet; to be removed with the last of them."""
+    media = open_media(path)
+    return media.info, media.read(indices)
 
 
 # ------------------------------------------------------------------------------------------------ pixels, text, tokens

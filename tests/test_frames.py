@@ -1,6 +1,7 @@
 """Is the frame that read_frames returns the one asked for? Each frame shows its number (clips.py)."""
 
 import os
+import pickle
 import random
 import struct
 
@@ -12,7 +13,7 @@ from clips import VIDEOS, VPX, X264, X265, draw_number, read_number, remux, writ
 from PIL import Image
 
 import data
-from data import DataError, MediaInfo, media_info, read_frames, read_media
+from data import DataError, MediaInfo, media_info, open_media, read_frames
 
 SHORT_GOP = {"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"}
 # Containers or codecs whose packets don't tell the frames apart; and streams with no keyframe but the first.
@@ -314,12 +315,79 @@ def test_gif_matches_pillow(videos):
 
 
 def test_frames_come_by_number_or_as_one_array(clip):
-    info, frames = read_media(clip, (71, 24, 0, 47, 24))
-    assert info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {
+    media = open_media(clip)
+    frames = media.read((71, 24, 0, 47, 24))
+    assert media.info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {
         k: k for k in (0, 24, 47, 71)
     }
     assert read_frames(clip, []).shape == (0, 64, 128, 3)
     assert numbers(clip, (k for k in (3, 4))) == [3, 4]
+
+
+def test_an_image_is_decoded_once(tmp_path, monkeypatch):
+    """Its size comes from the header, even where the picture is turned by TIFF's own tag before PIL tells it."""
+    loaded, load_image = [], data._load_image
+    monkeypatch.setattr(data, "_load_image", lambda file: loaded.append(file.name) or load_image(file))
+    for name in ("a.jpg", "a.png", "a.webp", "a.bmp", "a.tif"):
+        Image.fromarray(draw_number(77)).save(tmp_path / name)
+        media = open_media(tmp_path / name)
+        assert loaded == [] and (media.info.height, media.info.width) == (64, 128)
+        assert read_number(media.read([0])[0]) == 77 and loaded == [name]
+        loaded.clear()
+    assert len(open_media(tmp_path).read([4, 2])) == 2 and loaded == ["a.png", "a.webp"]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_has_one_size(tmp_path, suffix, orientation):
+    """The size that a header tells and the one that decoding gives, by EXIF's table: 5 to 8 swap the sides."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(draw_number(77)).save(tmp_path / f"a.{suffix}", exif=exif)
+    media = open_media(tmp_path / f"a.{suffix}")
+    expected = (128, 64) if orientation > 4 else (64, 128)
+    assert (media.info.height, media.info.width) == media.read([0])[0].shape[:2] == expected
+
+
+@pytest.mark.parametrize("name", ["h264 open GOP", "h264 mpeg-ts", "gif"])
+def test_a_video_is_indexed_once(videos, name, monkeypatch):
+    opened, really_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args, **more: opened.append(args) or really_open(*args, **more))
+    media = open_media(videos[name])
+    assert len(opened) == 1 and media.info.num_frames == 72
+    monkeypatch.setattr(data, "_index_video", None)
+    for k in (40, 3):
+        assert read_number(media.read([k])[k]) == k
+    assert len(opened) == 3  # once for each read, and nothing of it is kept
+    assert len(pickle.dumps(media)) < 3000  # 72 times of 8 bytes, and no pixels
+
+
+def test_an_edit_list_hides_packets_from_us_and_misleads_decord(videos):
+    """30 frames lie before time 0. FFmpeg starts at the keyframe before it, 24, so that packets 24 to 29 are decoded
+    and not shown. decord counts them where it seeks: its frame 20 is the 14th that is shown."""
+    hidden = {name: open_media(path).info.hidden_packets for name, path in videos.items()}
+    assert {name: count for name, count in hidden.items() if count} == {"h264 negative start": 6}
+    assert numbers(videos["h264 negative start"], [0, 20]) == [30, 50]
+    decord = pytest.importorskip("decord")
+    reader = decord.VideoReader(str(videos["h264 negative start"]), num_threads=1)
+    assert read_number(reader[20].asnumpy()) == 44
+
+
+def test_a_cut_by_an_edit_list_hides_its_packets(tmp_path):
+    """A clip as an editor cuts it without encoding it anew: the edit list of a whole file is moved to frame 17."""
+    path = write_video(tmp_path / "cut.mp4", options={"x264-params": X264 + "keyint=12:bframes=0"})
+    content = bytearray(path.read_bytes())
+    box = content.find(b"elst")  # version and flags, number of edits, then: duration, media time, rate
+    assert struct.unpack_from(">III", content, box + 4)[:2] == (0, 1)
+    duration, media_time = struct.unpack_from(">Ii", content, box + 12)
+    per_frame = duration / 72
+    scale = 12288 / 24  # the track's clock: FFmpeg's muxer takes 24 frames a second to 12288 Hz
+    assert media_time == 0
+    struct.pack_into(">Ii", content, box + 12, round(per_frame * 55), round(17 * scale))
+    path.write_bytes(content)
+    media = open_media(path)
+    assert media.info.num_frames == 55 and media.info.hidden_packets == 5  # from keyframe 12 to 16
+    assert [read_number(media.read([k])[k]) for k in (0, 20, 54)] == [17, 37, 71]
 
 
 def test_odd_names(tmp_path, monkeypatch):
