@@ -101,7 +101,7 @@ def test_problems_are_grouped_and_written_and_set_the_exit_status(folder, tmp_pa
         and "sample 6 (id 'x')" in output
         and "sample 7 (id 'y')" in output
     )
-    named = {line["places"][1]: line["reason"] for line in lines}
+    named = {line["places"][1]: ": ".join([*line["places"], line["reason"]]) for line in lines}
     assert len(lines) == 4 and set(named) == {
         f"sample {6 + i} (id '{name}')" for i, name in enumerate(("x", "y", "tags", "late"))
     }

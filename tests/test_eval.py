@@ -309,7 +309,7 @@ BAD_ENTRIES = [  # what is wrong with an entry, and its "error"
     ),
     ({"annotation": [{"300": {"segmentation": MASK}}], "frame_idx": "300"}, "a frame index below 8"),
     ({"video": "videos/none.mp4"}, "videos/none.mp4"),
-    ({"video": "bad.json"}, "bad.json"),
+    ({"video": "bad.json"}, "bad.json: expected a video, found what FFmpeg can't open"),
 ]
 
 
