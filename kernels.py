@@ -46,7 +46,9 @@ def masked_average_pool_reference(features, weights, frame_start, weight_start):
     inside = weights > 0  # a cell of weight 0 is not read at all, so a NaN in it stays out of the sum
     region, cell, weight = region[inside], cell[inside], weights[inside].float()
     total = torch.zeros(R, D, device=features.device).index_add(
-        0, region, weight[:, None] * features[cell].float()
+        0,
+        region,
+        weight[:, None] * features.float()[cell],  # float32 first: its gradient too is summed in float32
     )
     area = torch.zeros(R, device=features.device).index_add(0, region, weight)
     return (total / torch.where(area > 0, area, 1)[:, None]).to(features.dtype)
