@@ -38,7 +38,6 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 from transformers.utils import cached_file
 
 import data
@@ -48,7 +47,7 @@ from kernels import masked_average_pool
 class ReferringVideoLLM(nn.Module):
     """A Qwen3-VL or Qwen2.5-VL of transformers, in which nothing is changed, and a RegionEncoder.
 
-    In shapes, B samples have L tokens each (padded), D is the width of the LLM, V its vocabulary.
+    Shapes: B samples of L tokens (padded), width D of the LLM, vocabulary V.
     """
 
     def __init__(self, backbone, region_token_id, image_mean, image_std):
@@ -112,12 +111,14 @@ class ReferringVideoLLM(nn.Module):
             cells = vision.pooler_output
             embeddings = place(embeddings, is_image, cells[of_images])
             embeddings = place(embeddings, is_video, cells[of_videos])
-            # Qwen2.5-VL has no deepstack features.
-            for features in getattr(vision, "deepstack_features", []):
+            is_visual = is_image | is_video
+            added = []  # for each of the LLM's first layers, what it adds to the visual tokens
+            for features in getattr(vision, "deepstack_features", []):  # Qwen2.5-VL has none
                 rows = place(torch.zeros_like(embeddings), is_image, features[of_images])
                 rows = place(rows, is_video, features[of_videos])
-                deepstack.setdefault("deepstack_visual_embeds", []).append(rows[is_image | is_video])
-                deepstack["visual_pos_masks"] = is_image | is_video
+                added.append(rows[is_visual])
+            if added:
+                deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added}
 
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
@@ -125,7 +126,7 @@ class ReferringVideoLLM(nn.Module):
             tokens = self.region_encoder(cells, frame_start, *[batch[name] for name in names])
             embeddings = place(embeddings, is_region, tokens)
         elif self.training:
-            # Adding 0 gives every parameter a gradient of 0, which _encode_media says why ranks need.
+            # This adds 0, so that every parameter gets a gradient of 0: _encode_media says why it must.
             embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())
 
         images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
@@ -140,13 +141,11 @@ class ReferringVideoLLM(nn.Module):
         return embeddings, positions, ahead, deepstack
 
     def _encode_media(self, batch):
-        """Returns the vision tower's output for all stills, then all videos, or None for a batch without
-        media.
+        """Returns the vision tower's output for all stills, then all videos; None for a batch without media.
 
         While training, every batch runs through the tower once: ranks wait for each other's gradients of
         every parameter (under FSDP also for its weights), whatever is in their own batches. Without media,
-        the tower encodes one black picture of a single cell. No token reads that cell, so the gradients are
-        0.
+        the tower encodes a black picture of a single cell. No token reads that cell, so the gradients are 0.
         """
         pixels = []
         if len(batch["still_patches"]):
@@ -215,21 +214,18 @@ class ReferringVideoLLM(nn.Module):
     def end_token_ids(self, tokenizer):
         """Returns the ids of all tokens that end an answer, a list.
 
-        These are the tokenizer's, and those of the checkpoint's generation_config.json, which may list
-        several.
+        One is the tokenizer's; the checkpoint's generation_config.json may list several others.
         """
         ids = self.backbone.generation_config.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
         return sorted({*ids, tokenizer.eos_token_id} - {None})
 
     def layers(self):
-        """Returns the layers of the tower and the LLM, which FSDP gathers and checkpointing recomputes one by
-        one."""
+        """Returns the layers of tower and LLM: FSDP gathers, and checkpointing recomputes, one at a time."""
         return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
 
     def parameter_groups(self):
-        """Returns {"region": parameters, "projector": ..., "llm": ..., "vision": ...}, each parameter
-        once."""
+        """Returns {"region", "projector", "llm", "vision": list of parameters}, each parameter once."""
         visual = self.backbone.model.visual
         projector = list(visual.merger.parameters())
         for merger in getattr(visual, "deepstack_merger_list", []):
@@ -244,11 +240,9 @@ class ReferringVideoLLM(nn.Module):
         }
 
     def save_pretrained(self, folder, settings, weights=None):
-        """Writes the backbone in Hugging Face's layout, which loads with transformers alone, and the rest
-        beside it.
+        """Writes the backbone so that it loads with transformers alone, and the rest beside it.
 
-        settings: a dict for nanorefer.json. weights: {name: tensor}, tied ones once, in place of the
-        parameters.
+        settings: dict, for nanorefer.json. weights: {name: tensor} to save in place of the parameters.
         """
         parts = {"backbone": {}, "region_encoder": {}}
         for name, weight in (weights or dict(self.named_parameters())).items():
@@ -290,10 +284,9 @@ class RegionEncoder(nn.Module):
     def _position(self, boxes):
         """Returns P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
 
-        P sees each number raw and as sinusoids. The products with t are there because, from sinusoids alone,
-        the direction of a motion takes several times as long to learn. All is computed in float32, also under
-        autocast and where FSDP or freezing keep the weights in bfloat16, whose steps of 1/256 are too coarse
-        for t.
+        P sees each number raw, multiplied by t, and as sinusoids: from sinusoids alone, the direction of a
+        motion takes several times as long to learn. All of it is computed in float32, also under autocast and
+        where FSDP or freezing keep weights in bfloat16, because t in steps of 1/256 would be too coarse.
         """
         raw = 2 * boxes - 1
         angles = torch.pi * boxes[:, :, None] * 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
@@ -308,8 +301,7 @@ def temporal_merge(pooled, boxes, object_frames, region_tokens):
     """Joins neighbours in time until object o has region_tokens[o] rows (VideoRefer, section 3.2.2).
 
     Of an object's n rows, the n - u most similar pairs of neighbours are joined, and each run of joined rows
-    is replaced by its average. Similarity is the cosine; of equally similar pairs, the earlier ones are
-    joined.
+    is replaced by its average. Similarity is the cosine; ties go to the earlier pair.
 
     pooled: (R, D) and boxes: (R, 5), a row for each region frame, ordered by object, then time.
     object_frames: int64 (O,), the rows of each object (n), R in all. region_tokens: int64 (O,), the rows to
@@ -317,15 +309,14 @@ def temporal_merge(pooled, boxes, object_frames, region_tokens):
     """
     frame_counts, token_counts = object_frames.tolist(), region_tokens.tolist()
     assert sum(frame_counts) == len(pooled), f"{sum(frame_counts)} region frames, but {len(pooled)} rows"
-    # Pair i is rows i and i + 1. The decision is made on the host, and gradients do not flow through it.
+    # Pair i is rows i and i + 1. Which pairs are joined is decided on the host, without gradients.
     similarity = F.cosine_similarity(pooled[:-1].float(), pooled[1:].float(), dim=-1).tolist()
-    run_lengths = []
+    run_lengths = []  # of all objects, one after another: together R rows in T runs
     start = 0
     for n, u in zip(frame_counts, token_counts):
         pairs = range(start, start + n - 1)
-        # Python sorts equal elements in the order in which they came, here that of time.
-        by_similarity = sorted(pairs, key=lambda i: similarity[i], reverse=True)
-        joined = by_similarity[: n - u]
+        most_similar = sorted(pairs, key=lambda i: similarity[i], reverse=True)  # leaves ties in order
+        joined = most_similar[: n - u]
         for i in range(start, start + n):
             if i - 1 in joined:
                 run_lengths[-1] += 1
@@ -351,8 +342,7 @@ REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
 
 
 def load_processor(path, texts=(), **settings):
-    """Returns the data.Processor of a model. path: "tiny", a Hugging Face name, or a folder, also one of
-    train.py.
+    """Returns the data.Processor of a path: "tiny", a Hugging Face name, or a folder (also one of train.py).
 
     settings: fields of data.Settings. Those that are None or not given are the ones with which the folder's
     model was trained, else the defaults of the tiny model or of a pretrained one. texts: what the tiny
@@ -373,8 +363,7 @@ def load_processor(path, texts=(), **settings):
 
 
 def load_model(path, processor):
-    """Returns the ReferringVideoLLM of the path that load_processor made the processor of: float32, on the
-    CPU.
+    """Returns the ReferringVideoLLM of a path as for load_processor, in float32, on the CPU.
 
     The tiny one has random weights, from torch's global seed. Others are loaded strictly: raises
     data.DataError when weights are missing, left over, or of another shape.
@@ -401,19 +390,16 @@ def load_model(path, processor):
 
 @contextmanager
 def model_errors_in_one_line(path):
-    """Turns what libraries raise about missing or broken files of a model into a data.DataError of one
-    line."""
+    """Turns what libraries raise about missing or broken model files into a data.DataError of one line."""
     try:
         with data.within(f"--model {path}"):
             yield
     except data.DataError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise data.DataError(
-            'expected "tiny", a Hugging Face name, or a folder with a complete model (config.json and other files), '
-            f"found: {' '.join(str(error).split())[:300]}",
-            f"--model {path}",
-        ) from error
+        expected = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
+        found = " ".join(str(error).split())[:300]
+        raise data.DataError(f"expected {expected}, found: {found}", f"--model {path}") from error
 
 
 # ---- --model tiny ----
@@ -448,36 +434,32 @@ def build_tiny(texts):
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
-    text = Qwen3VLTextConfig(
-        vocab_size=512,  # at most 500 for the texts, 7 control tokens, 3 words, and the region placeholder
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        initializer_range=0.16,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
-    )
-    vision = Qwen3VLVisionConfig(
-        depth=2,
-        hidden_size=64,
-        intermediate_size=192,
-        initializer_range=0.06,
-        num_heads=2,
-        patch_size=8,
-        out_hidden_size=128,
-        num_position_embeddings=144,
-        deepstack_visual_indexes=[0],
-    )
+    text = {
+        "vocab_size": 512,  # at most 500 for the texts, 7 control tokens, 3 words, and the region placeholder
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "initializer_range": 0.16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True},
+    }
+    text["rope_parameters"]["mrope_section"] = [6, 5, 5]  # frequencies for time, height and width
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "initializer_range": 0.06,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 144,
+        "deepstack_visual_indexes": [0],
+    }
     config = Qwen3VLConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
+        text_config=text,
+        vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
