@@ -353,7 +353,7 @@ def load_processor(path, texts=(), **settings):
         config, tokenizer, image_processor = build_tiny(texts)
         return data.Processor(tokenizer, image_processor, config, data.Settings(**given))
     with model_errors_in_one_line(path):
-        cached_file(path, "config.json")  # raises OSError where there is no model of this name
+        cached_file(path, "config.json")  # raises OSError where there is no model, and says so more plainly
         saved = data.PRETRAINED_PIXELS
         settings_file = os.path.join(path, SETTINGS_FILE)
         if os.path.exists(settings_file):

@@ -622,6 +622,8 @@ def test_a_model_that_does_not_exist_is_named_in_one_line(checkpoint, tmp_path):
         message = str(caught.value)
         assert message.startswith(f"--model {path}: expected ") and "\n" not in message and len(message) < 600
         assert all(word in message for word in ('"tiny"', "a Hugging Face name", "config.json"))
+        if path.endswith("empty"):
+            assert "config.json" in message.partition("found: ")[2]
 
 
 def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
