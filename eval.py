@@ -238,7 +238,8 @@ def batches(dataset, keys, device, batch_size=1, workers=0, **options):
 def answers(model, processor, questions, keys, max_new_tokens, **options):
     """Yields, batch by batch, for each key the model's answer, or the DataError that kept it from being asked."""
     for batch, errors in batches(questions, keys, next(model.parameters()).device, pad_left=True, **options):
-        tokens = model.generate(batch, processor.tokenizer.eos_token_id, max_new_tokens) if batch else []
+        ends = model.end_token_ids(processor.tokenizer)
+        tokens = model.generate(batch, ends, max_new_tokens) if batch else []
         texts = (processor.tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens)
         yield [next(texts) if error is None else error for error in errors]
 
