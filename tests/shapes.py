@@ -199,7 +199,7 @@ def questions(rng, objects, frames, kinds):
 def entry(rng, media, asked, frames, later_format=False):
     """Returns one sample of the data file.
 
-    media: ("video" or "image", path). later_format: write the masks under `masks`, as the later data files do.
+    media: ("video" or "image", path). later_format: masks stand under `masks`, as in the later data files.
     """
     key, path = media
     turns = []
