@@ -21,6 +21,7 @@ import shapes
 import torch
 from checkpoints import FAMILIES, make_checkpoint
 from PIL import Image
+from pycocotools import mask as coco_mask
 from transformers import AutoTokenizer
 
 import data
@@ -43,13 +44,18 @@ OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A d
         ("The answer is (C) Vitamin C.", "C"), ("  (D)\n", "D"), ("B\nIt licks.", "B"),
         ("(B) Licking its nose. The answer is (B)", "B"), ("(D) A dog", "D"), ("(B) I see a dog", "B"),
         ("(c) Vitamin C", "C"),
+        ("**B**", "B"), ("**B.** Running", "B"), ("**B. Licking its nose**", "B"), ("**(B)** Licking", "B"),
+        ("The answer is **B**.", "B"), ("**Answer:** (B)", "B"), ("**Answer: B**", "B"), ("**C**\n\nIt is.", "C"),
+        (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"), (r"The answer is \boxed{\text{B}}.", "B"), (r"\boxed{(b)}", "B"),
+        (r"\boxed{B. Licking its nose}", "B"), ("**(C) Vitamin C**", "C"),
         ("", None), ("   ", None), ("A dog runs", None), ("a dog runs", None), ("E", None),
         ("(E) Eating", None),
         ("The answer is a dog that runs", None), ("A or B", None), ("(A) or (B)", None), ("A, B", None),
         ("AB", None), ("A B", None), ("A. B.", None), ("A\nB", None), ("(A) and B)", None),
         ("Because of (A)", None), ("I think it is B", None), ("Bees", None), ("(Both)", None),
         ("B is right", None), ("A.M.", None), ("answer", None), ("()", None), ("ÄA", None),
-        ("(A)sleep", None),
+        ("(A)sleep", None), ("**A** dog runs", None), ("**A** or **B**", None), ("**A**sleep", None), ("**E**", None),
+        (r"\boxed{A} or \boxed{B}", None), (r"\boxed{A dog runs}", None), (r"\boxed{}", None), ("****", None),
     ],
 )  # fmt: skip
 def test_a_letter_is_read_strictly(reply, letter):
@@ -57,7 +63,14 @@ def test_a_letter_is_read_strictly(reply, letter):
 
 
 @pytest.mark.parametrize(
-    "reply, letter", [("sleeping", "A"), ("Vitamin C.", "C"), ("a dog", "D"), ("The answer is a dog", "D")]
+    "reply, letter",
+    [
+        ("sleeping", "A"),
+        ("Vitamin C.", "C"),
+        ("a dog", "D"),
+        ("The answer is a dog", "D"),
+        ("**a dog.**", "D"),
+    ],
 )
 def test_an_options_whole_text_is_an_answer(reply, letter):
     assert evaluation.choose(reply, OPTIONS) == (letter, "text")
@@ -145,7 +158,7 @@ def test_the_published_prompt_word_for_word(tmp_path):
             "score": None,
             "outside_paths": False,
         }
-        sample = evaluation.Bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
+        sample = evaluation.open_bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
         return sample.turns[0], [sorted(frames) for frames in sample.objects]
 
     text = "Is <object0>[<region>] near <object1>[<region>]? (A) Yes (B) No. "
@@ -412,8 +425,8 @@ def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_pat
     )
     arguments = ["--bench-q", str(tmp_path / "q.json"), "--score", "p.jsonl"]
     with pytest.raises(data.DataError, match="inside the media folder"):
-        evaluation.Bench(evaluation.parse(arguments))[0]
-    samples = evaluation.Bench(evaluation.parse([*arguments, "--outside-paths"]))
+        evaluation.open_bench(evaluation.parse(arguments))[0]
+    samples = evaluation.open_bench(evaluation.parse([*arguments, "--outside-paths"]))
     assert pickle.loads(pickle.dumps(samples))[0] == samples[0]
 
 
@@ -550,7 +563,9 @@ def test_a_question_answered_twice_is_not_scored(checkpoint, world, tmp_path):
     (out / "parts" / "none-1-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
     for name in ("predictions.jsonl", "scores.json"):
         (out / name).unlink()
-    with pytest.raises(data.DataError, match=f"exactly once, .*{answers[3]['question']} 2 times"):
+    with pytest.raises(
+        data.DataError, match=f"expected one answer to question {answers[3]['question']}, found"
+    ):
         evaluation.main(command(checkpoint, world, out))
     assert not (out / "predictions.jsonl").exists() and not (out / "scores.json").exists()
 
@@ -827,7 +842,7 @@ def test_a_judge_that_is_gone_ends_the_run_and_the_next_goes_on(described, serve
     server.script = [GOOD.format(5, 4, 3, 2)] + [503] * 6
     with pytest.raises(SystemExit, match="no answer in 6 tries, the last: HTTP 503") as error:
         judged(folder, server)
-    assert waits == [2, 4, 8, 16, 30] and "goes on from here" in str(error.value)
+    assert waits == [2, 4, 8, 16, 30] and "resumes from here" in str(error.value)
     with open(folder / "out" / "judged.jsonl", "a") as file:
         file.write('{"id": 1, "capt')  # and a kill tore a line
     server.asked.clear()
@@ -869,6 +884,11 @@ def loaded(checkpoint):
     return evaluation.load(checkpoint, "cpu")
 
 
+def rle(mask):
+    encoded = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    return encoded | {"counts": encoded["counts"].decode()}
+
+
 def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     video = world / "videos" / "test0000.mp4"
     pointed = ["--frame", 3, "--box", "10,20,30,40", "--frame", 0, "--polygon", "10,20,50,20,50,60"]
@@ -892,19 +912,21 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     objects = [{3: evaluation.box(10, 20, 30, 40), 0: [10, 20, 50, 20, 50, 60]}, {3: mask}]
     answer = evaluation.ask(*loaded, video, "Is <region> near <region>?", objects, max_new_tokens=6)
     assert answer and output.rstrip().endswith(answer)
-    picture, (first, second) = np.asarray(Image.open(tmp_path / "p.png")), data.read_frames(video, [0, 3])
-    title = 18  # rows of pixels above each frame, for its number
-    assert picture.shape == (2 * (title + 96), 96, 3)
-    tops = [picture[top : top + title] for top in (0, title + 96)]
-    assert (
-        all((top == 0).any() and (top[:, 80:] == 255).all() for top in tops)
-        and not (tops[0] == tops[1]).all()
-    ), "frame 0, frame 3"
-    same = (picture[2 * title + 96 :] == second).all(-1)
-    assert same[45:48, 20:30].sum() == 0 and same[55:65, 65:85].sum() == 0 and same[75:].all(), (
-        "both objects on frame 3"
+    # The same objects in a data file: the preview shows its frames, one beside the other, as python data.py would.
+    turns = [{"from": "human", "value": question[1]}, {"from": "gpt", "value": "-"}]
+    masks = [
+        {str(f): {"segmentation": m} for f, m in frames.items()} for frames in (objects[0], {3: rle(mask)})
+    ]
+    entry = {"video": str(video), "conversations": turns, "annotation": masks}
+    (tmp_path / "one.json").write_text(json.dumps([entry]))
+    samples = data.read_samples(tmp_path / "one.json", outside_paths=True)
+    dataset = data.ReferringDataset(samples, loaded[1])
+    expected = np.asarray(data.preview(dataset, [0], frames_shown=2, panel_height=96))
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    assert picture.shape == expected.shape and (picture[:, :204] == expected[:, :204]).all(), (
+        "two frames of 96 pixels"
     )
-    assert not (picture[title : title + 96] == first).all() and same[:, :8].all()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):
@@ -921,9 +943,9 @@ def test_ask_about_an_image_and_without_a_region(loaded, world):
 def test_an_array_becomes_the_mask_it_was():
     rng = np.random.default_rng(0)
     for mask in (rng.random((5, 7)) < 0.5, np.ones((3, 4)), np.eye(4), np.eye(4)[::-1] * 7):
-        assert (data.decode_mask(evaluation._segmentation(mask), *mask.shape) == (mask != 0)).all()
+        assert (data.decode_mask(evaluation.to_segmentation(mask), *mask.shape) == (mask != 0)).all()
     with pytest.raises(data.DataError, match=r"a mask \(H, W\)"):
-        evaluation._segmentation(np.ones((3, 4, 1)))
+        evaluation.to_segmentation(np.ones((3, 4, 1)))
 
 
 def test_a_soft_mask_is_the_object_wherever_it_is_not_0(loaded, world, says_its_coverage):
