@@ -1,26 +1,22 @@
 """Evaluation: asks a model about objects, and measures how good its answers are.
 
-    python eval.py --model out/final --video a.mp4 --frame 36 --box 100,50,200,80 --ask "What is <region> doing?"
+    python eval.py --model out/final --video a.mp4 --frame 36 --box 100,50,200,80 --ask "What is <region>?"
     python eval.py --model out/final --data test.json                          # exact match and loss, by type
     python eval.py --model out/final --data test.json --control full shuffle   # the same with other masks
-    python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q    # multiple choice
-    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d    # descriptions,
-    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge URL   # judged
+    python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q   # multiple choice
+    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions,
+    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge URL  # judged
 
     data file --read_questions--> questions --data.collate--> batches --model.generate--> answers
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
 
-Every answer of a conversation is one question: the model reads the conversation up to there, with the earlier
-answers as the data file has them, and answers greedily. A control asks the same questions with other masks: the
-whole frame (full), or the mask of another sample's object (shuffle). What is still right then does not come from
-the mask.
+Every answer of a conversation is one question: the model reads the conversation up to there, and answers
+greedily. A control asks the same questions with other masks: the whole frame (full), or the mask of another
+sample's object (shuffle). What is still right then does not come from the mask.
 
-Everything also runs under torchrun, where each rank asks its share. With --out, the same command resumes a run that
-was killed. Nothing is scored before each question has exactly one answer.
-
-A bad sample ends a run with --data: mend the file (python data.py FILE lists them all). A benchmark continues
-without a bad entry, which gets an "error" in predictions.jsonl, counts as wrong in --bench-q, is not judged in
---bench-d, and is counted in scores.json.
+All of it runs under torchrun as well. With --out, the same command resumes a run that was killed. A bad
+sample ends --data (python data.py FILE lists them all). A benchmark continues without a bad entry, which gets
+an "error" in predictions.jsonl, is wrong in --bench-q, and is not judged in --bench-d.
 """
 
 import argparse
@@ -59,10 +55,7 @@ from train import (
 
 
 def load(path, device=None):
-    """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone.
-
-    The settings in the folder make the model see a video as it did in training.
-    """
+    """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone."""
     processor = models.load_processor(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return models.load_model(path, processor).to(device).eval(), processor
@@ -75,11 +68,10 @@ ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "opt
 
 
 def read_questions(samples, strict):
-    """Returns (questions, keys): for each answer of each sample a dict and the pair (sample index, turn index).
+    """Returns (questions, keys): for each answer of each sample a dict, which becomes a line of
+    predictions.jsonl, and the pair (sample index, turn index).
 
-    The dict becomes a line of predictions.jsonl. Its "regions" is True if this turn or an earlier one has a region.
-    A bad sample raises its DataError if strict. Otherwise it becomes one question with an "error" and no answer,
-    and the first error is raised only if every sample is bad.
+    A bad sample becomes one question with an "error". Its DataError is raised if strict, or if all are bad.
     """
     questions, keys = [], []
     for sample_index in range(len(samples)):
@@ -93,11 +85,12 @@ def read_questions(samples, strict):
             if strict:
                 raise
             turns, common["error"] = [("", "")], str(error)
-        has_region = "error" in common
+        about_regions = "error" in common
         for turn_index, (text, answer) in enumerate(turns):
-            has_region = has_region or data.REGION_TAG in text
+            # A question is also about regions if an earlier turn pointed at them.
+            about_regions = about_regions or data.REGION_TAG in text
             turn = {"turn": turn_index, "question": text, "answer": answer.strip() or None}
-            questions.append(common | turn | {"regions": has_region})
+            questions.append(common | turn | {"regions": about_regions})
             keys.append((sample_index, turn_index))
     if all("error" in question for question in questions):
         raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
@@ -124,10 +117,7 @@ def batches(dataset, keys, device, pad_left=False, batch_size=1, workers=0):
 
 
 def generate_answers(model, processor, dataset, keys, max_new_tokens, **loading):
-    """Yields for each key, in order, the model's answer as text, or the DataError of a sample that is bad.
-
-    loading: batch_size and workers, as for batches.
-    """
+    """Yields for each key, in order, the model's answer as text, or the DataError of a bad sample."""
     tokenizer, device = processor.tokenizer, next(model.parameters()).device
     for batch in batches(dataset, keys, device, pad_left=True, **loading):
         tokens = []
@@ -157,14 +147,12 @@ def mean_loss(model, processor, samples, args):
 
 
 def score(questions, columns):
-    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}; group says which rows there are.
+    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}, with the rows of group.
 
-    columns: {title: the key under which a question holds its reply}. A reply is right if it equals the answer, up to
-    white space at the ends. One that is None (the question could not be asked) is wrong, and one that is absent (a
-    control asks nothing without a region) does not count.
-
-    A column "constant" is added: how many the most frequent answer to each type of question would get right. Within
-    a type, the questions with and without regions have constants of their own, because controls ask only the former.
+    columns: {title: key of the reply in a question}. A reply is right if it equals the answer, up to white
+    space at the ends; None (could not be asked) is wrong. A control has replies to questions about regions
+    only. The column "constant" is added: always the most frequent answer to questions of this type. It
+    differs for those with and without regions, so that it can be compared with the controls.
     """
     frequency = defaultdict(Counter)
     for question in questions:
@@ -182,7 +170,7 @@ def score(questions, columns):
 
 
 def group(questions):
-    """Returns {row of the table: its questions}: by type, those about regions if some are not, and all."""
+    """Returns {row: its questions}: each type, those about regions (if only some are), and all."""
     by_type = defaultdict(list)
     for question in questions:
         by_type[question["type"] or "(no type)"].append(question)
@@ -210,30 +198,34 @@ def print_table(scores):
 
 
 class Bench:
-    """VideoRefer-Bench-Q or -D as a sequence of samples of one turn, like the one that data.read_samples returns."""
+    """The entries of --bench-q or --bench-d as a sequence of samples of one turn, like data.read_samples."""
 
-    def __init__(self, path, to_turn, single_frame=False, media=None, outside_paths=False):
-        """to_turn: bench_q_turn or bench_d_turn. single_frame: masks on the published frame alone."""
-        self.samples = data.read_samples(path, media, outside_paths)
-        self.to_turn, self.single_frame, self.outside_paths = to_turn, single_frame, outside_paths
+    def __init__(self, args):
+        self.entries = data.read_samples(args.bench_q or args.bench_d, args.media, args.outside_paths)
+        self.args = args
+        # --score reads no masks, so there need not be one on the published frame.
+        self.single_frame = args.mode == "single" and not args.score
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.entries)
 
     def read(self, i):
-        return self.samples.read(i)
+        return self.entries.read(i)
 
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
         with data.within(*place):
             data.expect(isinstance(entry, dict), "a JSON object", entry)
-            question, answer = self.to_turn(entry)
+            if self.args.bench_q:
+                question, answer = bench_q_turn(entry, self.args.no_options)
+            else:
+                question, answer = bench_d_turn(entry)
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             objects, frame = entry.get("annotation"), str(entry.get("frame_idx"))
             if self.single_frame and isinstance(objects, list):
                 objects = [{frame: o.get(frame)} if isinstance(o, dict) else o for o in objects]
             entry = entry | {"conversations": turns, "annotation": objects}
-            return data.parse_sample(entry, place, media, position, self.outside_paths)
+            return data.parse_sample(entry, place, media, position, self.args.outside_paths)
 
 
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
@@ -254,11 +246,10 @@ def read_options(entry):
 
 
 def bench_q_turn(entry, no_options=False):
-    """Returns (question, letter): the published question, word for word as upstream asks it (PixelRefer's
-    VideoRefer/videorefer/eval/inference_videorefer_q_bench.py; its script for VideoLLaMA3 leaves the brackets out).
+    """Returns (question, letter), the question as upstream asks it (PixelRefer,
+    VideoRefer/videorefer/eval/inference_videorefer_q_bench.py; its script for VideoLLaMA3 has no brackets).
 
-    no_options: the question alone, for models that never saw options, such as the toy world's. Its numbers cannot be
-    compared with published ones.
+    no_options: the question alone, for models that never saw options, such as the toy world's.
     """
     options, letter = read_options(entry)
     question = entry.get("Question")
@@ -271,13 +262,11 @@ def bench_q_turn(entry, no_options=False):
 
 
 def bench_d_turn(entry):
-    """Returns (question, caption): the published request (inference_videorefer_d_bench.py in the same folder)."""
+    """Returns (question, caption), the question as upstream asks it (inference_videorefer_d_bench.py)."""
     caption = entry.get("caption")
     data.expect(isinstance(caption, str) and caption.strip(), "caption: a text", caption)
-    request = (
-        f"Please give a detailed description of the highlighted object [{data.REGION_TAG}] in the video."
-    )
-    return request, caption
+    region = f"[{data.REGION_TAG}]"
+    return f"Please give a detailed description of the highlighted object {region} in the video.", caption
 
 
 BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}+\$?")
@@ -290,13 +279,14 @@ ANOTHER_LETTER = re.compile(r"\(([A-Z])\)|\b([A-Z])\)|\b([A-Z])[.:]?$", re.M)
 
 
 def choose(reply, options):
-    """Returns the letter that a reply to a multiple-choice question chooses, or None, and what told it: "letter",
-    "text" or "none". options: {"A": text, ...}.
+    """Reads a reply to a multiple-choice question with the options {"A": text, ...}. Returns (letter,
+    "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
 
-    A letter stands at the beginning, or after "The answer is": "(B)", "(b) Running", "B) Running", "B. Running",
-    "B: Running", or alone on its line: "B", "b", "B.". Markdown's ** and LaTeX's \\boxed{} are ignored. It must be an
-    option's, and no second letter may follow in such a form ("A or B", "(A) or (B)"). A sentence has no letter ("A dog
-    runs", "The answer is a dog"). Otherwise a reply may be an option's whole text, up to case and a final period.
+    A letter stands at the beginning, or after "The answer is": "(B)", "(b) Running", "B) Running", "B.
+    Running", "B: Running", or alone on its line: "B", "b", "B.". It must be an option's, and no second letter
+    may follow in such a form ("A or B", "(A) or (B)"). A sentence has no letter ("A dog runs", "The answer is
+    a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold type and
+    \\boxed{} are removed.
     """
     reply = without_markup(reply)
     match = ANSWER_IS.match(reply)
@@ -324,8 +314,7 @@ def same_text(a, b):
 
 
 def score_choices(questions):
-    """Adds to each question the "choice" of its reply, and "by", what told it. Returns (scores as score returns
-    them, {"letter": n, "text": n, "none": n})."""
+    """Adds "choice" and "by", what choose says, to each question. Returns (scores, how many by what)."""
     told = {"letter": 0, "text": 0, "none": 0}
     for question in questions:
         question["choice"], question["by"] = None, "not asked"
@@ -354,10 +343,10 @@ Reply with four lines such as "1. Subject Correspondence: 5", each followed by a
 
 
 def read_marks(reply):
-    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with one whole number."""
+    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a number."""
     marks = {}
     for aspect in ASPECTS:
-        # "3. **Temporal Description**: 4/5", but neither "4.5" nor "4/10".
+        # This matches "3. **Temporal Description**: 4/5", but neither "4.5" nor "4/10".
         line = rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*(\d+)(?:\s*/\s*5\b)?(?![\d/]|\.\d)"
         found = re.findall(line, reply, re.MULTILINE | re.IGNORECASE)
         if len(found) != 1 or int(found[0]) > 5:
@@ -366,14 +355,24 @@ def read_marks(reply):
     return marks
 
 
+def mean_marks(judged):
+    """Returns {aspect or "Average": mean, or None without any marks}, and how many replies have no marks."""
+    marks = [line["marks"] for line in judged if line["marks"]]
+    means = dict.fromkeys((*ASPECTS, "Average"))
+    if marks:
+        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
+        means["Average"] = sum(means.values()) / len(ASPECTS)
+    return means, len(judged) - len(marks)
+
+
 # ---- a question of your own ----
 
 
 def ask(model, processor, media, question, objects=(), max_new_tokens=128):
     """Returns the model's answer to one question about a video or an image. Raises data.DataError.
 
-    media: a path. question: has one `<region>` for each object, in order. objects: a dict {frame index: mask} for
-    each object; the frame of an image is 0. A mask is an array (H, W), not 0 inside the object, or what a data file
+    media: a path. question: with one `<region>` for each object, in order. objects: for each a dict {frame
+    index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the object, or what a data file
     may have: RLE, or polygons in pixels of the frame (see box).
     """
     dataset = question_dataset(processor, media, question, objects)
@@ -384,7 +383,7 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128):
 
 
 def question_dataset(processor, media, question, objects):
-    """Returns the one sample that ask asks about, as a dataset."""
+    """Returns what ask asks, as a dataset of one sample."""
     annotation = []
     for frames in objects:
         annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in frames.items()})
@@ -403,24 +402,24 @@ def to_segmentation(mask):
 
 
 def box(x, y, w, h):
-    """Returns the polygon of a box: (x, y) is its upper left corner, (w, h) its size, in pixels of the frame."""
+    """Returns the polygon of a box with the upper left corner (x, y), in pixels of the frame."""
     data.expect(w > 0 and h > 0, "a box x,y,w,h of a size above 0", (w, h))
     left, top, right, bottom = map(float, (x, y, x + w, y + h))  # float: numpy's numbers are allowed
     return [left, top, right, top, right, bottom, left, bottom]
 
 
-# ---- A first reading may end here. What follows is armour: resumed runs, the judge's server, the options. ----
+# ---- the whole evaluation ----
 
 
 def evaluate(args):
-    """Runs --data or a benchmark: reads the questions, asks them (or reads the answers of --score), and scores."""
+    """Reads the questions of --data or of a benchmark, asks them, and scores the replies."""
     bench = args.bench_q or args.bench_d
     with first_on_this_machine():  # the first rank writes the index of the data file, the others read it
-        samples = open_bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
+        samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
     questions, keys = read_questions(samples, strict=not bench)
     if bench:
-        ids = [json.dumps(question["id"]) for question in questions]
-        check_once(ids, ids, bench)
+        with data.within(bench):
+            index_by_id(questions)  # predictions are told apart by their ids
     if args.score:
         os.makedirs(args.out, exist_ok=True)
         scores = {}
@@ -429,36 +428,27 @@ def evaluate(args):
         if rank() == 0:
             open_run(args)
         model, processor = load(args.model, args.device)
-        scores = {"mode": args.mode, "no_options": args.no_options}
-        if not bench:
+        if bench:
+            scores = {"mode": args.mode, "no_options": args.no_options}
+        else:
             scores = {"loss": mean_loss(model, processor, samples, args)}
         for control in ("none", *args.control):
             asked = {i: key for i, key in enumerate(keys) if control == "none" or questions[i]["regions"]}
             replies = answer_all(model, processor, samples, asked, control, args)
-            plain_name = "pred" if bench else "exact"
-            name = plain_name if control == "none" else control
+            name = {"none": "exact" if args.data else "pred"}.get(control, control)
             add_replies(questions, name, replies, strict=not bench)
     is_first = rank() == 0
-    if (
-        dist.is_initialized()
-    ):  # the other ranks end here: a judge may take longer than they can wait for rank 0
+    if dist.is_initialized():
+        # The other ranks end here, because a judge may take longer than they can wait for rank 0.
         dist.barrier()
         dist.destroy_process_group()
     if is_first:
         report(questions, scores, args)
 
 
-def open_bench(args):
-    to_turn = partial(bench_q_turn, no_options=args.no_options) if args.bench_q else bench_d_turn
-    single_frame = args.mode == "single" and not args.score  # --score reads no masks, so they may be missing
-    return Bench(args.bench_q or args.bench_d, to_turn, single_frame, args.media, args.outside_paths)
-
-
 def add_replies(questions, name, replies, strict):
-    """Gives each question its reply under name; for a DataError None, and the question's "error".
-
-    replies: {question index: text or DataError}. An error is raised if strict, or if there are only errors.
-    """
+    """Adds replies {question index: text or DataError} to the questions. An error becomes None and the
+    question's "error"; it is raised if strict, or if there are only errors."""
     errors = [reply for reply in replies.values() if isinstance(reply, data.DataError)]
     if errors and (strict or len(errors) == len(replies)):
         raise errors[0]
@@ -478,8 +468,10 @@ def report(questions, scores, args):
         scores["rows"], told = score_choices(questions)
         scores["replies"] = told
         print_table(scores["rows"])
-        line = f"replies that name a letter: {told['letter']}; an option's whole text: {told['text']}; "
-        print(line + f"neither, which is wrong: {told['none']}")
+        print(
+            f"replies that name a letter: {told['letter']}; an option's whole text: {told['text']};", end=" "
+        )
+        print(f"neither, which is wrong: {told['none']}")
     if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
         write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
     if args.bench_d:
@@ -491,18 +483,18 @@ def report(questions, scores, args):
     write_text(os.path.join(args.out, "scores.json"), json.dumps(scores, indent=2))
     if errors:
         fate = "wrong above" if args.bench_q else "not judged"
-        line = f"{len(errors)} of {len(questions)} questions could not be asked: {fate}; "
-        print(line + f"the first: {errors[0]}")
+        count = f"{len(errors)} of {len(questions)}"
+        print(f"{count} questions could not be asked: {fate}; the first: {errors[0]}")
 
+
+# ---- A first reading may end here. What follows is armour: resuming, the judge's server, the options. ----
 
 # ---- each question exactly once ----
 
 
 def open_run(args):
-    """Makes the folder OUT, or finds the one that the same command began. Raises SystemExit if OUT holds other things.
-
-    OUT/run.json tells: how questions are asked, and the sizes and times of the data files and the model's weights.
-    """
+    """Makes the folder OUT with run.json, which says what is asked, or finds that of the same command. Raises
+    SystemExit if OUT holds anything else."""
     run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
     weights = glob.glob(os.path.join(glob.escape(args.model), "*.safetensors"))
     for path in [*(args.data or [args.bench_q or args.bench_d]), *sorted(weights)]:
@@ -512,21 +504,18 @@ def open_run(args):
             os.mkdir(folder)
             write_jsonl(os.path.join(folder, "run.json"), [run])
     elif read_jsonl(os.path.join(args.out, "run.json")) != [run]:
-        raise SystemExit(
-            f"--out {args.out}: exists, but another command made it; name another folder, or remove it"
-        )
+        raise SystemExit(f"--out {args.out}: holds no run of this command; name another folder, or remove it")
 
 
 def answer_all(model, processor, samples, keys, control, args):
-    """Returns {question index: the model's answer, or a DataError} for keys {question index: (sample index, turn
-    index)}, the same on every rank.
+    """Asks the questions, keys {question index: (sample index, turn index)}. Returns {question index: answer,
+    or DataError of a bad sample}, the same on every rank.
 
-    Each rank asks its share of what OUT/parts does not hold yet, and appends every answer at once to a file that no
-    other process writes to. A DataError is not written: a resumed run asks again, the video may be there by then.
+    Each rank asks its share of what OUT/parts does not hold yet, and appends every answer at once to a file
+    of its own. A DataError is not written, so that a resumed run asks again: the video may be there by then.
     """
     parts = os.path.join(args.out, "parts")
-    # Rank 0 reads for all. Otherwise a slow rank would read what a fast one has written already, and they would
-    # disagree on what is left.
+    # Rank 0 reads for all ranks: a fast rank may write before a slow one has read.
     answers = gather(read_answers(parts, control) if rank() == 0 else None)[0]
     share = [i for i in keys if i not in answers][rank() :: world_size()]
     dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
@@ -541,19 +530,19 @@ def answer_all(model, processor, samples, keys, control, args):
             append_jsonl(path, {"question": i, "answer": answer})
     for answers_of_rank in gather(new_answers):
         answers |= answers_of_rank
-    check_once(list(answers), keys, parts)
-    return dict(sorted(answers.items()))
+    assert answers.keys() == keys.keys(), f"{len(answers)} answers to {len(keys)} questions in {parts}"
+    return answers
 
 
 def read_answers(parts, control):
-    """Returns {question index: answer} from all files in the folder parts. Two runs at once may both have answered a
-    question; raises data.DataError if their answers differ."""
+    """Returns {question index: answer} from all files in the folder. Raises data.DataError if two answers to
+    a question differ, which can happen when two runs write there at once."""
     answers = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(parts), f"{control}-*.jsonl"))):
         for line in read_jsonl(path):
             i, answer = line["question"], line["answer"]
             if answers.setdefault(i, answer) != answer:
-                found = f"{data.shorten(answers[i])} and {data.shorten(answer)}"
+                found = f"{answers[i]!r} and {answer!r}"
                 raise data.DataError(f"expected one answer to question {i}, found {found}", path)
     return answers
 
@@ -566,33 +555,35 @@ def gather(value):
     return values
 
 
-def check_once(found, expected, place):
-    """Raises data.DataError unless found holds each of expected exactly once, and nothing else."""
-    counts, expected = Counter(found), dict.fromkeys(expected)
-    faults = [f"question {key} {counts[key]} times" for key in expected if counts[key] != 1]
-    faults += [f"unknown {key} {counts[key]} times" for key in counts if key not in expected]
-    if faults:
-        reason = f"expected each of {len(expected)} questions exactly once, found {len(faults)} faults"
-        raise data.DataError(f"{reason}: {', '.join(faults[:3])}", place)
+def index_by_id(questions):
+    """Returns {id as JSON text: question index}. Raises data.DataError if an id occurs twice."""
+    index = {}
+    for i, question in enumerate(questions):
+        id = json.dumps(question["id"])  # as text, because an id may be a list
+        data.expect(id not in index, "each id once", question["id"])
+        index[id] = i
+    return index
 
 
 def read_predictions(path, questions):
-    """Reads lines {"id": ..., "pred": text}, one for each question. Returns {question index: text or DataError}."""
-    lines = data.read_samples(path)
-    found, replies = [], {}
-    for i in range(len(lines)):
-        line, place, *_ = lines.read(i)
+    """Reads {"id": ..., "pred": text}, one for each question. Returns {question index: text or DataError}."""
+    lines, index, replies = data.read_samples(path), index_by_id(questions), {}
+    for line_index in range(len(lines)):
+        line, place, *_ = lines.read(line_index)
         with data.within(*place):
             is_prediction = isinstance(line, dict) and "id" in line and "pred" in line
             data.expect(is_prediction, 'an object with "id" and "pred"', line)
-        reply = line["pred"]
-        if not isinstance(reply, str):
-            reply = data.DataError(str(line.get("error", "its pred is not a text")))
-        found.append(json.dumps(line["id"]))
-        replies[found[-1]] = reply
-    ids = [json.dumps(question["id"]) for question in questions]
-    check_once(found, ids, path)
-    return {i: replies[id] for i, id in enumerate(ids)}
+            i = index.get(json.dumps(line["id"]))
+            data.expect(i is not None and i not in replies, "the id of a question, each once", line["id"])
+        replies[i] = line["pred"]
+        if not isinstance(line["pred"], str):
+            replies[i] = data.DataError(str(line.get("error", "its pred is not a text")))
+    missing = [question["id"] for i, question in enumerate(questions) if i not in replies]
+    with data.within(path):
+        data.expect(
+            not missing, f"a prediction for each of {len(questions)} questions", f"none for {missing}"
+        )
+    return replies
 
 
 def write_jsonl(path, lines):
@@ -610,44 +601,35 @@ RETRIES, JUDGE_TIMEOUT = 5, 120  # seconds
 
 
 def judge(lines, args):
-    """Has each description judged, prints the mean marks, and returns what scores.json says of them.
+    """Has descriptions judged, prints the mean marks, and returns what scores.json says of them.
 
-    Each reply becomes a line of OUT/judged.jsonl at once, and is not asked for again. Raises data.DataError if that
-    file holds marks of other predictions, or of another judge or prompt.
+    Each reply becomes a line of OUT/judged.jsonl at once, and is not asked for again. Raises data.DataError
+    if that file holds marks of other predictions, or of another judge or prompt.
     """
-    system = JUDGE_PROMPT
+    system, source = JUDGE_PROMPT, "the prompt in eval.py, not the published one"
     if args.judge_prompt:
         with open(args.judge_prompt) as file:
-            system = file.read()
+            system, source = file.read(), args.judge_prompt
     setting = {"judge": args.judge_model, "prompt": hashlib.sha256(system.encode()).hexdigest()[:12]}
-    wanted = {}
-    for line in lines:
-        fields = {name: line.get(name) for name in ("id", "video", "caption", "pred")}
-        wanted[json.dumps(line["id"])] = fields | setting
     path = os.path.join(args.out, "judged.jsonl")
-    judged = read_jsonl(path)
-    for line in judged:
-        is_same = wanted.get(json.dumps(line["id"]), {}).items() <= line.items()
-        data.expect(is_same, f"in {path} only what this judge said of these predictions", line)
-    write_jsonl(path, judged)  # removes what a kill may have left of a last line
-    known = {json.dumps(line["id"]) for line in judged}
-    for id in tqdm([id for id in wanted if id not in known], unit="reply", leave=False):
+    wanted, judged = {}, {}
+    for id, i in index_by_id(lines).items():
+        wanted[id] = {name: lines[i].get(name) for name in ("id", "video", "caption", "pred")} | setting
+    for line in read_jsonl(path):
+        id = json.dumps(line["id"])
+        is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
+        data.expect(is_known, f"in {path} only what this judge said of these predictions, each once", line)
+        judged[id] = line
+    write_jsonl(path, judged.values())  # removes what a kill may have left of a last line
+    for id in tqdm([id for id in wanted if id not in judged], unit="reply", leave=False):
         texts = f"##Correct answer: {wanted[id]['caption']}\n##Predicted answer: {wanted[id]['pred']}\n"
         reply, model = chat(args, system, texts)
-        judged.append(wanted[id] | {"model": model, "reply": reply, "marks": read_marks(reply)})
-        append_jsonl(path, judged[-1])
-    check_once([json.dumps(line["id"]) for line in judged], wanted, path)
-
-    marks = [line["marks"] for line in judged if line["marks"]]
-    failed = len(judged) - len(marks)
-    means = dict.fromkeys((*ASPECTS, "Average"))
-    if marks:
-        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
-        means["Average"] = sum(means.values()) / len(ASPECTS)
-    names = sorted({str(line["model"]) for line in judged})
-    source = args.judge_prompt or "the prompt in eval.py, not the published one"
-    line = f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; "
-    print(line + f"prompt {setting['prompt']} ({source})")
+        judged[id] = wanted[id] | {"model": model, "reply": reply, "marks": read_marks(reply)}
+        append_jsonl(path, judged[id])
+    names = sorted({str(line["model"]) for line in judged.values()})
+    means, failed = mean_marks(judged.values())
+    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; ", end="")
+    print(f"prompt {setting['prompt']} ({source})")
     for aspect, mean in means.items():
         print(f"{aspect:26}{'-' if mean is None else f'{mean:.2f}':>6}")
     print(f"{len(judged)} replies, {failed} of them without four scores: left out of the means")
@@ -657,8 +639,7 @@ def judge(lines, args):
 def chat(args, system, user):
     """Asks the chat-completions server of --judge. Returns (its reply, the model it says it is).
 
-    Faults that may pass, such as a busy server, are retried. Others, such as a wrong key, and the last retry raise
-    SystemExit.
+    Faults that may pass, such as a busy server, are retried; others, such as a wrong key, raise SystemExit.
     """
     url = args.judge.rstrip("/") + "/chat/completions"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -694,7 +675,7 @@ def run_ask(args):
     if args.preview:
         dataset = question_dataset(processor, args.video, args.ask, objects)
         frames = {frame for frames in objects for frame in frames}
-        picture = data.preview(dataset, [0], frames_shown=len(frames), panel_height=min(info.height, 480))
+        picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(info.height, 480))
         with data.atomic_write(args.preview) as path:
             picture.save(path, "PNG")
     print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens))
@@ -703,53 +684,50 @@ def run_ask(args):
 class Pointing(argparse.Action):
     """Appends (option, value) to args.pointed: the order of --frame, --object and the masks matters."""
 
-    def __call__(self, parser, namespace, text, option_string=None):
-        option = self.option_strings[0].removeprefix("--")
+    def __call__(self, parser, args, text, option_string=None):
+        option = self.option_strings[0]
         try:
-            value = read_pointing(option, text)
+            args.pointed = [*args.pointed, (option, read_pointing(option, text))]
         except ValueError:
             raise argparse.ArgumentError(self, f"invalid {self.metavar} value: {text!r}") from None
-        namespace.pointed = [*namespace.pointed, (option, value)]
 
 
 def read_pointing(option, text):
-    """Returns the value of an option that points at an object. Raises ValueError for a text of another form."""
-    if option == "object":
+    if option == "--object":
         return None
-    if option == "frame":
+    if option == "--frame":
         return int(text)
-    if option == "mask":
+    if option == "--mask":
         return np.asarray(Image.open(text).convert("L"))
     numbers = [float(number) for number in text.split(",")]
-    if option == "polygon":
+    if option == "--polygon":
         return numbers
     x, y, w, h = numbers
     return box(x, y, w, h)
 
 
 def read_objects(pointed, info):
-    """Returns objects as ask takes them. A mask lies on the --frame named last; --object begins the next object.
-
-    pointed: [(option, value)] in the order given. info: the data.MediaInfo of the video or image.
-    """
-    objects, named, frame = [{}], set(), 0 if info.is_image else None
+    """Returns objects as ask takes them, of args.pointed and a data.MediaInfo. A mask lies on the --frame
+    named last; --object begins the next object."""
+    objects, frames_named, frame = [{}], set(), 0 if info.is_image else None
     for option, value in pointed:
-        if option == "object":
+        if option == "--object":
             objects.append({})
-        elif option == "frame":
+            continue
+        if option == "--frame":
             frame = value
-            named.add(frame)
-        else:
-            data.expect(frame is not None, "--frame before the first mask of a video", f"--{option}")
-            is_new = frame not in objects[-1]
-            data.expect(is_new, "one mask a frame (--object begins the next object)", f"two on frame {frame}")
-            if option != "mask":
-                in_width = all(0 <= x <= info.width for x in value[0::2])
-                in_height = all(0 <= y <= info.height for y in value[1::2])
-                inside = f"--{option} inside the picture, {info.width}x{info.height} (width x height)"
-                data.expect(in_width and in_height, inside, value)
-            objects[-1][frame] = value
-    unused = sorted(named.difference(*objects))
+            frames_named.add(frame)
+            continue
+        data.expect(frame is not None, "--frame before the first mask of a video", option)
+        again = frame in objects[-1]
+        data.expect(not again, "one mask a frame (--object begins the next object)", f"two on frame {frame}")
+        if option != "--mask":
+            in_width = all(0 <= x <= info.width for x in value[0::2])
+            in_height = all(0 <= y <= info.height for y in value[1::2])
+            picture = f"the picture, {info.width}x{info.height} (width x height)"
+            data.expect(in_width and in_height, f"{option} inside {picture}", value)
+        objects[-1][frame] = value
+    unused = sorted(frames_named.difference(*objects))
     data.expect(not unused, "a mask (--box, --polygon or --mask) after each --frame", f"none on {unused}")
     return [frames for frames in objects if frames]
 
@@ -776,12 +754,9 @@ def parse(argv=None):
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
-    controls = ("full", "shuffle")
+    controls, modes = ("full", "shuffle"), ("single", "multi")
     add("--control", nargs="+", choices=controls, default=[], help="ask --data again with other masks")
-    modes = ("single", "multi")
-    add(
-        "--mode", choices=modes, default="single", help="masks of a benchmark: on the published frame, or all"
-    )
+    add("--mode", choices=modes, default="single", help="benchmarks: masks on the published frame, or on all")
     add("--no-options", action="store_true", help="--bench-q: ask without options; an option's text is right")
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
     add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
@@ -802,7 +777,7 @@ def parse(argv=None):
         (asks and not args.video, "--ask: --video or --image is missing"),
         (
             not asks and (args.pointed or args.preview or args.video),
-            "--video, masks, --preview go with --ask",
+            "--video, masks, --preview: go with --ask",
         ),
     ):
         if is_wrong:

@@ -45,17 +45,17 @@ OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A d
         ("(B) Licking its nose. The answer is (B)", "B"), ("(D) A dog", "D"), ("(B) I see a dog", "B"),
         ("(c) Vitamin C", "C"),
         ("**B**", "B"), ("**B.** Running", "B"), ("**B. Licking its nose**", "B"), ("**(B)** Licking", "B"),
-        ("The answer is **B**.", "B"), ("**Answer:** (B)", "B"), ("**Answer: B**", "B"), ("**C**\n\nIt is.", "C"),
-        (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"), (r"The answer is \boxed{\text{B}}.", "B"), (r"\boxed{(b)}", "B"),
-        (r"\boxed{B. Licking its nose}", "B"), ("**(C) Vitamin C**", "C"),
+        ("The answer is **B**.", "B"), ("**Answer:** (B)", "B"), ("**Answer: B**", "B"),
+        ("**C**\n\nIt is.", "C"), ("**(C) Vitamin C**", "C"), (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"),
+        (r"The answer is \boxed{\text{B}}.", "B"), (r"\boxed{(b)}", "B"), (r"\boxed{B. Licking its nose}", "B"),
         ("", None), ("   ", None), ("A dog runs", None), ("a dog runs", None), ("E", None),
         ("(E) Eating", None),
         ("The answer is a dog that runs", None), ("A or B", None), ("(A) or (B)", None), ("A, B", None),
         ("AB", None), ("A B", None), ("A. B.", None), ("A\nB", None), ("(A) and B)", None),
         ("Because of (A)", None), ("I think it is B", None), ("Bees", None), ("(Both)", None),
         ("B is right", None), ("A.M.", None), ("answer", None), ("()", None), ("ÄA", None),
-        ("(A)sleep", None), ("**A** dog runs", None), ("**A** or **B**", None), ("**A**sleep", None), ("**E**", None),
-        (r"\boxed{A} or \boxed{B}", None), (r"\boxed{A dog runs}", None), (r"\boxed{}", None), ("****", None),
+        ("(A)sleep", None), ("**A** dog runs", None), ("**A** or **B**", None), ("**A**sleep", None),
+        ("**E**", None), (r"\boxed{A} or \boxed{B}", None), (r"\boxed{A dog runs}", None), (r"\boxed{}", None), ("****", None),
     ],
 )  # fmt: skip
 def test_a_letter_is_read_strictly(reply, letter):
@@ -114,20 +114,35 @@ def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     ]
     assert "name a letter: 3; an option's whole text: 1; neither, which is wrong: 1" in " ".join(rows[4])
     for change, complaint in (
-        (replies | {9: "A"}, "unknown 9 1 times"),
-        ({i: reply for i, reply in replies.items() if i != 12}, "question 12 0 times"),
+        (replies | {9: "A"}, "p.jsonl: sample 5 (id 9): expected the id of a question, each once"),
+        (
+            {i: reply for i, reply in replies.items() if i != 12},
+            "p.jsonl: expected a prediction for each of 5 questions, found 'none for [12]'",
+        ),
     ):
         (tmp_path / "p.jsonl").write_text(
             "".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in change.items())
         )
-        with pytest.raises(data.DataError, match="exactly once") as error:
+        with pytest.raises(data.DataError) as error:
             evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
         assert complaint in str(error.value)
     (tmp_path / "p.jsonl").write_text(
         "".join(json.dumps({"id": i, "pred": "A"}) + "\n" for i in (10, 11, 12, 13, 14, 12))
     )
-    with pytest.raises(data.DataError, match="question 12 2 times"):
+    with pytest.raises(data.DataError, match=r"sample 5 \(id 12\): expected the id of a question, each once"):
         evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+
+
+def test_a_benchmark_whose_ids_repeat_is_refused(tmp_path):
+    """Predictions name a question by its id."""
+    box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
+    entry = {"video": "a.mp4", "caption": "It runs.", "frame_idx": "5", "annotation": box}
+    (tmp_path / "d.json").write_text(json.dumps([entry | {"id": id} for id in (3, 4, 3)]))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"id": id, "pred": "It sits."}) + "\n" for id in (3, 4))
+    )
+    with pytest.raises(data.DataError, match=r"d.json: expected each id once, found 3"):
+        evaluation.main(["--bench-d", str(tmp_path / "d.json"), "--score", str(tmp_path / "p.jsonl")])
 
 
 def test_the_published_prompt_word_for_word(tmp_path):
@@ -158,7 +173,7 @@ def test_the_published_prompt_word_for_word(tmp_path):
             "score": None,
             "outside_paths": False,
         }
-        sample = evaluation.open_bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
+        sample = evaluation.Bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
         return sample.turns[0], [sorted(frames) for frames in sample.objects]
 
     text = "Is <object0>[<region>] near <object1>[<region>]? (A) Yes (B) No. "
@@ -425,8 +440,8 @@ def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_pat
     )
     arguments = ["--bench-q", str(tmp_path / "q.json"), "--score", "p.jsonl"]
     with pytest.raises(data.DataError, match="inside the media folder"):
-        evaluation.open_bench(evaluation.parse(arguments))[0]
-    samples = evaluation.open_bench(evaluation.parse([*arguments, "--outside-paths"]))
+        evaluation.Bench(evaluation.parse(arguments))[0]
+    samples = evaluation.Bench(evaluation.parse([*arguments, "--outside-paths"]))
     assert pickle.loads(pickle.dumps(samples))[0] == samples[0]
 
 
@@ -912,7 +927,7 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     objects = [{3: evaluation.box(10, 20, 30, 40), 0: [10, 20, 50, 20, 50, 60]}, {3: mask}]
     answer = evaluation.ask(*loaded, video, "Is <region> near <region>?", objects, max_new_tokens=6)
     assert answer and output.rstrip().endswith(answer)
-    # The same objects in a data file: the preview shows its frames, one beside the other, as python data.py would.
+    # The preview shows what python data.py shows of the same objects in a data file.
     turns = [{"from": "human", "value": question[1]}, {"from": "gpt", "value": "-"}]
     masks = [
         {str(f): {"segmentation": m} for f, m in frames.items()} for frames in (objects[0], {3: rle(mask)})
