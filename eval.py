@@ -501,7 +501,7 @@ def open_run(args):
         run[os.path.abspath(path)] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     if not os.path.exists(args.out) or os.path.isdir(args.out) and not os.listdir(args.out):
         with data.atomic_write(args.out) as folder:
-            os.mkdir(folder)
+            os.makedirs(folder)
             write_jsonl(os.path.join(folder, "run.json"), [run])
     elif read_jsonl(os.path.join(args.out, "run.json")) != [run]:
         raise SystemExit(f"--out {args.out}: holds no run of this command; name another folder, or remove it")
@@ -676,8 +676,7 @@ def run_ask(args):
         dataset = question_dataset(processor, args.video, args.ask, objects)
         frames = {frame for frames in objects for frame in frames}
         picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(info.height, 480))
-        with data.atomic_write(args.preview) as path:
-            picture.save(path, "PNG")
+        data.save_picture(picture, args.preview)
     print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens))
 
 

@@ -47,7 +47,8 @@ OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A d
         ("**B**", "B"), ("**B.** Running", "B"), ("**B. Licking its nose**", "B"), ("**(B)** Licking", "B"),
         ("The answer is **B**.", "B"), ("**Answer:** (B)", "B"), ("**Answer: B**", "B"),
         ("**C**\n\nIt is.", "C"), ("**(C) Vitamin C**", "C"), (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"),
-        (r"The answer is \boxed{\text{B}}.", "B"), (r"\boxed{(b)}", "B"), (r"\boxed{B. Licking its nose}", "B"),
+        (r"The answer is \boxed{\text{B}}.", "B"), (r"\boxed{(b)}", "B"),
+        (r"\boxed{B. Licking its nose}", "B"),
         ("", None), ("   ", None), ("A dog runs", None), ("a dog runs", None), ("E", None),
         ("(E) Eating", None),
         ("The answer is a dog that runs", None), ("A or B", None), ("(A) or (B)", None), ("A, B", None),
@@ -55,7 +56,9 @@ OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A d
         ("Because of (A)", None), ("I think it is B", None), ("Bees", None), ("(Both)", None),
         ("B is right", None), ("A.M.", None), ("answer", None), ("()", None), ("ÄA", None),
         ("(A)sleep", None), ("**A** dog runs", None), ("**A** or **B**", None), ("**A**sleep", None),
-        ("**E**", None), (r"\boxed{A} or \boxed{B}", None), (r"\boxed{A dog runs}", None), (r"\boxed{}", None), ("****", None),
+        ("**E**", None), (r"\boxed{A} or \boxed{B}", None), (r"\boxed{A dog runs}", None),
+        (r"\boxed{}", None),
+        ("****", None),
     ],
 )  # fmt: skip
 def test_a_letter_is_read_strictly(reply, letter):
@@ -664,7 +667,7 @@ def test_controls_replace_the_masks_of_all_questions_about_regions(
         sample(1, turns[:1], []),
     ]
     (world / "uneven.json").write_text(json.dumps(samples))
-    options = ("--batch-size", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out")
+    options = ("--batch-size", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "runs" / "1")
     arguments = (
         "--model",
         checkpoint,
@@ -676,13 +679,13 @@ def test_controls_replace_the_masks_of_all_questions_about_regions(
         *options,
     )
     evaluation.main([str(a) for a in arguments])
-    predictions = lines(tmp_path / "out" / "predictions.jsonl")
+    predictions = lines(tmp_path / "runs" / "1" / "predictions.jsonl")
     said = [[p.get(name) for p in predictions] for name in ("exact", "full", "shuffle")]
     assert said[0] == ["none", "0.50", "0.50", "0.25", "none"]
     assert said[1] == [None, "1.00", "1.00", "1.00", None]
     assert said[2] == [None, "0.25", "0.25", "0.50", None]
     # The constant answer is chosen apart for questions of a type with regions ("0.50") and without ("none").
-    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "runs" / "1" / "scores.json").read_text())["rows"]
     right = {
         row: [counts[name]["right"] for name in ("exact", "full", "shuffle", "constant")]
         for row, counts in rows.items()
