@@ -94,7 +94,7 @@ def shorten(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# ---------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 
 
 @dataclass(frozen=True)
@@ -154,113 +154,7 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
 
 
-def _parse_media(entry, media_folder, outside_paths):
-    given = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
-    expect(len(given) <= 1, "a video or an image, not both", given)
-    if not given:
-        return None
-    ((key, name),) = given.items()
-    if isinstance(name, list) and len(name) == 1:  # the later published files write ["a.mp4"]
-        name = name[0]
-    valid = isinstance(name, str) and name and "\0" not in name and not LONE_SURROGATE.search(name)
-    expect(valid, f"{key}: one path", name)
-    # An image may stand under "video", as in the published format's own example, but not the other way round.
-    expect(
-        key == "video" or _is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
-    )
-    inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
-    expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
-    return os.path.join(media_folder, name)
-
-
-def _is_image_path(path):
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
-
-
-def _parse_turns(conversations, has_media):
-    """The turns as (question, answer) pairs; the first question gets a media tag if it has none."""
-    expect(isinstance(conversations, list) and conversations, "a list of turns", conversations)
-    turns = []
-    for i, turn in enumerate(conversations):
-        with within(f"turn {i}"):
-            expect(isinstance(turn, dict), "an object with from and value", turn)
-            speaker, value = turn.get("from"), turn.get("value")
-            expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
-            expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
-            expect(
-                not LONE_SURROGATE.search(value), "value: characters, not halves of surrogate pairs", value
-            )
-            turns.append((i, speaker, value))
-    while turns and turns[0][1] == "gpt":  # an answer without a question teaches nothing
-        turns.pop(0)
-    expect(
-        len(turns) >= 2,
-        "a human turn with its gpt answer, so that there is a supervised token",
-        conversations,
-    )
-    questions, answers = [], []
-    for position, (i, speaker, value) in enumerate(turns):
-        expected_speaker, texts = ("gpt", answers) if position % 2 else ("human", questions)
-        expect(speaker == expected_speaker, f"human and gpt in turn, {expected_speaker} as turn {i}", speaker)
-        expect(
-            position == 0 or not MEDIA_TAG.search(value), "a media tag only in the first human turn", value
-        )
-        if speaker == "gpt":
-            expect(
-                REGION_TAG not in value, f"no {REGION_TAG} in an answer, as a model cannot write one", value
-            )
-        texts.append(value)
-    expect(len(questions) == len(answers), "a gpt answer to the last human turn", questions[-1])
-    tags = len(MEDIA_TAG.findall(questions[0]))
-    expect(tags <= 1, "one media tag", questions[0])
-    expect(has_media or not tags, "a video or image key for the media tag", questions[0])
-    if has_media and not tags:
-        questions[0] = "<video>\n" + questions[0]
-    return list(zip(questions, answers))
-
-
-def _parse_objects(entry, is_image):
-    """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}].
-
-    In an image, an object under `masks` may also be its SEG itself.
-    """
-    keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
-    expect(len(keys) <= 1, "annotation or masks, not both", keys)
-    if not keys:
-        return []
-    with within(keys[0]):
-        listed = entry[keys[0]]
-        expect(isinstance(listed, list), "a list with one entry an object", listed)
-        objects = []
-        for i, masks in enumerate(listed):
-            with within(f"object {i}"):
-                is_segmentation = isinstance(masks, list) or (isinstance(masks, dict) and "counts" in masks)
-                if is_image and keys[0] == "masks" and is_segmentation:
-                    masks = {"0": masks}
-                expect(isinstance(masks, dict), "frame index -> mask", masks)
-                objects.append(_parse_masks(masks, has_segmentation_key=keys[0] == "annotation"))
-    return objects
-
-
-def _parse_masks(masks, has_segmentation_key):
-    """{"36": ...} -> {36: segmentation} of one object; it is hidden where the mask is null or absent."""
-    seen, visible = set(), {}
-    for key, mask in masks.items():
-        with within(f"frame {key[:20]!r}"):
-            expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
-            frame = int(key)
-            expect(frame not in seen, "each frame once", key)
-            seen.add(frame)
-            if has_segmentation_key and mask is not None:
-                expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
-                mask = mask.get("segmentation")
-            if mask is not None:
-                visible[frame] = mask
-    expect(visible, "a mask on at least one frame", sorted(masks))
-    return visible
-
-
-# ---------------------------------------------------------------------------------------------- masks
+# ---- masks ----
 
 
 def decode_mask(segmentation, height, width):
@@ -325,7 +219,7 @@ def mask_box(mask):
     return *center, (right - left) / width, (bottom - top) / height
 
 
-# ---------------------------------------------------------------------------------------------- text and tokens
+# ---- text and tokens ----
 
 
 @dataclass(frozen=True)
@@ -385,6 +279,7 @@ class Processor:
     @classmethod
     def from_pretrained(cls, path, settings):
         """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
+        config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Older checkpoints keep the template that knows images and videos in a file of its own.
         template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
@@ -393,7 +288,7 @@ class Processor:
                 tokenizer.chat_template = json.load(file)["chat_template"]
         # Both families use this class; AutoImageProcessor may choose one that needs torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        return cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
+        return cls(tokenizer, image_processor, config, settings)
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
@@ -516,7 +411,7 @@ class Processor:
         return parts
 
 
-# ---------------------------------------------------------------------------------------------- encoded samples
+# ---- encoded samples ----
 
 
 class ReferringDataset(Dataset):
@@ -688,24 +583,13 @@ EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE
 EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
 
 
-def _decode_masks(segmentations, frames, size, info):
-    """{frame: segmentation} -> {frame: uint8 (H, W)} for these frames. size: (height, width) of polygons."""
-    masks = {}
-    for frame in frames:
-        with within(f"frame {frame}"):
-            in_video = frame < info.num_frames
-            expect(in_video, f"a frame index below {info.num_frames}, the number of frames", frame)
-            masks[frame] = decode_mask(segmentations[frame], *size)
-    return masks
-
-
 def evenly(items, count):
     """At most count of the items (a sequence, not empty), evenly spread, the first and the last among
     them."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ---- batches ----
 
 
 def collate(samples, pad_token_id, pad_left=False):
@@ -789,11 +673,127 @@ def to_device(batch, device):
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-# ---------------------------------------------------------------------------------------------- end of a first reading
-#
-# A first reading may end here: the above is how a sample becomes part of a batch. What follows keeps it right
-# on real data (checks of masks, the index of a data file, the inside of a video file, time-outs, whole
-# writes) and shows it (the preview, the checker).
+# ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----
+
+
+# ---- checks of a sample and its masks ----
+
+
+def _parse_media(entry, media_folder, outside_paths):
+    given = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
+    expect(len(given) <= 1, "a video or an image, not both", given)
+    if not given:
+        return None
+    ((key, name),) = given.items()
+    if isinstance(name, list) and len(name) == 1:  # the later published files write ["a.mp4"]
+        name = name[0]
+    valid = isinstance(name, str) and name and "\0" not in name and not LONE_SURROGATE.search(name)
+    expect(valid, f"{key}: one path", name)
+    # An image may stand under "video", as in the published format's own example, but not the other way round.
+    expect(
+        key == "video" or _is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
+    )
+    inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
+    expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
+    return os.path.join(media_folder, name)
+
+
+def _is_image_path(path):
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _parse_turns(conversations, has_media):
+    """The turns as (question, answer) pairs; the first question gets a media tag if it has none."""
+    expect(isinstance(conversations, list) and conversations, "a list of turns", conversations)
+    turns = []
+    for i, turn in enumerate(conversations):
+        with within(f"turn {i}"):
+            expect(isinstance(turn, dict), "an object with from and value", turn)
+            speaker, value = turn.get("from"), turn.get("value")
+            expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
+            expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
+            expect(
+                not LONE_SURROGATE.search(value), "value: characters, not halves of surrogate pairs", value
+            )
+            turns.append((i, speaker, value))
+    while turns and turns[0][1] == "gpt":  # an answer without a question teaches nothing
+        turns.pop(0)
+    expect(
+        len(turns) >= 2,
+        "a human turn with its gpt answer, so that there is a supervised token",
+        conversations,
+    )
+    questions, answers = [], []
+    for position, (i, speaker, value) in enumerate(turns):
+        expected_speaker, texts = ("gpt", answers) if position % 2 else ("human", questions)
+        expect(speaker == expected_speaker, f"human and gpt in turn, {expected_speaker} as turn {i}", speaker)
+        expect(
+            position == 0 or not MEDIA_TAG.search(value), "a media tag only in the first human turn", value
+        )
+        if speaker == "gpt":
+            expect(
+                REGION_TAG not in value, f"no {REGION_TAG} in an answer, as a model cannot write one", value
+            )
+        texts.append(value)
+    expect(len(questions) == len(answers), "a gpt answer to the last human turn", questions[-1])
+    tags = len(MEDIA_TAG.findall(questions[0]))
+    expect(tags <= 1, "one media tag", questions[0])
+    expect(has_media or not tags, "a video or image key for the media tag", questions[0])
+    if has_media and not tags:
+        questions[0] = "<video>\n" + questions[0]
+    return list(zip(questions, answers))
+
+
+def _parse_objects(entry, is_image):
+    """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}].
+
+    In an image, an object under `masks` may also be its SEG itself.
+    """
+    keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
+    expect(len(keys) <= 1, "annotation or masks, not both", keys)
+    if not keys:
+        return []
+    with within(keys[0]):
+        listed = entry[keys[0]]
+        expect(isinstance(listed, list), "a list with one entry an object", listed)
+        objects = []
+        for i, masks in enumerate(listed):
+            with within(f"object {i}"):
+                is_segmentation = isinstance(masks, list) or (isinstance(masks, dict) and "counts" in masks)
+                if is_image and keys[0] == "masks" and is_segmentation:
+                    masks = {"0": masks}
+                expect(isinstance(masks, dict), "frame index -> mask", masks)
+                objects.append(_parse_masks(masks, has_segmentation_key=keys[0] == "annotation"))
+    return objects
+
+
+def _parse_masks(masks, has_segmentation_key):
+    """{"36": ...} -> {36: segmentation} of one object; it is hidden where the mask is null or absent."""
+    seen, visible = set(), {}
+    for key, mask in masks.items():
+        with within(f"frame {key[:20]!r}"):
+            expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
+            frame = int(key)
+            expect(frame not in seen, "each frame once", key)
+            seen.add(frame)
+            if has_segmentation_key and mask is not None:
+                expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
+                mask = mask.get("segmentation")
+            if mask is not None:
+                visible[frame] = mask
+    expect(visible, "a mask on at least one frame", sorted(masks))
+    return visible
+
+
+def _decode_masks(segmentations, frames, size, info):
+    """{frame: segmentation} -> {frame: uint8 (H, W)} for these frames. size: (height, width) of polygons."""
+    masks = {}
+    for frame in frames:
+        with within(f"frame {frame}"):
+            in_video = frame < info.num_frames
+            expect(in_video, f"a frame index below {info.num_frames}, the number of frames", frame)
+            masks[frame] = decode_mask(segmentations[frame], *size)
+    return masks
 
 
 def check_segmentation(segmentation):
@@ -866,7 +866,7 @@ def _check_same_shape(size, frame_size, name):
     expect(same, f"a {name} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
 
 
-# ---------------------------------------------------------------------------------------------- reading and writing
+# ---- reading and writing ----
 
 
 class FrameCache:
@@ -972,7 +972,7 @@ def sample_texts(samples, limit=10_000):
                 yield from turn
 
 
-# ---------------------------------------------------------------------------------------------- the index of a data file
+# ---- the index of a data file ----
 
 
 class Samples:
@@ -1168,7 +1168,7 @@ def _syntax_error(text, start, byte, reason):
     return DataError(f"line {line}, column {column}: {reason}")
 
 
-# ---------------------------------------------------------------------------------------------- the inside of a media file
+# ---- the inside of a media file ----
 
 # Demuxers that may open a file. Of FFmpeg's others one draws a .txt as a film of letters; playlists fetch
 # URLs.
@@ -1528,7 +1528,7 @@ def _to_rgb(frame, reformatter):
     return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
 
 
-# ---------------------------------------------------------------------------------------------- the preview
+# ---- the preview ----
 
 COLOURS = [(255, 80, 60), (60, 200, 90), (70, 130, 255), (255, 200, 40), (220, 80, 230), (40, 210, 220)]
 PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
@@ -1645,7 +1645,7 @@ def save_picture(image, path):
         image.save(temporary, "PNG", optimize=True)
 
 
-# ---------------------------------------------------------------------------------------------- python data.py FILE
+# ---- python data.py FILE ----
 
 
 class CheckedDataset(ReferringDataset):
@@ -1714,7 +1714,7 @@ class Findings:
     def add_problem(self, error):
         reason, *places = error.args
         # Problems are of one kind if they are alike up to numbers, file names and what was found.
-        kind = re.sub(r"\S*/\S*|\d+", "#", ": ".join((*places[2:], reason.split(", found")[0])))
+        kind = re.sub(r"\S*/\S*|\S+\.\w+|\d+", "#", ": ".join((*places[2:], reason.split(", found")[0])))
         group = self.problems.setdefault(kind, [0, []])
         group[0] += 1
         if len(group[1]) < 3:
