@@ -1216,8 +1216,7 @@ def open_media(path):
     found = None
     try:
         if path.is_dir():
-            names = [file.name for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-            names = [name for name in names if not name.startswith(".")]
+            names = [name for name in os.listdir(path) if is_image_path(name) and not name.startswith(".")]
             if names:
                 return Images(path, sorted(names, key=_natural_order), is_image=False)
             found = "none in it"
@@ -1225,7 +1224,7 @@ def open_media(path):
             found = "no such file"
         elif path.stat().st_size == 0:
             found = "an empty one"
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif is_image_path(path):
             return Images(path.parent, [path.name], is_image=True)
         else:
             return Video(path)
