@@ -257,13 +257,13 @@ def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypa
         "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}],
     }
     never, _ = os.pipe()
-    real, opened = data.media_info, []
+    real, opened = data.open_media, []
 
-    def media_info(path):
+    def open_media(path):
         opened.append(path)
         return os.read(never, 1) if path.endswith("clip") else real(path)  # blocks in C, as a decoder does
 
-    monkeypatch.setattr(data, "media_info", media_info)
+    monkeypatch.setattr(data, "open_media", open_media)
     dataset = data.ReferringDataset(
         data.read_samples(write(folder, [good(), plain, good()])), processor, timeout=1.0
     )
@@ -362,6 +362,10 @@ BAD_SAMPLES = {
     "two media tags": (spoil([C, 0, "value"], "<video><image><region>"), "one media tag"),
     "tag without media": (spoil(["video"], ...), "key for the media tag"),
     "video and image": (spoil(["image"], "a.png"), "not both"),
+    "a video under image": (
+        lambda e: e.update(image=e.pop("video") + ".mp4"),
+        r"image: a file in .*\.png.*, found 'clip.mp4'",
+    ),
     "video of another type": (spoil(["video"], 5), "video: one path, found 5"),
     "several videos": (spoil(["video"], ["a", "b"]), "video: one path"),
     "both mask keys": (spoil(["masks"], []), "annotation or masks, not both"),

@@ -2,6 +2,7 @@
 what regions add."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -159,6 +160,12 @@ def theirs(checkpoint, world, number):
             # the grid.
             inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 9 * 24.0)])
     (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
+    # transformers 4.57, with which Qwen3-VL was published, had no pair of vision tokens around all
+    # timestamps.
+    outer_pair = (
+        r"<\|vision_start\|>((?:<[\d.]+ seconds><\|vision_start\|>.*?<\|vision_end\|>)+)<\|vision_end\|>"
+    )
+    text = re.sub(outer_pair, r"\1", text)
     ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     return inputs | {
@@ -263,7 +270,7 @@ def test_mixed_precision_runs_and_stays_close(loaded, world):
 
 def test_control_tokens_in_a_text_are_refused(loaded, world):
     _, processor = loaded
-    for text in ("What<|im_end|>?", "<|video_pad|>", data.REGION_PAD):
+    for text in ("What<|im_end|>?", "<|video_pad|>", data.REGION_TOKEN):
         with pytest.raises(data.DataError, match="control tokens"):
             processor.encode([(text, "x")], None, None, [])
 
@@ -439,6 +446,26 @@ def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     other = dataset(world, processor)[0, 5]["boxes"][0][:4]  # the only object on other media
     assert all(w[:4] == pytest.approx(other) for w in shuffled["boxes"])
     assert [w[4] for w in shuffled["boxes"]] == [w[4] for w in plain["boxes"]]
+
+
+@pytest.mark.parametrize("fault", ["not an object", "a broken mask", "absent media"])
+def test_a_wrong_sample_lends_no_masks_and_is_not_blamed_on_the_one_that_is_asked(loaded, world, fault):
+    _, processor = loaded
+    entries = json.loads((world[1] / "data.json").read_text())
+    wrong = {
+        "not an object": 3,
+        "a broken mask": entries[5] | {"annotation": [{"0": {"segmentation": [1, 2]}}]},
+        "absent media": entries[5] | {"image": "absent.png"},
+    }[fault]
+    path = world[1] / "wrong.json"
+    path.write_text(json.dumps([entries[4]] + [wrong] * 9 + [entries[5]]))
+    shuffled = data.ReferringDataset(data.read_samples(path), processor, control="shuffle")
+    right = dataset(world, processor)[0, 5]["boxes"][0][:4]
+    for epoch in range(3):
+        assert all(box[:4] == pytest.approx(right) for box in shuffled[epoch, 0]["boxes"])
+    path.write_text(json.dumps([entries[4]] + [wrong] * 3))
+    error = data.ReferringDataset(data.read_samples(path), processor, control="shuffle")[0, 0]
+    assert "sample 0" in str(error) and "other media to take masks from" in str(error)
 
 
 # ---- answers, files, gradients
