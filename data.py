@@ -21,15 +21,15 @@ import argparse
 import hashlib
 import json
 import math
+import mmap
 import os
 import queue
 import re
 import shutil
 import textwrap
 import threading
-import time
 import uuid
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -137,7 +137,7 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     media = _parse_media(entry, media_folder, outside_paths)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
-    objects = _parse_objects(entry, is_image=media is not None and is_image_path(media))
+    objects = _parse_objects(entry, is_image=media is not None and _is_image_path(media))
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
@@ -166,14 +166,14 @@ def _parse_media(entry, media_folder, outside_paths):
     expect(valid, f"{key}: one path", name)
     # An image may stand under "video", as in the published format's own example, but not the other way round.
     expect(
-        key == "video" or is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
+        key == "video" or _is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
     )
     inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
     expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
     return os.path.join(media_folder, name)
 
 
-def is_image_path(path):
+def _is_image_path(path):
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -273,11 +273,11 @@ def decode_mask(segmentation, height, width):
     check_segmentation(segmentation)
     if isinstance(segmentation, dict):
         size = segmentation["size"]
-        check_same_shape(size, (height, width), "mask")
+        _check_same_shape(size, (height, width), "mask")
         if isinstance(segmentation["counts"], list):
             segmentation = coco_mask.frPyObjects(segmentation, *size)
         return coco_mask.decode(segmentation)
-    polygons = as_polygons(segmentation)
+    polygons = _as_polygons(segmentation)
     for polygon in polygons:
         x, y = polygon[0::2], polygon[1::2]
         near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
@@ -295,13 +295,13 @@ def coverage(mask, gh, gw):
     height, width = mask.shape
     top, bottom, left, right = mask_bounds(mask)
     inside = torch.from_numpy(mask[top:bottom, left:right]).float()  # the rest of the mask adds nothing
-    rows, columns = overlap(gh, height)[:, top:bottom], overlap(gw, width)[:, left:right]
+    rows, columns = _overlap(gh, height)[:, top:bottom], _overlap(gw, width)[:, left:right]
     pixels = (rows.float() @ inside).double() @ columns.T  # (gh, gw), the pixels of the mask in each cell
     return (pixels * (gh * gw / (height * width))).clip(0, 1).float().numpy()
 
 
 @lru_cache(maxsize=16)
-def overlap(cells, pixels):
+def _overlap(cells, pixels):
     """float64 (cells, pixels): how much of each pixel of a side lies in each of the side's equal cells."""
     edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells  # (cells + 1, 1)
     left = torch.arange(pixels)  # where each pixel begins
@@ -585,7 +585,7 @@ class ReferringDataset(Dataset):
         if media is None:
             media = self.cache.put(sample.media, self.reader.run(sample.media, open_media, sample.media))
         if sample.size is not None:
-            check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
+            _check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
         return media
 
     def choose_masks(self, sample, object_index, info, rng):
@@ -598,10 +598,10 @@ class ReferringDataset(Dataset):
         with within(f"object {object_index}"):
             size = sample.size or (info.height, info.width)
             frames = self._choose_frames(sorted(segmentations), rng)
-            masks = decode_masks(segmentations, frames, size, info)
+            masks = _decode_masks(segmentations, frames, size, info)
             if all(mask.any() for mask in masks.values()):
                 return masks
-            masks = decode_masks(segmentations, sorted(segmentations), size, info)
+            masks = _decode_masks(segmentations, sorted(segmentations), size, info)
             visible = [frame for frame, mask in masks.items() if mask.any()]
             expect(visible, "a mask that is not empty on at least one frame", sorted(segmentations))
             return {frame: masks[frame] for frame in self._choose_frames(visible, rng)}
@@ -688,7 +688,7 @@ EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE
 EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
 
 
-def decode_masks(segmentations, frames, size, info):
+def _decode_masks(segmentations, frames, size, info):
     """{frame: segmentation} -> {frame: uint8 (H, W)} for these frames. size: (height, width) of polygons."""
     masks = {}
     for frame in frames:
@@ -758,17 +758,17 @@ def collate(samples, pad_token_id, pad_left=False):
         "labels": torch.from_numpy(labels),
         "attention_mask": torch.from_numpy(attention_mask),
         "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
-        "still_patches": concatenate(stills, np.uint8),
+        "still_patches": _concatenate(stills, np.uint8),
         "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
         "prompt_images": sum(is_image),
-        "video_patches": concatenate([video["video_patches"] for video in videos], np.uint8),
+        "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
         "video_grid_thw": torch.tensor([video["video_grid"] for video in videos], dtype=torch.long).view(
             -1, 3
         ),
         "seconds_per_pair": torch.tensor(
             [video["seconds_per_pair"] for video in videos], dtype=torch.float32
         ),
-        "coverage": concatenate(coverages, np.float32),
+        "coverage": _concatenate(coverages, np.float32),
         "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in coverages])),
         "region_still": torch.tensor(
             list(chain(*map(region_still.get, range(len(samples))))), dtype=torch.long
@@ -779,7 +779,7 @@ def collate(samples, pad_token_id, pad_left=False):
     }
 
 
-def concatenate(arrays, dtype):
+def _concatenate(arrays, dtype):
     """The arrays, joined along the first axis as one tensor; of length 0 if there are none."""
     return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype))
 
@@ -810,7 +810,7 @@ def check_segmentation(segmentation):
         valid = valid and math.prod(size) <= MAX_MASK_PIXELS
         expect(valid, f"size: [height, width] of at most {MAX_MASK_PIXELS} pixels", size)
         expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
-        runs = rle_runs(counts) if isinstance(counts, str) else counts
+        runs = _rle_runs(counts) if isinstance(counts, str) else counts
         valid = all(type(run) is int and run >= 0 for run in runs)
         expect(valid, "counts: run lengths, whole numbers from 0", counts)
         height, width = size
@@ -818,7 +818,7 @@ def check_segmentation(segmentation):
         expect(sum(runs) == height * width, expected, sum(runs))
         return
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
-    for polygon in as_polygons(segmentation):
+    for polygon in _as_polygons(segmentation):
         expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
         expect(
             len(polygon) >= 6 and len(polygon) % 2 == 0,
@@ -830,12 +830,12 @@ def check_segmentation(segmentation):
         expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)
 
 
-def as_polygons(segmentation):
+def _as_polygons(segmentation):
     """One polygon as a list of one; several as they are."""
     return [segmentation] if isinstance(segmentation[0], (int, float)) else segmentation
 
 
-def rle_runs(counts):
+def _rle_runs(counts):
     """The run lengths in a compressed RLE string (COCO's rleFrString).
 
     A number is a sequence of characters, each of which holds 5 bits, the lowest first (offset 48; bit 0x20:
@@ -858,7 +858,7 @@ def rle_runs(counts):
     return runs
 
 
-def check_same_shape(size, frame_size, name):
+def _check_same_shape(size, frame_size, name):
     """Raises DataError unless two (height, width) have one aspect ratio, up to a pixel of the smaller
     picture."""
     (h, w), (frame_h, frame_w) = size, frame_size
@@ -972,17 +972,19 @@ def sample_texts(samples, limit=10_000):
                 yield from turn
 
 
+# ---------------------------------------------------------------------------------------------- the index of a data file
+
+
 class Samples:
-    """The sequence that read_samples returns. It holds no sample: each access reads a few bytes of a file,
-    through a memory-mapped index that all processes share. Safe to hand to worker processes: each access
-    opens the file anew."""
+    """The sequence that read_samples returns. It holds no sample: each access reads a few bytes of a file, through a memory-mapped
+    index that all processes share. Safe to hand to worker processes: each access opens the file anew."""
 
     def __init__(self, files, outside_paths=False):
         self.files, self.outside_paths = files, outside_paths
         self.indices = [_open_index(path) for path, _ in files]
         self.first = np.cumsum(
-            [0] + [len(index) - 2 for index in self.indices]
-        )  # the number of each file's first sample
+            [0] + [len(spans) for _, spans in self.indices]
+        )  # the index of each file's first sample
 
     def __reduce__(
         self,
@@ -1002,504 +1004,507 @@ class Samples:
         return entry
 
     def read(self, i):
-        """-> the i-th JSON value as the file has it, its place (file, sample name), its media folder, its
-        position in the file."""
+        """Returns the i-th JSON value as its file has it, its place (file, sample name), its media folder and
+        its position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        number = int(np.searchsorted(self.first, i, side="right")) - 1
-        (path, media), position = self.files[number], i - int(self.first[number])
-        version, (start, end) = self.indices[number][[0, position + 2]].tolist()
+        file_index = int(np.searchsorted(self.first, i, side="right")) - 1
+        (path, media), (version, spans) = self.files[file_index], self.indices[file_index]
+        position = i - int(self.first[file_index])
+        start, end = spans[position].tolist()
         name = f"sample {position}"
-        try:
-            with open(path, "rb") as file:
-                if _version(file) != version:
-                    raise DataError(
-                        "expected the file as it was when it was opened, found that it has changed",
-                        path,
-                        name,
-                    )
-                file.seek(start)
-                entry = _DECODER.decode(file.read(end - start).decode())
-        except OSError as error:
-            raise DataError(f"expected a readable file, found: {error.strerror}", path, name) from None
-        except RecursionError:  # the index was made with more of the stack left
-            raise DataError(
-                "expected JSON of ordinary depth, found brackets nested too deeply to parse", path, name
-            ) from None
+        with within(path, name):
+            try:
+                with open(path, "rb") as file:
+                    changed = _version(file) != version
+                    file.seek(start)
+                    text = file.read(end - start)
+            except OSError as error:
+                raise DataError(f"expected a readable file, found: {error.strerror}") from None
+            if changed:
+                raise DataError("expected the file as it was when it was opened, found that it has changed")
+            try:
+                entry = _parse(text.decode(), parse_constant=_refuse_constant)
+            except DataError:
+                raise
+            except ValueError as error:  # of _refuse_constant, or of int(), which refuses thousands of digits
+                raise DataError(f"expected ordinary numbers, found: {error}") from None
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {shorten(entry['id'])})"
         return entry, (path, name), media, position
 
 
 def _refuse_constant(name):
-    raise DataError(f"expected numbers that JSON knows, found {name}")
+    raise ValueError(f"{name}, which JSON does not know")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_SPACE = re.compile(r"[ \t\r\n]*")
-_INDEX_FORMAT = 1  # to be raised when the rows of an index mean something else
-_CHUNK = 1 << 24  # bytes of a file that are held at a time
-_MAX_ENTRY = 1 << 28  # bytes; what does not parse within so many is taken for a syntax error
+def _parse(text, **hooks):
+    """json.loads, but brackets that are nested too deeply for it are a DataError."""
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError:
+        reason = "expected JSON of ordinary depth, found brackets nested too deeply to parse"
+        raise DataError(reason) from None
+
+
+_INDEX_FORMAT = 2  # to be raised when the content of an index file means something else
+_CHUNK = 1 << 24  # bytes of a file that are copied into memory at a time
+_MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
+
+# Strings hide brackets and commas. Possessive quantifiers (*+, ++) never go back, so that a search takes
+# linear time and constant memory. A string without an end reaches to the end of the file; json.loads
+# complains.
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
+_NEXT_BRACKET = re.compile(rb'(?:[^][{}"]++|' + _STRING + rb")*+([][{}]|\Z)", re.DOTALL)
+_STRING_OR_COMMA = re.compile(_STRING + rb"|(,)", re.DOTALL)
+_VISIBLE = re.compile(rb"[^ \t\r\n]")  # a character that is not JSON's white space
+_ARRAY_END = re.compile(rb"\]?[ \t\r\n]*")
+_LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # what there is of a line, if it is not blank
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: every byte of a character but its first
 
 
 def _version(file):
     """What changes when an open file is written to: its size in bytes, and its time of modification in ns."""
     status = os.fstat(file.fileno())
-    return [status.st_size, status.st_mtime_ns]
+    return status.st_size, status.st_mtime_ns
 
 
 def _open_index(path):
-    """-> memory-mapped int64 (2 + samples, 2): the data file's _version; the number of samples and the format
-    of this index; then where each sample begins and ends, in bytes.
+    """Returns (the data file's _version, int64 (samples, 2): where each sample begins and ends, in bytes).
 
-    It is kept in the user's cache folder (data folders are often read-only), and made anew when the data file
-    has changed.
+    Finding the samples of a file of gigabytes takes minutes, so the index is saved in the user's cache folder
+    (data folders are often read-only). It is memory-mapped, so that all processes of a machine share it. Its
+    name tells the version of the data file that it was made for: a file that has changed gets a new index.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = os.path.join(
-        cache, "nanorefer", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24] + ".index"
-    )
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:24]
     with within(path):
         try:
             with open(path, "rb") as file:
-                version = _version(file)
-                index = _map_index(kept, version)
-                if index is not None:
-                    return index
-                spans = np.fromiter(chain.from_iterable(_spans(file)), np.int64).reshape(-1, 2)
+                size, time_ns = version = _version(file)
+                index_path = Path(cache, "nanorefer", f"{name}-{_INDEX_FORMAT}-{size}-{time_ns}.npy")
+                # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
+                with suppress(OSError, ValueError, EOFError):
+                    return version, np.asarray(np.load(index_path, mmap_mode="r"))
+                spans = _find_samples(file)
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
-        except RecursionError:
-            raise DataError(
-                "expected JSON of ordinary depth, found brackets nested too deeply to parse"
-            ) from None
-        except DataError:
-            raise
-        except ValueError as error:  # int() refuses thousands of digits
-            raise DataError(f"expected ordinary numbers, found: {error}") from None
-        expect(len(spans), "at least one sample", "none")
-    aside = f"{kept}.{os.getpid()}.{time.time_ns()}"
     try:
-        os.makedirs(os.path.dirname(kept), exist_ok=True)
-        np.concatenate([[version, [len(spans), _INDEX_FORMAT]], spans]).tofile(aside)
-        os.replace(aside, kept)
+        index_path.parent.mkdir(parents=True, exist_ok=True)
+        for outdated in index_path.parent.glob(f"{name}-*.npy"):
+            outdated.unlink(missing_ok=True)
+        with atomic_write(index_path) as temporary, open(temporary, "wb") as file:
+            np.save(file, spans)
     except OSError as error:
-        raise DataError(
-            f"expected a cache folder that can be written to (set XDG_CACHE_HOME), found: {error.strerror}",
-            kept,
-        ) from None
-    index = _map_index(kept, version)
-    expect(index is not None, f"{path} to stay as it is while its index is made", "that it has changed")
+        expected = "expected a cache folder that can be written to (set XDG_CACHE_HOME)"
+        raise DataError(f"{expected}, found: {error.strerror}", str(index_path)) from None
+    return version, spans
+
+
+def _find_samples(file):
+    """Returns int64 (samples, 2): first byte and last byte + 1 of each element of an array or line of JSONL.
+
+    Every sample is parsed, so that a syntax error is reported before training starts, with line and column.
+    """
+    expect(_version(file)[0] > 0, "at least one sample", "none")  # an empty file cannot be mapped
+    # The map is not closed by hand, because an unfinished search still refers to it while an error is raised.
+    text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 3 if text[:3] == b"\xef\xbb\xbf" else 0  # skip a byte order mark
+    first = _VISIBLE.search(text, start)
+    if first and first[0] == b"[":
+        spans = _array_spans(text, start, first.end())
+    else:
+        spans = (line.span() for line in _LINE.finditer(text, start))
+    checked = (_check_syntax(text, start, *span) for span in spans)
+    index = np.fromiter(checked, np.dtype((np.int64, 2)))
+    expect(len(index), "at least one sample", "none")
     return index
 
 
-def _map_index(kept, version):
-    """-> the index, as a plain array that still lies on disk (np.memmap is slow to slice), or None where it
-    has to be made (anew)."""
-    try:
-        index = np.asarray(np.memmap(kept, np.int64, "r")).reshape(
-            -1, 2
-        )  # one open, one length: another process may replace it now
-    except (OSError, ValueError):  # there is none, or a damaged one
-        return None
-    return index if index[:2].tolist() == [version, [len(index) - 2, _INDEX_FORMAT]] else None
+def _check_syntax(text, start, begin, end):
+    """Returns (begin, end), the span of a sample, or raises DataError unless valid JSON stands there.
 
-
-def _spans(file):
-    """Yields (first byte, last byte + 1) of each element of a JSON array, or of each line of a JSONL file.
-
-    The whole file is parsed, so that a syntax error is reported before training starts; but it is never held
-    whole.
+    NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
     """
-    begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # past a byte order mark
-    file.seek(begin)
-    head = file.read(4096)
-    first = len(head) - len(head.lstrip())
-    if b"".join(head.split()) == b"[]":
-        return iter(())
-    return (
-        _array_spans(file, begin, begin + first + 1)
-        if head[first:].startswith(b"[")
-        else _line_spans(file, begin)
-    )
+    try:
+        _parse(text[begin : min(end, begin + _MAX_SAMPLE)].decode(), parse_int=float)
+    except UnicodeDecodeError as error:
+        raise _syntax_error(text, start, begin + error.start, "not UTF-8") from None
+    except json.JSONDecodeError as error:
+        byte = begin + len(error.doc[: error.pos].encode())
+        raise _syntax_error(text, start, byte, f"not valid JSON: {error.msg}") from None
+    return begin, end
 
 
-def _array_spans(file, begin, byte):
-    """A window moves over the file, from byte on: what follows a bracket or comma. Where parsing fails in it,
-    it moves on to there, and grows if it stood there before."""
-    size, last = _CHUNK, False
-    while not last:
-        file.seek(byte)
-        window = file.read(size)
-        text, position = (
-            window.decode("latin-1"),
-            0,
-        )  # a character a byte: positions are bytes, and JSON's own characters the same
-        try:
-            while not last:
-                start = _SPACE.match(text, position).end()
-                end = _DECODER.raw_decode(text, start)[1]
-                after = _SPACE.match(text, end).end()
-                if text[after : after + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
-                window[start:end].decode()
-                yield byte + start, byte + end
-                position, last = after + 1, text[after] == "]"
-        except UnicodeDecodeError as error:
-            raise _syntax_error(file, begin, byte + start + error.start, "not UTF-8") from None
-        except json.JSONDecodeError as error:
-            if len(window) < size or size > _MAX_ENTRY:  # there is no more text that could mend it
-                raise _syntax_error(file, begin, byte + error.pos, f"not valid JSON: {error.msg}") from None
-            size = _CHUNK if position else 2 * size
-        byte += position
-    file.seek(byte)
-    while window := file.read(_CHUNK):
-        if window.strip(b" \t\r\n"):
-            extra = byte + len(window) - len(window.lstrip(b" \t\r\n"))
-            raise _syntax_error(file, begin, extra, "not valid JSON: Extra data after ']'")
-        byte += len(window)
+def _array_spans(text, start, begin):
+    """Yields (first byte, last byte + 1) of what stands between the commas of an array, from begin on."""
+    after_bracket, depth, is_empty = begin, 1, True
+    for bracket in _NEXT_BRACKET.finditer(text, begin):
+        position = bracket.start(1)
+        if depth == 1:
+            for comma in _STRING_OR_COMMA.finditer(text, after_bracket, position):
+                if comma[1]:
+                    yield begin, comma.start()
+                    begin, is_empty = comma.end(), False
+        depth += 1 if bracket[1] in (b"[", b"{") else -1
+        after_bracket = bracket.end()
+        if depth == 0 or not bracket[1]:
+            break
+    if not is_empty or _VISIBLE.search(text, begin, position):
+        yield begin, position
+    end = _ARRAY_END.match(text, position).end()
+    if bracket[1] != b"]" or end < len(text):
+        raise _syntax_error(text, start, end, "not valid JSON: Expecting ',' or the end of array and file")
 
 
-def _line_spans(file, begin):
-    file.seek(begin)
-    byte = begin
-    for line in file:
-        if line.strip(b" \t\r\n"):
-            try:
-                text = line.decode()
-                _DECODER.decode(text)
-            except UnicodeDecodeError as error:
-                raise _syntax_error(file, begin, byte + error.start, "not UTF-8") from None
-            except json.JSONDecodeError as error:
-                at = byte + len(text[: error.pos].encode())
-                raise _syntax_error(file, begin, at, f"not valid JSON: {error.msg}") from None
-            yield byte, byte + len(line)
-        byte += len(line)
-
-
-def _syntax_error(file, begin, byte, reason):
-    """-> DataError that tells a byte's line and column, counted in characters from 1; begin: the byte of the
-    first."""
-    line, column = 1, 1
-    file.seek(begin)
-    while begin < byte:
-        chunk = np.frombuffer(file.read(min(_CHUNK, byte - begin)), np.uint8)
-        begin += len(chunk)
-        breaks = np.flatnonzero(chunk == ord("\n"))
-        if len(breaks):
-            line, column, chunk = line + len(breaks), 1, chunk[breaks[-1] + 1 :]
-        column += np.count_nonzero(chunk & 0xC0 != 0x80)  # all but UTF-8's continuation bytes
+def _syntax_error(text, start, byte, reason):
+    """Returns a DataError with a byte's line and column, in characters from 1; start: where line 1 begins."""
+    line = 1 + sum(1 for _ in re.compile(b"\n").finditer(text, start, byte))
+    line_start = max(start, text.rfind(b"\n", start, byte) + 1)
+    column = 1
+    for position in range(line_start, byte, _CHUNK):
+        piece = text[position : min(position + _CHUNK, byte)]
+        column += len(piece.translate(None, _CONTINUATION_BYTES))
     return DataError(f"line {line}, column {column}: {reason}")
 
 
-# Demuxers that may open a file. FFmpeg has more: one draws a .txt as a film of its letters, playlists fetch
+# ---------------------------------------------------------------------------------------------- the inside of a media file
+
+# Demuxers that may open a file. Of FFmpeg's others one draws a .txt as a film of letters; playlists fetch
 # URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
-# The codecs where a packet is one shown frame and a keyframe starts anew. Not VP8: its hidden frames are
-# packets too.
+# Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
 INDEXED_CODECS = {"h264", "hevc", "vp9", "av1"}
-UNKNOWN_FPS = (
-    24.0  # a folder of images has no clock; 24 is what Qwen3-VL's processor assumes for frames without one
-)
-REORDER = (
-    16  # the most frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
-)
+UNKNOWN_FPS = 24.0  # of a folder of images; Qwen3-VL's processor assumes as much for frames without a clock
+MAX_REORDER = 16  # frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    num_frames: int
+    num_frames: int  # frames that are shown
     fps: float  # frames a second, averaged over the file
     height: int  # pixels, as displayed: a phone's portrait video is higher than wide
     width: int
     is_image: bool
+    # Packets that are decoded but not shown, because an edit list cuts them off, as in a clip that was cut
+    # without being encoded anew. decord counts them when it seeks, so its frame numbers differ from ours.
     hidden_packets: int = 0
 
 
 def media_info(path):
-    """-> MediaInfo. Decodes one picture at most where packets tell the frames apart (see read_frames), else
-    all of them."""
-    return read_media(path, [])[0]
+    """Returns the MediaInfo of a file or folder: open_media(path).info."""
+    return open_media(path).info
 
 
 def read_frames(path, indices):
-    """-> uint8 (len(indices), H, W, 3) RGB: the frames with these 0-based numbers, in the order asked,
-    repeats allowed.
-
-    Frame k is the k-th shown, in any video, GIF, folder of images or image; H and W are as displayed. Never
-    another frame than the one asked for: DataError if it can't be had. Nothing stays open, so any forked or
-    spawned worker may call it.
-
-    Videos are read with PyAV. decord 0.6.0 returns wrong frames in silence: after a seek, in open-GOP
-    H.264/HEVC and MPEG-4 AVI; even forward from 0, in MPEG-TS (first GOP lost) and past an edit list (last
-    frame repeated). It refuses AV1, hangs in workers forked after it was used, and forward it pays for every
-    frame. PyAV can be exact, at the same speed. A frame is known by its pts (presentation time): packets are
-    listed without decoding, and decoding starts at the last keyframe with a pts at or before the wanted one.
-    So frames shown before a keyframe but stored after it, which decord gets wrong, start from the keyframe
-    before. Where packets have no reliable pts, frames are decoded from 0 and counted.
-    """
+    """Returns uint8 (len(indices), H, W, 3) RGB: the frames with these indices, in this order, also repeated."""
     indices = list(indices)
-    info, pictures = read_media(path, indices)
-    frames = np.empty((len(indices), info.height, info.width, 3), np.uint8)
+    media = open_media(path)
+    pictures = media.read(indices)
+    frames = np.empty((len(indices), media.info.height, media.info.width, 3), np.uint8)
     for row, k in enumerate(indices):
         frames[row] = pictures[k]
     return frames
 
 
-def read_media(path, indices):
-    """-> (MediaInfo, {frame number: uint8 (H, W, 3) RGB}); read_frames without the copy that joins the
-    pictures."""
+def open_media(path):
+    """Returns Video or Images, which have the same members: info, a MediaInfo, and read(indices), the frames.
+
+    Frame k is the k-th shown, counted from 0, at the height and width that it is displayed with. It is never
+    another frame than the one asked for: what cannot be had is a DataError. A file is looked through once,
+    here, but it does not stay open and no pixels are held, so the object may live in a cache and be used in
+    forked or spawned workers.
+    """
     path = Path(path)
+    found = None
     try:
-        return _read_folder_or_file(path, indices)
+        if path.is_dir():
+            names = [file.name for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+            names = [name for name in names if not name.startswith(".")]
+            if names:
+                return Images(path, sorted(names, key=_natural_order), is_image=False)
+            found = "none in it"
+        elif not path.is_file():
+            found = "no such file"
+        elif path.stat().st_size == 0:
+            found = "an empty one"
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            return Images(path.parent, [path.name], is_image=True)
+        else:
+            return Video(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(
-            f"{path}: expected a media file or a folder of images, found: {error.strerror}"
-        ) from None
+        found = error.strerror
+    raise DataError(f"expected a media file or a folder of images, found: {found}", str(path))
 
 
-def _read_folder_or_file(path, indices):
-    if path.is_dir():
-        files = [
-            f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
-        ]
-        if not files:
-            raise DataError(f"{path}: expected a folder of images, found none in it")
-        return _read_images(path, sorted(files, key=_natural_order), indices, is_image=False)
-    if not path.is_file():
-        raise DataError(f"{path}: expected a media file or a folder of images, found no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: expected a media file, found an empty one")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_images(path, [path], indices, is_image=True)
-    return _read_video(path, indices)
+def _natural_order(name):
+    """Sort key that puts img2 before img10; the name itself decides between img2 and img02."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)], name
 
 
-def _check_indices(path, indices, num_frames):
-    """-> the indices as rising int, each once, or DataError."""
+def _check_indices(indices, num_frames):
+    """Returns the indices as a rising list of int, each once, or raises DataError."""
     for k in indices:
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k < num_frames:
-            raise DataError(
-                f"{path}: expected frame numbers from 0 to {num_frames - 1}, it has {num_frames}; found {k!r}"
-            )
+        valid = isinstance(k, (int, np.integer)) and not isinstance(k, bool) and 0 <= k < num_frames
+        expect(valid, f"frame numbers from 0 to {num_frames - 1}, it has {num_frames}", k)
     return sorted({int(k) for k in indices})
 
 
-def _natural_order(file):
-    """Sort key that puts img2 before img10; the name itself decides between img2 and img02."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", file.name)], file.name
+def _check_size(picture, info):
+    height, width, _ = picture.shape
+    first = info.height, info.width
+    expect((height, width) == first, f"the first frame's height and width {first}", (height, width))
 
 
-def _read_images(path, files, indices, is_image):
-    height, width, _ = _load_image(files[0]).shape
-    info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
-    pictures = {k: _load_image(files[k]) for k in _check_indices(path, indices, len(files))}
-    return info, _of_one_size(pictures, info, name=lambda k: files[k])
+class Images:
+    """An image, or a folder of images in natural order: a video without a clock."""
+
+    def __init__(self, folder, names, is_image):
+        self.folder, self.names = folder, names
+        self.nbytes = 100 * len(names)  # about what they take in memory, for a cache to count
+        height, width = _image_size(folder / names[0])
+        self.info = MediaInfo(len(names), UNKNOWN_FPS, height, width, is_image)
+
+    def read(self, indices):
+        """Returns {frame index: uint8 (H, W, 3) RGB}; raises DataError where an image does not decode."""
+        with within(str(self.folder)):
+            wanted = _check_indices(indices, len(self.names))
+        pictures = {}
+        for k in wanted:
+            file = self.folder / self.names[k]
+            pictures[k] = _load_image(file)
+            with within(str(file)):
+                _check_size(pictures[k], self.info)
+        return pictures
+
+
+@contextmanager
+def _open_image(file):
+    """Yields the PIL image, its pixels not yet decoded. What PIL raises on bad files becomes a DataError."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = f"expected an image, found one that does not decode: {error}"
+        raise DataError(reason, str(file)) from error
+
+
+def _image_size(file):
+    """Returns the (height, width) that _load_image gives: the header's, unless EXIF turns the image."""
+    with _open_image(file) as image:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image.height, image.width
+    return _load_image(file).shape[:2]
 
 
 def _load_image(file):
-    """-> uint8 (H, W, 3) RGB, turned as EXIF says, like Hugging Face's load_image; an animation gives its
-    first picture."""
+    """Returns uint8 (H, W, 3) RGB, turned as EXIF says (as Hugging Face's load_image does)."""
+    with _open_image(file) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+class Video:
+    """A video file or GIF, read with PyAV.
+
+    decord 0.6.0 returns wrong frames without an error: after a seek, in open-GOP H.264/HEVC and in MPEG-4
+    AVI; and even forward from 0, in MPEG-TS (it loses the first GOP) and past an edit list (it repeats the
+    last frame). It does not open AV1, hangs in workers forked after it was used, and reading forward it pays
+    for every frame.
+
+    A frame is known by its pts (presentation time), because the order in which frames are stored is not the
+    one in which they are shown, and a seek leads to a time, not to a number. The packets are listed once,
+    without decoding: their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at
+    the last keyframe that is shown at or before k, and goes on until a frame with the pts of k comes out. In
+    an open GOP some frames are stored after a keyframe but shown before it, and need the previous GOP to be
+    decoded: by this rule they start there. If a seek fails or leads elsewhere, or if the frames that come out
+    are not those that the packets announced, everything is decoded from the first packet on.
+
+    path: the file. times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not
+    tell them, and frames are decoded from the first packet and counted. keyframes: int64, the frames where
+    decoding may start, rising; the first is 0.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        with _ffmpeg_errors(path):
+            _check_whole(path)
+            self.info, self.times, self.keyframes = _index_video(path)
+        self.nbytes = self.keyframes.nbytes + (0 if self.times is None else self.times.nbytes)
+
+    def read(self, indices):
+        """Returns {frame index: uint8 (H, W, 3) RGB}; raises DataError unless each of the frames decodes."""
+        with _ffmpeg_errors(self.path):
+            wanted = _check_indices(indices, self.info.num_frames)
+            try:
+                pictures = self._decode(wanted, self.keyframes, skip=True)
+            except av.error.FFmpegError:  # some files refuse to be sought in
+                pictures = {}
+            if len(pictures) < len(wanted):
+                # A seek led astray, or packets and frames do not match: decode from the first packet.
+                pictures = self._decode(wanted, keyframes=[0], skip=False)
+            missing = [k for k in wanted if k not in pictures]
+            if missing:
+                expected = f"expected {self.info.num_frames} frames, one a packet"
+                raise DataError(f"{expected}, found that {missing} can't be decoded")
+            for k, picture in pictures.items():
+                with within(f"frame {k}"):
+                    _check_size(picture, self.info)
+        return pictures
+
+    def _decode(self, wanted, keyframes, skip):
+        """Returns {frame index: uint8 (H, W, 3) RGB}; fewer than the wanted frames if anything is odd.
+
+        skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to
+        (most B-frames). Frames without times are counted, so there none may be left out.
+        """
+        asked, pictures, reformatter = set(wanted), {}, VideoReformatter()
+        with _open_video(self.path) as (container, stream):
+            skip = skip and self.times is not None and stream.codec.canonical_name == "h264"
+            needed = set(self.times[wanted].tolist()) if skip else None
+            index_of = {} if self.times is None else {pts: k for k, pts in enumerate(self.times.tolist())}
+            for keyframe, group in _plan(wanted, keyframes):
+                start = self.times[keyframe] if keyframe else None
+                previous = None
+                for count, frame in enumerate(_frames_from(container, stream, start, needed)):
+                    k = count if self.times is None else index_of.get(frame.pts)
+                    is_gap = not skip and previous is not None and k != previous + 1
+                    if k is None or is_gap or frame.is_corrupt and k in asked:
+                        break  # here packets and frames do not match one to one
+                    if k in asked:
+                        pictures[k] = _to_rgb(frame, reformatter)
+                    if k >= group[-1]:
+                        break
+                    previous = k
+        return pictures
+
+
+def _plan(wanted, keyframes):
+    """Returns [(keyframe to start at, frames to fetch in one go from there)] for rising frame indices."""
+    plan, previous = [(0, [])], 0
+    for k in wanted:
+        keyframe = int(keyframes[bisect_right(keyframes, k) - 1])
+        if keyframe > previous + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
+            plan.append((keyframe, []))
+        plan[-1][1].append(k)
+        previous = k
+    return [(keyframe, group) for keyframe, group in plan if group]
+
+
+@contextmanager
+def _ffmpeg_errors(path):
+    """Errors of FFmpeg and of the file system become DataErrors, and every DataError names the file."""
     try:
-        with Image.open(file) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL raises on bad files
-        raise DataError(f"{file}: expected an image, found one that does not decode: {error}") from error
-
-
-def _of_one_size(pictures, info, name):
-    """-> the pictures, or DataError. name(k) says which picture it was."""
-    for k, picture in pictures.items():
-        if picture.shape[:2] != (info.height, info.width):
-            raise DataError(
-                f"{name(k)}: expected the first frame's height and width {info.height, info.width}, found {picture.shape[:2]}"
-            )
-    return pictures
-
-
-def _open_video(path):
-    # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
-    return av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS})
-
-
-def _video_stream(path, container):
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams:
-        raise DataError(
-            f"{path}: expected a video stream, found only {[s.type for s in container.streams]} (or cover art)"
-        )
-    streams[
-        0
-    ].thread_count = 1  # a DataLoader runs a process a core; and one thread is the exact, deterministic way
-    return streams[0]
-
-
-def _to_rgb(frame, reformatter):
-    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in the
-    masks."""
-    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
-
-
-def _read_video(path, indices):
-    try:
-        _check_whole(path)
-        info, times, keyframes = _index_video(path)
-        wanted = _check_indices(path, indices, info.num_frames)
-        if not wanted:
-            return info, {}
-        try:
-            pictures = _decode(path, times, keyframes, wanted, skip=True)
-        except av.error.FFmpegError:  # some files refuse to be sought in
-            pictures = {}
-        if len(pictures) < len(wanted):  # some lead astray: decode again, all from the first packet
-            pictures = _decode(path, times, [0], wanted, skip=False)
+        with within(str(path)):
+            yield
     except (av.error.FFmpegError, OSError) as error:
-        raise DataError(
-            f"{path}: expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no "
-            f"video): {error.strerror}"
-        ) from error
-    missing = [k for k in wanted if k not in pictures]
-    if missing:
-        raise DataError(
-            f"{path}: expected {info.num_frames} frames, one a packet, found that {missing} can't be decoded"
-        )
-    return info, _of_one_size(pictures, info, name=lambda k: f"{path}, frame {k}")
+        expected = "expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no video)"
+        raise DataError(f"{expected}: {error.strerror}", str(path)) from error
 
 
 def _check_whole(path):
-    """DataError if a Matroska or WebM file is shorter than its header says: FFmpeg reads a cut one without a
-    complaint."""
+    """Raises DataError if a Matroska or WebM file is shorter than its header says: FFmpeg would not mind.
+
+    Such a file is made of EBML elements: an id, a size, and as many bytes. First comes a header, its id of 4
+    bytes, and then the Segment, which holds everything else (RFC 8794, RFC 9559).
+    """
     with open(path, "rb") as file:
         head = file.read(4096)
-    if not head.startswith(
-        b"\x1a\x45\xdf\xa3"
-    ):  # EBML: an id, a size, that many bytes; then the Segment, alike
+    if not head.startswith(b"\x1a\x45\xdf\xa3"):
         return
-
-    def read_size(at):  # a size's leading zero bits tell how many bytes it takes
-        num_bytes = 9 - int.from_bytes(head[at : at + 1], "big").bit_length()
-        unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
-        size = int.from_bytes(head[at : at + num_bytes], "big") & unknown
-        return at + num_bytes, 0 if size == unknown else size
-
-    at, size = read_size(4)
-    at, size = read_size(at + size + 4)
-    if path.stat().st_size < at + size:
-        raise DataError(
-            f"{path}: expected {at + size} bytes, as its header says, found {path.stat().st_size}: it is cut off"
-        )
+    position, size = _ebml_size(head, 4)
+    position, size = _ebml_size(head, position + size + 4)
+    expected, found = position + size, path.stat().st_size
+    if found < expected:
+        raise DataError(f"expected {expected} bytes, as its header says, found {found}: it is cut off")
 
 
-def _index_video(path, count=False):
-    """List a video's frames, from the packets alone where they can tell; `count`: by decoding all of them.
+def _ebml_size(head, position):
+    """Returns where an EBML element's content begins, and its size in bytes, which is stored at position."""
+    first_byte = int.from_bytes(head[position : position + 1], "big")
+    num_bytes = 9 - first_byte.bit_length()  # the leading zero bits tell
+    unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
+    size = int.from_bytes(head[position : position + num_bytes], "big") & unknown
+    return position + num_bytes, 0 if size == unknown else size
 
-    -> (MediaInfo, times: pts of frame 0, 1, 2, ... or None: count frames as they decode,
-        keyframes: numbers of the frames where decoding can start, rising, the first is 0)
+
+@contextmanager
+def _open_video(path):
+    """Yields PyAV's container and its first video stream that is no cover art."""
+    # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
+    with av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS}) as container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            kinds = [stream.type for stream in container.streams]
+            raise DataError(f"expected a video stream, found only {kinds} (or cover art)")
+        # A DataLoader runs a process a core, and one thread is the exact, deterministic way.
+        streams[0].thread_count = 1
+        yield container, streams[0]
+
+
+def _index_video(path, count_frames=False):
+    """Returns (MediaInfo, times, keyframes) of a Video, from its packets alone where they can tell them.
+
+    MP4/MOV and Matroska/WebM store a pts with each packet. For AVI and other containers FFmpeg has to guess
+    it, so there all frames are decoded and counted (count_frames). So they are for codecs whose packets may
+    show nothing, and where two packets have the same pts or one has none.
     """
-    pts, keyframe_pts, first = [], [], None
-    with _open_video(path) as container:
-        stream = _video_stream(path, container)
-        # MP4/MOV and Matroska/WebM store a pts with every packet. For AVI and the rest FFmpeg has to guess.
-        count = count or not (
-            stream.codec.canonical_name in INDEXED_CODECS
-            and container.format.name.startswith(("mov,", "matroska,"))
-        )
-        for num_packets, packet in enumerate(
-            container.demux(stream)
-        ):  # the last one is empty: it flushes the decoder
+    frame_times, keyframe_times, first, hidden_packets = [], [], None, 0
+    with _open_video(path) as (container, stream):
+        stores_times = container.format.name.startswith(("mov,", "matroska,"))
+        if not stores_times or stream.codec.canonical_name not in INDEXED_CODECS:
+            count_frames = True
+        # The last packet is an empty one: it flushes the decoder.
+        for num_packets, packet in enumerate(container.demux(stream)):
             if packet.is_corrupt:
-                raise DataError(f"{path}: expected whole packets, found packet {num_packets} cut short")
-            if first is None or count:
-                frames = packet.decode()
-                first = first or next(iter(frames), None)
-            if count:
-                pts += [frame.pts for frame in frames]
-            elif packet.size and not packet.is_discard:  # an edit list discards what it cuts off
-                pts.append(packet.pts)
+                raise DataError(f"expected whole packets, found packet {num_packets} cut short")
+            frames = packet.decode() if count_frames or first is None else []
+            first = first or next(iter(frames), None)
+            hidden_packets += packet.is_discard
+            if count_frames:
+                frame_times += [frame.pts for frame in frames]
+            elif packet.size and not packet.is_discard:
+                frame_times.append(packet.pts)
             if packet.is_keyframe:
-                keyframe_pts.append(packet.pts)
-        indexed = len(stream.index_entries)  # not the header's nb_frames: edit lists make the packets fewer
-        if not count and num_packets < indexed:
-            raise DataError(
-                f"{path}: expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
-            )
+                keyframe_times.append(packet.pts)
+        # Not compared with the number of frames in the header: an edit list makes the packets fewer.
+        indexed = len(stream.index_entries)
+        if not count_frames and num_packets < indexed:
+            reason = f"expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
+            raise DataError(reason)
         fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
     if first is None:
-        raise DataError(f"{path}: expected at least one frame, found none that decodes")
-    if not count and (None in pts or len(set(pts)) < len(pts)):
-        return _index_video(path, count=True)
-    if None not in pts and max(pts) > min(
-        pts
-    ):  # measured: Matroska's header claims a steady rate for any video
-        fps = (len(pts) - 1) / ((max(pts) - min(pts)) * time_base)
+        raise DataError("expected at least one frame, found none that decodes")
+    has_times = None not in frame_times
+    if not count_frames and (not has_times or len(set(frame_times)) < len(frame_times)):
+        return _index_video(path, count_frames=True)
+    if has_times and max(frame_times) > min(frame_times):
+        # The rate is measured, because Matroska's header claims a steady one for any video.
+        fps = (len(frame_times) - 1) / ((max(frame_times) - min(frame_times)) * time_base)
     lies_down = round(first.rotation / 90) % 2
     height, width = (first.width, first.height) if lies_down else (first.height, first.width)
-    info = MediaInfo(len(pts), float(fps), height, width, is_image=False)
-    if count:
-        return info, None, [0]
-    times = sorted(pts)
-    return info, times, sorted({0} | {bisect_left(times, t) for t in keyframe_pts if t <= times[-1]})
-
-
-def _decode(path, times, keyframes, wanted, skip):
-    """-> {frame number: uint8 (H, W, 3) RGB} of those frames in `wanted` (rising) that decode; fewer if
-    anything is odd.
-
-    skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to (most
-    B-frames).
-    """
-    runs, previous = [(0, [])], 0  # (keyframe to start at, frames to fetch in one go from there)
-    for k in wanted:
-        keyframe = keyframes[bisect_right(keyframes, k) - 1]
-        if keyframe > previous + REORDER:  # nearer by, decoding on costs no more than starting anew
-            runs.append((keyframe, []))
-        runs[-1][1].append(k)
-        previous = k
-    number, asked = {t: k for k, t in enumerate(times or [])}, set(wanted)
-    pictures, reformatter = {}, VideoReformatter()
-    with _open_video(path) as container:
-        stream = _video_stream(path, container)
-        skip = skip and times is not None and stream.codec.canonical_name == "h264"
-        needed = {times[k] for k in wanted} if skip else None
-        for keyframe, group in (run for run in runs if run[1]):
-            expected, start = None, times[keyframe] if keyframe else None
-            for count, frame in enumerate(_frames_from(container, stream, start, needed)):
-                k = number.get(frame.pts) if times else count
-                if k is None or expected not in (None, k) and not skip or frame.is_corrupt and k in asked:
-                    break  # a gap: here packets and frames do not go together one to one
-                if k in asked:
-                    pictures[k] = _to_rgb(frame, reformatter)
-                if k >= group[-1]:
-                    break
-                expected = k + 1
-    return pictures
+    info = MediaInfo(len(frame_times), float(fps), height, width, False, hidden_packets)
+    if count_frames:
+        return info, None, np.zeros(1, np.int64)
+    times = np.sort(np.array(frame_times, np.int64))
+    keyframes = np.searchsorted(times, [time for time in keyframe_times if time <= times[-1]])
+    return info, times, np.union1d(0, keyframes)
 
 
 def _frames_from(container, stream, time, needed):
-    """Yield frames from the keyframe with pts `time` on, or from an earlier one where the container's own
-    index leads there; None: from the first packet. Yields nothing where that is not safe. needed: the pts of
-    the frames that must come; of the others, those that nothing refers to may be missing. None: all must
-    come.
+    """Yields decoded frames from the keyframe with the pts `time` on; None: from the first packet.
 
-    The keyframe itself must come out first. H.264 with intra refresh has none: it flags packets where a
-    gradual refresh begins, and what FFmpeg puts out before the refresh is over was seen to be grey in places.
+    The container's own index may lead to an earlier keyframe, from which it starts then. It yields nothing
+    where that is not safe: the keyframe must be the first frame to come out. In H.264 with intra refresh it
+    is not, because such a "keyframe" is where a gradual refresh begins, and frames before its end were seen
+    to be grey in places. needed: the pts of the frames that must come (None: all); of the others, those that
+    no frame refers to may be missing.
     """
     if time is not None:
-        container.seek(time, stream=stream)
+        container.seek(int(time), stream=stream)
     packets = container.demux(stream)
     start = next(packets)
-
-    def decode(packet):
-        stream.codec_context.skip_frame = "DEFAULT" if needed is None or packet.pts in needed else "NONREF"
-        return packet.decode()
-
-    frames = (frame for packet in chain([start], packets) for frame in decode(packet))
+    frames = _decode_packets(chain([start], packets), stream, needed)
     if time is not None:
         if not start.is_keyframe or start.pts > time:
             return
@@ -1510,19 +1515,17 @@ def _frames_from(container, stream, time, needed):
     yield from frames
 
 
-class Media:
-    nbytes = 0
-
-    def __init__(self, path):
-        self.path = path
-        self.info = read_media(path, [])[0]
-
-    def read(self, indices):
-        return read_media(self.path, indices)[1]
+def _decode_packets(packets, stream, needed):
+    for packet in packets:
+        may_skip = needed is not None and packet.pts not in needed
+        stream.codec_context.skip_frame = "NONREF" if may_skip else "DEFAULT"
+        yield from packet.decode()
 
 
-def open_media(path):
-    return Media(path)
+def _to_rgb(frame, reformatter):
+    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in masks."""
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
 
 
 # ---------------------------------------------------------------------------------------------- the preview
@@ -1694,7 +1697,7 @@ def mask_form(segmentation):
     """The name of the form that a checked segmentation has."""
     if isinstance(segmentation, dict):
         return "compressed RLE" if isinstance(segmentation["counts"], str) else "uncompressed RLE"
-    return "one polygon" if len(as_polygons(segmentation)) == 1 else "several polygons"
+    return "one polygon" if len(_as_polygons(segmentation)) == 1 else "several polygons"
 
 
 class Findings:

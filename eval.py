@@ -56,6 +56,7 @@ from train import (
 
 def load(path, device=None):
     """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone."""
+    data.expect(path != "tiny", "--model: a trained or pretrained model", path)
     processor = models.load_processor(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return models.load_model(path, processor).to(device).eval(), processor
@@ -122,7 +123,7 @@ def generate_answers(model, processor, dataset, keys, max_new_tokens, **loading)
     for batch in batches(dataset, keys, device, pad_left=True, **loading):
         tokens = []
         if not all(batch["errors"]):
-            tokens = model.generate(batch, tokenizer.eos_token_id, max_new_tokens)
+            tokens = model.generate(batch, model.end_token_ids(tokenizer), max_new_tokens)
         texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))
         for error in batch["errors"]:
             yield error or next(texts).strip()

@@ -345,7 +345,7 @@ BAD_ENTRIES = [  # what is wrong with an entry, and its "error"
     ),
     ({"annotation": [{"300": {"segmentation": MASK}}], "frame_idx": "300"}, "a frame index below 8"),
     ({"video": "videos/none.mp4"}, "videos/none.mp4"),
-    ({"video": "bad.json"}, "bad.json: expected"),  # the file itself, not the place of the entry
+    ({"video": "bad.json"}, "bad.json: expected a video, found what FFmpeg can't open"),
 ]
 
 
@@ -627,6 +627,18 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     assert 0 < bench_rows["all"]["accuracy"]["right"] < bench_rows["all"]["accuracy"]["asked"]
     same = [p["pred"] for p in lines(tmp_path / "q" / "predictions.jsonl")]
     assert same == [p["exact"] for p in lines(tmp_path / "data" / "predictions.jsonl")]
+
+
+def test_an_answer_ends_at_any_end_token_of_the_checkpoint(loaded, world, monkeypatch):
+    """Published checkpoints list several in generation_config.json; the tokenizer names one of them."""
+    model, processor = loaded
+    passed = []
+    monkeypatch.setattr(model.backbone.generation_config, "eos_token_id", [7, 8])
+    monkeypatch.setattr(
+        model, "generate", lambda batch, end_token_ids, *_: passed.append(end_token_ids) or [[5]]
+    )
+    evaluation.ask(model, processor, world / "videos" / "test0000.mp4", "What is this?")
+    assert {7, 8, processor.tokenizer.eos_token_id} == set(passed[0])
 
 
 @pytest.fixture
@@ -1051,6 +1063,11 @@ def test_what_is_wrong_with_a_question_gets_one_error(
             ]
         )
     assert complaint in str(error.value)
+
+
+def test_a_model_of_random_weights_is_not_evaluated():
+    with pytest.raises(data.DataError, match="--model: a trained or pretrained model, found 'tiny'"):
+        evaluation.load("tiny")
 
 
 @pytest.mark.parametrize(
