@@ -894,6 +894,15 @@ def test_a_wrong_key_is_not_tried_twice(described, server):
     assert len(server.asked) == 1
 
 
+def test_marks_that_two_runs_at_once_gave_are_not_mixed(described, server):
+    folder, _ = described
+    judged(folder, server)
+    path = folder / "out" / "judged.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(data.DataError, match="each once, found {'id': 1"):
+        judged(folder, server)
+
+
 def test_marks_of_another_judge_prompt_or_prediction_are_not_mixed_in(described, server):
     folder, _ = described
     judged(folder, server)
@@ -957,6 +966,18 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
         "two frames of 96 pixels"
     )
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_preview_without_regions_shows_the_first_frame(
+    checkpoint, loaded, world, tmp_path, monkeypatch, says_its_coverage
+):
+    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
+    video = world / "videos" / "test0000.mp4"
+    arguments = ("--model", checkpoint, "--video", video, "--ask", "What is this?", "--device", "cpu")
+    evaluation.main([str(a) for a in (*arguments, "--preview", tmp_path / "p.png")])
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    left, top = 6, 17  # the margin, and the frame's number
+    assert (picture[top : top + 96, left : left + 96] == data.read_frames(video, [0])[0]).all()
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):
