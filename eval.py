@@ -56,6 +56,7 @@ from train import (
 
 def load(path, device=None):
     """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone."""
+    data.expect(path != "tiny", "--model: a trained or pretrained model", path)
     processor = models.load_processor(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return models.load_model(path, processor).to(device).eval(), processor
@@ -63,7 +64,7 @@ def load(path, device=None):
 
 # ---- questions and answers ----
 
-# What a line of predictions.jsonl repeats of the data file's entry.
+# The fields of a data file's entry that its lines in predictions.jsonl repeat.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
@@ -435,7 +436,9 @@ def evaluate(args):
         for control in ("none", *args.control):
             asked = {i: key for i, key in enumerate(keys) if control == "none" or questions[i]["regions"]}
             replies = answer_all(model, processor, samples, asked, control, args)
-            name = {"none": "exact" if args.data else "pred"}.get(control, control)
+            name = control
+            if control == "none":
+                name = "pred" if bench else "exact"
             add_replies(questions, name, replies, strict=not bench)
     is_first = rank() == 0
     if dist.is_initialized():
@@ -531,7 +534,7 @@ def answer_all(model, processor, samples, keys, control, args):
     for answers_of_rank in gather(new_answers):
         answers |= answers_of_rank
     assert answers.keys() == keys.keys(), f"{len(answers)} answers to {len(keys)} questions in {parts}"
-    return answers
+    return {i: answers[i] for i in keys}
 
 
 def read_answers(parts, control):

@@ -629,6 +629,18 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     assert same == [p["exact"] for p in lines(tmp_path / "data" / "predictions.jsonl")]
 
 
+def test_an_answer_ends_at_any_end_token_of_the_checkpoint(loaded, world, monkeypatch):
+    """Published checkpoints list several in generation_config.json; the tokenizer names one of them."""
+    model, processor = loaded
+    passed = []
+    monkeypatch.setattr(model.backbone.generation_config, "eos_token_id", [7, 8])
+    monkeypatch.setattr(
+        model, "generate", lambda batch, end_token_ids, *_: passed.append(end_token_ids) or [[5]]
+    )
+    evaluation.ask(model, processor, world / "videos" / "test0000.mp4", "What is this?")
+    assert {7, 8, processor.tokenizer.eos_token_id} == set(passed[0])
+
+
 @pytest.fixture
 def says_its_coverage(checkpoint, monkeypatch):
     """A stand-in for the model. It answers with the share of the picture that the masks cover, or "none"."""
@@ -882,6 +894,15 @@ def test_a_wrong_key_is_not_tried_twice(described, server):
     assert len(server.asked) == 1
 
 
+def test_marks_that_two_runs_at_once_gave_are_not_mixed(described, server):
+    folder, _ = described
+    judged(folder, server)
+    path = folder / "out" / "judged.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(data.DataError, match="each once, found {'id': 1"):
+        judged(folder, server)
+
+
 def test_marks_of_another_judge_prompt_or_prediction_are_not_mixed_in(described, server):
     folder, _ = described
     judged(folder, server)
@@ -945,6 +966,18 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
         "two frames of 96 pixels"
     )
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_preview_without_regions_shows_the_first_frame(
+    checkpoint, loaded, world, tmp_path, monkeypatch, says_its_coverage
+):
+    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
+    video = world / "videos" / "test0000.mp4"
+    arguments = ("--model", checkpoint, "--video", video, "--ask", "What is this?", "--device", "cpu")
+    evaluation.main([str(a) for a in (*arguments, "--preview", tmp_path / "p.png")])
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    left, top = 6, 17  # the margin, and the frame's number
+    assert (picture[top : top + 96, left : left + 96] == data.read_frames(video, [0])[0]).all()
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):
@@ -1051,6 +1084,11 @@ def test_what_is_wrong_with_a_question_gets_one_error(
             ]
         )
     assert complaint in str(error.value)
+
+
+def test_a_model_of_random_weights_is_not_evaluated():
+    with pytest.raises(data.DataError, match="--model: a trained or pretrained model, found 'tiny'"):
+        evaluation.load("tiny")
 
 
 @pytest.mark.parametrize(
