@@ -1,4 +1,5 @@
-"""--fsdp and --grad-checkpoint change where things lie and when they are computed, never what: two gloo processes against one."""
+"""Two gloo processes. --fsdp and --grad-checkpoint change where things lie and when they are computed, never what; and whatever
+happens on one rank alone, all ranks go on or stop together."""
 
 import contextlib
 import json
@@ -13,15 +14,17 @@ import torch
 import torch.distributed as dist
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file
-from test_train import COMMON, metrics, mixed, toy  # noqa: F401 (fixtures)
+from test_train import COMMON, metrics, mixed, toy, write_texts  # noqa: F401 (fixtures)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 
 MLPS = {"Qwen3VLTextMLP", "Qwen3VLVisionMLP"}  # one inside each layer that is sharded and recomputed
 
 
-def observe(arguments):
-    """Trains in this process; -> what a rank can tell: weights kept by it, gradient exchanges, forward passes of the layers' insides."""
+def observe(arguments, sigterm=False):
+    """Trains in this process; -> what a rank can tell: weights kept by it, gradient exchanges, forward passes of the layers' insides,
+    and how training exited if it did. sigterm: this process gets one during its first step."""
     seen = {"reduce_scatters": 0, "forwards": 0}
 
     def count(name, function):
@@ -39,7 +42,12 @@ def observe(arguments):
         seen["share"] = sum(numbers) / sum(p.numel() for p in model.parameters())
         return choose_parameters(model, config)
 
+    def send_sigterm(*_):
+        if sigterm:
+            signal.raise_signal(signal.SIGTERM)
+
     hook = torch.nn.modules.module.register_module_forward_pre_hook(count_forward)
+    step_hook = register_optimizer_step_post_hook(send_sigterm)
     before, choose_parameters = signal.getsignal(signal.SIGTERM), train.choose_parameters
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "choose_parameters", choose)
@@ -47,9 +55,15 @@ def observe(arguments):
             "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
         )  # torch 2.13 renamed it
         patch.setattr(dist, name, count("reduce_scatters", getattr(dist, name)))
-        train.train(train.parse([str(a) for a in arguments]))
+        try:
+            train.train(train.parse([str(a) for a in arguments]))
+        except SystemExit as error:
+            seen["exit"] = error.code
+            if dist.is_initialized():
+                dist.destroy_process_group()
     signal.signal(signal.SIGTERM, before)
     hook.remove()
+    step_hook.remove()
     return seen
 
 
@@ -65,7 +79,7 @@ def rank_main(rank, jobs, meeting, results):
                 dist, "init_process_group", partial(initialise, init_method=place, rank=rank, world_size=2)
             )
             patch.setenv("RANK", str(rank))
-            results.put((name, rank, observe(arguments)))
+            results.put((name, rank, observe(arguments, sigterm=name == f"sigterm-to-{rank}")))
 
 
 def two_ranks(jobs, meeting, patience=180):
@@ -132,6 +146,14 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
         "one-to-fsdp": job("one-to-fsdp", "--fsdp", *resume("one")),
         "fsdp-to-fsdp": job("fsdp-to-fsdp", "--fsdp", *resume("fsdp")),
     }
+    five = write_texts(top / "five.json", 5)
+    (_, bad), *_ = next(iter(train.Order(5, 4, 1, seed=0, rank=1, world=2)))
+    jobs |= {
+        "sigterm-to-1": job("sigterm-to-1"),
+        "bad-on-1": job("bad-on-1", "--data", write_texts(top / "bad.json", 5, bad=[bad]), "--max-bad", 0),
+        "batch-of-3": job("batch-of-3", "--data", five, "--batch-size", 3),
+        "default-batch": ["--data", five, "--out", top / "default-batch", "--workers", 0, "--steps", 2],
+    }
     jobs |= {f"{name}/fsdp": job(f"{name}/fsdp", "--fsdp", "--micro-batch", 1) for name in parts}
     seen |= two_ranks(jobs, tmp_path_factory.mktemp("meeting"))
     observe(job("fsdp-to-one", *resume("fsdp")))
@@ -195,6 +217,28 @@ def test_grad_checkpoint_computes_each_layer_twice(runs):
         assert seen["fsdp", rank]["forwards"] == 3 * 2 * layers  # two micro-batches
         assert seen["fsdp-recomputed", rank]["forwards"] == 3 * 2 * layers  # one
         assert seen["ddp-recomputed", rank]["forwards"] == 3 * 2 * 2 * layers
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(runs):
+    """Only rank 1 gets it, during step 0; all hear of it in step 1, finish that and save."""
+    top, seen = runs
+    assert seen["sigterm-to-1", 0]["exit"] == seen["sigterm-to-1", 1]["exit"] == 128 + signal.SIGTERM
+    assert list(train.checkpoints(top / "sigterm-to-1")) == [2]
+
+
+def test_a_bad_sample_of_one_rank_stops_all(runs):
+    top, seen = runs
+    for rank in range(2):
+        assert "stopped: 1 samples cannot be used, --max-bad allows 0" in seen["bad-on-1", rank]["exit"]
+    assert len(train.read_jsonl(top / "bad-on-1" / "bad_samples.jsonl")) == 1
+
+
+def test_the_batch_is_a_multiple_of_the_ranks(runs):
+    """5 samples: by default, 2 ranks take 4 of them in a step. A batch of 3 cannot be shared out."""
+    top, seen = runs
+    for rank in range(2):
+        assert seen["batch-of-3", rank]["exit"] == "--batch-size: expected a multiple of the 2 ranks, found 3"
+    assert [m["epoch"] for m in metrics(top / "default-batch")] == pytest.approx([0, 4 / 5])
 
 
 def test_fsdp_without_ranks_is_refused(mixed, tmp_path):  # noqa: F811

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from test_train import TOP, launch, metrics, run, toy  # noqa: F401 (toy is a fixture)
+from test_train import TOP, launch, metrics, run, toy, train_here, write_texts  # noqa: F401 (toy is a fixture)
 
 import train
 
@@ -162,6 +164,91 @@ def test_other_settings_other_data_and_finished_runs_are_refused(seven, uninterr
         assert done.returncode == 1 and complaint in done.stdout and "Traceback" not in done.stdout, (
             done.stdout[-2000:]
         )
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of 3 steps on 6 samples with a checkpoint after each, which looks as if it had been killed just before its end.
+    Returns its OUT and its options, without --out."""
+    top = tmp_path_factory.mktemp("stopped")
+    options = ["--data", write_texts(top / "data.json", 6), "--batch-size", 2, "--steps", 3, "--warmup", 1]
+    options += ["--workers", 0, "--log-every", 1, "--save-every", 1, "--keep", 9]
+    train_here(*options, "--out", top / "run")
+    shutil.rmtree(top / "run" / "final")
+    return top / "run", options
+
+
+def test_another_seed_is_refused_because_it_means_another_order(stopped, tmp_path):
+    out, options = stopped
+    with pytest.raises(SystemExit, match="expected seed 0 as in the run that is resumed, found 1"):
+        train_here(*options, "--out", tmp_path, "--resume", out / "step-000001", "--seed", 1)
+
+
+def test_a_data_file_that_has_grown_is_refused(stopped, tmp_path):
+    out, options = stopped
+    path, before = options[1], options[1].read_bytes()
+    try:
+        write_texts(path, 7)
+        with pytest.raises(SystemExit, match="expected samples 6 as in the run that is resumed, found 7"):
+            train_here(*options, "--out", tmp_path, "--resume", out / "step-000001")
+    finally:
+        path.write_bytes(before)
+
+
+def test_an_older_checkpoint_cannot_go_on_among_later_ones(stopped, tmp_path):
+    """Otherwise --resume latest would go on from the later steps of the other branch."""
+    out, options = stopped
+    before = sorted(os.listdir(out))
+    with pytest.raises(SystemExit, match="holds later steps than .*step-000001"):
+        train_here(*options, "--out", out, "--resume", out / "step-000001")
+    assert sorted(os.listdir(out)) == before
+    train_here(*options, "--out", tmp_path / "elsewhere", "--resume", out / "step-000001")
+    assert [m["step"] for m in metrics(tmp_path / "elsewhere")] == [1, 2]
+
+
+def test_bad_samples_from_before_the_interruption_count_on(tmp_path):
+    """One of 10 may be bad. The second one ends the run; as it does when the run is resumed between the two."""
+    (first,), (second,) = (keys[:1] for keys in train.Order(10, 5, 2, seed=0, rank=0, world=1))
+    path = write_texts(tmp_path / "data.json", 10, bad=[first[1], second[1]])
+    options = ["--data", path, "--out", tmp_path / "run", "--batch-size", 5, "--steps", 2, "--workers", 0]
+    options += ["--max-bad", 0.1, "--save-every", 1, "--log-every", 1, "--resume", "latest"]
+    for _ in range(2):
+        with pytest.raises(
+            SystemExit, match=re.escape("stopped: 2 samples cannot be used, --max-bad allows 1;")
+        ):
+            train_here(*options)
+        assert list(train.checkpoints(tmp_path / "run")) == [1]
+
+
+def test_a_resumed_run_draws_the_same_dropout(tmp_path):
+    """No backbone here has dropout; with dropout in the attention, each step draws from (seed, step, rank), whatever was before it."""
+
+    def with_dropout(module, *_):
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+
+    options = [
+        "--data",
+        write_texts(tmp_path / "data.json", 4),
+        "--batch-size",
+        4,
+        "--steps",
+        4,
+        "--workers",
+        0,
+    ]
+    options += ["--log-every", 1, "--save-every", 2]
+    train_here(*options, "--out", tmp_path / "without")
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(with_dropout)
+    try:
+        train_here(*options, "--out", tmp_path / "one")
+        train_here(*options, "--out", tmp_path / "two", "--resume", tmp_path / "one" / "step-000002")
+    finally:
+        hook.remove()
+    without, one, two = ([m["loss"] for m in metrics(tmp_path / name)] for name in ("without", "one", "two"))
+    assert two == one[2:] and one[0] != without[0]
+    final = "final/model.safetensors"
+    assert (tmp_path / "one" / final).read_bytes() == (tmp_path / "two" / final).read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(seven, tmp_path):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import shapes
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
+import model as models
 import train
 
 TOP = Path(__file__).resolve().parent.parent
@@ -43,6 +45,52 @@ def launch(*command, **environment):
         text=True,
         timeout=600,
     )
+
+
+def train_here(*arguments):
+    """Trains in this process, which is much quicker than a new one, and gives back the SIGTERM handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        train.train(train.parse([str(argument) for argument in arguments]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def watch(*arguments):
+    """Trains in this process -> for each optimizer step, what the optimizer was given: {"norm": of all gradients, "lr": {part of
+    the model: the learning rates of its parameters}}."""
+    steps, found = [], []
+
+    def find_model(module, *_):
+        if isinstance(module, models.ReferringVideoLLM) and not found:
+            found.append(module)
+
+    def before_step(optimizer, *_):
+        lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        squares = sum(float((p.grad**2).sum()) for group in optimizer.param_groups for p in group["params"])
+        parts = found[0].parameter_groups().items()
+        rates = {part: {lr[id(p)] for p in parameters if id(p) in lr} for part, parameters in parts}
+        steps.append({"norm": math.sqrt(squares), "lr": rates})
+
+    hooks = [torch.nn.modules.module.register_module_forward_pre_hook(find_model)]
+    hooks.append(register_optimizer_step_pre_hook(before_step))
+    try:
+        train_here(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return steps
+
+
+def write_texts(path, count, bad=()):
+    """A data file of samples that are text alone, which train quickly; those in bad have no conversation."""
+    samples = []
+    for i in range(count):
+        question, answer = f"What is {i} + {i}?", f"{2 * i}, of course" * (i % 3 + 1)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        samples.append({"id": i, "conversations": [] if i in bad else turns})
+    path.write_text(json.dumps(samples))
+    return path
 
 
 def metrics(folder):
@@ -133,6 +181,57 @@ def test_schedule_warms_up_and_follows_a_cosine_to_zero():
     )
 
 
+def test_rates_follow_the_schedule_and_the_gradient_is_clipped(tmp_path):
+    """What the optimizer is given: two steps of warm-up, then half a cosine over the other two; the region encoder at its own rate;
+    gradients that are never longer than --clip. The norm that is logged is the one before clipping."""
+    options = ["--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", "--workers", 0]
+    options += [
+        "--steps",
+        4,
+        "--warmup",
+        2,
+        "--lr",
+        2e-4,
+        "--region-lr",
+        3e-3,
+        "--log-every",
+        1,
+        "--clip",
+        0.01,
+    ]
+    steps = watch(*options)
+    for step, share in enumerate((0.5, 1, 1, 0.5)):
+        for part, peak in (("region", 3e-3), ("projector", 2e-4), ("llm", 2e-4), ("vision", 2e-4)):
+            assert [*steps[step]["lr"][part]] == pytest.approx([peak * share]), (step, part)
+        assert steps[step]["norm"] == pytest.approx(0.01, rel=1e-3)
+    logged = metrics(tmp_path / "run")
+    assert [m["lr"] for m in logged] == pytest.approx([1e-4, 2e-4, 2e-4, 1e-4])
+    assert all(m["grad_norm"] > 0.1 for m in logged)
+
+
+def test_epochs_are_whole_passes_and_cut_no_sample(tmp_path):
+    """7 samples in steps of 5: one pass takes 2 steps, and one step would miss 2 samples."""
+    options = ["--data", write_texts(tmp_path / "data.json", 7), "--batch-size", 5, "--workers", 0]
+    for epochs, steps in ((1, 2), (1.4, 2), (1.5, 3)):
+        out = tmp_path / str(epochs)
+        train_here(*options, "--out", out, "--epochs", epochs, "--log-every", 1)
+        assert [m["epoch"] for m in metrics(out)] == pytest.approx([0, 5 / 7, 10 / 7][:steps])
+
+
+def test_single_frame_and_seed_reach_the_data_set(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(data.ReferringDataset):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(self)
+
+    monkeypatch.setattr(data, "ReferringDataset", Watched)
+    options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
+    train_here(*options, "--steps", 1, "--single-frame", 0.7, "--seed", 5, "--timeout", 7)
+    assert [(d.single_frame, d.seed, d.timeout) for d in seen] == [(0.7, 5, 7.0)]
+
+
 @pytest.mark.parametrize(
     "names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision"]
 )
@@ -156,7 +255,7 @@ def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
         assert moved == wanted == p.requires_grad, name
 
 
-def test_unknown_part_and_unfit_batch_size_are_refused(mixed, tmp_path):
+def test_an_unknown_part_is_refused(mixed, tmp_path):
     done = launch("train.py", "--data", mixed, "--out", tmp_path / "a", "--train", "regions", *COMMON)
     assert (
         done.returncode == 1
