@@ -243,10 +243,14 @@ def test_a_resumed_run_draws_the_same_dropout(tmp_path):
     try:
         train_here(*options, "--out", tmp_path / "one")
         train_here(*options, "--out", tmp_path / "two", "--resume", tmp_path / "one" / "step-000002")
+        one_sample = ["--data", write_texts(tmp_path / "one.json", 1), "--workers", 0, "--log-every", 1]
+        train_here(*one_sample, "--out", tmp_path / "still", "--steps", 2, "--lr", 0, "--region-lr", 0)
     finally:
         hook.remove()
     without, one, two = ([m["loss"] for m in metrics(tmp_path / name)] for name in ("without", "one", "two"))
     assert two == one[2:] and one[0] != without[0]
+    first, second = (m["loss"] for m in metrics(tmp_path / "still"))
+    assert first != second  # the same sample and weights, but other dropout
     final = "final/model.safetensors"
     assert (tmp_path / "one" / final).read_bytes() == (tmp_path / "two" / final).read_bytes()
 
