@@ -23,9 +23,11 @@ import multiprocessing.connection
 import os
 import queue
 import re
+import shutil
 import textwrap
 import threading
 import time
+import uuid
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
@@ -46,7 +48,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import cached_file
 
-IGNORE = -100  # the label of a token that is not supervised (torch's cross_entropy skips it)
+IGNORE_INDEX = -100  # the label of a token that is not supervised (torch's cross_entropy skips it)
 REGION_TAG = "<region>"  # what a question writes where an object is meant
 REGION_PAD = "<|region_pad|>"  # the placeholder token that the model replaces by a region's features
 MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
@@ -91,6 +93,33 @@ def shorten(value):
     except (RecursionError, ValueError):  # nested too deeply, or a whole number of more than 4300 digits
         text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+@contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path`, to write a file or make a folder there; it takes the name `path` once all of it is on
+    disk, so that whoever looks finds it whole or not at all. An exception leaves nothing behind; a kill leaves a name in .tmp."""
+    path = os.fspath(path)
+    temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in [*names, "."]:
+                _flush_to_disk(os.path.join(folder, name))
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(os.path.dirname(os.path.abspath(path)))
+    finally:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _flush_to_disk(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------ samples: parse and check
@@ -936,7 +965,8 @@ class Processor:
             raise ValueError(
                 f"expected a backbone of one of the families {sorted(FAMILIES)}, found {config.model_type!r}"
             )
-        self.tokenizer, self.image_processor, self.settings = tokenizer, image_processor, settings
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.settings = settings
         self.timestamps = FAMILIES[config.model_type]["timestamps"]
         self.patch_size = config.vision_config.patch_size
         self.temporal_patch_size = config.vision_config.temporal_patch_size
@@ -1029,7 +1059,7 @@ class Processor:
         )
 
     def encode(self, turns, media, media_prompt, region_tokens, for_generation=False):
-        """A conversation -> (input_ids, labels): int64 arrays (L,); labels are IGNORE but for answers and their end token.
+        """A conversation -> (input_ids, labels): int64 arrays (L,); labels are IGNORE_INDEX but for answers and their end token.
 
         media: "image", "video" or None. media_prompt: what its placeholder becomes. region_tokens: per `<region>` tag, how many
         placeholder tokens it becomes. for_generation: stop where the last answer would begin.
@@ -1059,7 +1089,9 @@ class Processor:
         texts = texts[:-1] if for_generation else [*texts, prompts[-1].removeprefix(end)]
         pieces = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         ids = [token for piece in pieces for token in piece]
-        labels = [token if number % 2 else IGNORE for number, piece in enumerate(pieces) for token in piece]
+        labels = [
+            token if number % 2 else IGNORE_INDEX for number, piece in enumerate(pieces) for token in piece
+        ]
         limit = self.settings.max_length
         visual = sum(
             ids.count(self.tokenizer.convert_tokens_to_ids(t)) for t in (self.image_pad, self.video_pad)
@@ -1165,7 +1197,7 @@ class ReferringDataset(torch.utils.data.Dataset):
             "labels": labels,
             "attention_mask": np.ones_like(input_ids),
             "coverage": [coverage(objects[number][frame], *grid).ravel() for number, frame in frames],
-            "where": [
+            "boxes": [
                 (*mask_box(objects[number][frame]), frame / max(info.num_frames - 1, 1))
                 for number, frame in frames
             ],
@@ -1308,10 +1340,10 @@ EMPTY_SAMPLE = {
     "kind": None,
     **_NO_MEDIA,
     "input_ids": np.zeros(1, int),
-    "labels": np.full(1, IGNORE),
+    "labels": np.full(1, IGNORE_INDEX),
 }
 EMPTY_SAMPLE |= {"attention_mask": np.ones(1, int)} | {
-    name: [] for name in ("coverage", "where", "region_still")
+    name: [] for name in ("coverage", "boxes", "region_still")
 }
 EMPTY_SAMPLE |= {"object_frames": [], "region_tokens": []}
 
@@ -1341,17 +1373,20 @@ class FrameCache:
 
 
 def collate(samples, pad_token_id, pad_left=False):
-    """Encoded samples -> one batch (dict). B samples, L tokens, S stills, R region frames, O objects, M cells of all regions.
+    """Encoded samples, some of which may be DataErrors -> one batch (dict) of those that could be used.
+    B samples, L tokens, S stills, R region frames, O objects, M cells of all regions.
 
-    input_ids, attention_mask, labels: int64 (B, L), padded on the right (left for generation).
-    still_patches: uint8 (P, 3 * patch * patch), still_grid_thw: int64 (S, 3) in patches: the images that stand in prompts
-    (prompt_images of them) first, then the annotated frames. video_patches: uint8 (Q, 3 * temporal * patch * patch),
-    video_grid_thw: int64 (V, 3), seconds_per_pair: float32 (V,).
-    coverage: float32 (M,), the grids of all region frames one after another; coverage_start: int64 (R + 1,), where each begins;
-    region_still: int64 (R,), its still; where: float32 (R, 5), (cx, cy, w, h, t) of its mask in [0, 1]; region frames are
-    ordered by object, then time. object_frames, region_tokens: int64 (O,), region frames and placeholder tokens per object.
-    ids, types: lists. Media that no sample of the batch has give tensors of length 0.
+       input_ids, attention_mask, labels: int64 (B, L), padded on the right (left for generation).
+       still_patches: uint8 (P, 3 * patch * patch), still_grid_thw: int64 (S, 3) in patches: the images that stand in prompts
+       (prompt_images of them) first, then the annotated frames. video_patches: uint8 (Q, 3 * temporal * patch * patch),
+       video_grid_thw: int64 (V, 3), seconds_per_pair: float32 (V,).
+       coverage: float32 (M,), the grids of all region frames one after another; coverage_start: int64 (R + 1,), where each begins;
+       region_still: int64 (R,), its still; boxes: float32 (R, 5), (cx, cy, w, h, t) of its mask in [0, 1]; region frames are
+       ordered by object, then time. object_frames, region_tokens: int64 (O,), region frames and placeholder tokens per object.
+       ids, types: lists. errors: for each of the given samples its DataError or None. supervised_tokens: int. Media that no sample of the batch has give tensors of length 0.
     """
+    errors = [sample if isinstance(sample, DataError) else None for sample in samples]
+    samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
     length = max(len(s["input_ids"]) for s in samples)
 
     def pad(name, value):
@@ -1380,11 +1415,14 @@ def collate(samples, pad_token_id, pad_left=False):
     def table(rows, dtype, *width):
         return torch.tensor(rows, dtype=dtype).view(-1, *width)
 
+    labels = pad("labels", IGNORE_INDEX)
     return {
+        "errors": errors,
+        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
         "ids": [s["id"] for s in samples],
         "types": [s["type"] for s in samples],
         "input_ids": pad("input_ids", pad_token_id),
-        "labels": pad("labels", IGNORE),
+        "labels": labels,
         "attention_mask": pad("attention_mask", 0),
         "still_patches": join(stills, np.uint8),
         "still_grid_thw": table(grids, torch.long, 3),
@@ -1397,10 +1435,15 @@ def collate(samples, pad_token_id, pad_left=False):
         "region_still": table(
             [first_still[b] + i for b, s in enumerate(samples) for i in s["region_still"]], torch.long
         ),
-        "where": table([w for s in samples for w in s["where"]], torch.float32, 5),
+        "boxes": table([box for s in samples for box in s["boxes"]], torch.float32, 5),
         "object_frames": table([n for s in samples for n in s["object_frames"]], torch.long),
         "region_tokens": table([n for s in samples for n in s["region_tokens"]], torch.long),
     }
+
+
+def to_device(batch, device):
+    """The same batch with its tensors on the device."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------ pictures of regions
@@ -1668,19 +1711,19 @@ PANEL, TEXT_WIDTH, LINE = (
 )  # pixels: the height of a frame, the width of the conversation, the height of its lines
 
 
-def preview(dataset, numbers, samples_shown=5, frames_shown=3):
+def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL):
     """-> PIL image: a row a sample. Frames with the masks drawn in, below each its cells, as bright as they are covered; beside them
     the conversation, its `<region>` tags numbered as the objects in the picture are."""
-    some = [dataset.samples[int(number)] for number in evenly(numbers, 200)]
-    chosen = evenly([sample for sample in some if sample.objects] or some, samples_shown)
-    rows = [_preview_row(dataset, sample, frames_shown) for sample in chosen]
+    rows = [
+        _preview_row(dataset, dataset.samples[int(i)], frames_shown, panel_height) for i in sample_indices
+    ]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     for row, top in zip(rows, accumulate([row.height for row in rows], initial=0)):
         sheet.paste(row, (0, top))
     return sheet
 
 
-def _preview_row(dataset, sample, frames_shown):
+def _preview_row(dataset, sample, frames_shown, panel_height):
     info = sample.media and dataset._info(sample)
     objects = [
         dataset._masks(sample, number, info, np.random.default_rng(0))
@@ -1704,16 +1747,16 @@ def _preview_row(dataset, sample, frames_shown):
             if again:
                 tags[again[0]] += f",{tags[number]}"
                 masks[number] = None
-        width = max(1, round(PANEL * info.width / info.height))
+        width = max(1, round(panel_height * info.width / info.height))
         cell = dataset.processor.patch_size * dataset.processor.merge_size
         grid = [side // cell for side in dataset.processor.still_size(*picture.shape[:2])]
         cells = sum(
             (coverage(mask, *grid) for mask in masks if mask is not None), np.zeros(grid, np.float32)
         ).clip(0, 1)
         shade = np.asarray(
-            Image.fromarray(np.uint8(255 * cells)).resize((width, PANEL), Image.Resampling.NEAREST)
+            Image.fromarray(np.uint8(255 * cells)).resize((width, panel_height), Image.Resampling.NEAREST)
         )[:, :, None]
-        small = np.asarray(Image.fromarray(picture).resize((width, PANEL), Image.Resampling.BICUBIC))
+        small = np.asarray(Image.fromarray(picture).resize((width, panel_height), Image.Resampling.BICUBIC))
         pair = np.concatenate(
             [draw_regions(small, masks, tags), np.uint8(small * (0.15 + 0.85 * (shade / 255)))]
         )
@@ -1724,7 +1767,7 @@ def _preview_row(dataset, sample, frames_shown):
         question = re.sub(REGION_TAG, lambda tag: f"<region {next(numbers)}>", question)
         for who, text in (("Q", question), ("A", answer)):
             lines += textwrap.wrap(f"{who}: {' '.join(text.split())}", TEXT_WIDTH // 7)
-    height = max(2 * PANEL if panels else 0, LINE * len(lines)) + 2 * LINE
+    height = max(2 * panel_height if panels else 0, LINE * len(lines)) + 2 * LINE
     row = Image.new("RGB", (sum(p.width + 6 for _, p in panels) + TEXT_WIDTH, height), "white")
     pen, left = ImageDraw.Draw(row), 6
     for name, panel in panels:
@@ -1766,22 +1809,15 @@ def main(argv=None):
     import model  # here, because data stands alone but for this
 
     samples = read_samples(options.files, options.media, options.outside_paths)
-    tiny = options.model == "tiny"
-    defaults = {} if tiny else PRETRAINED_PIXELS
-    given = {
-        f.name: getattr(options, f.name) for f in fields(Settings) if getattr(options, f.name) is not None
-    }
-    settings = Settings(**defaults | given)
-    if tiny:
-        backbone, tokenizer, image_processor = model.build_tiny(sample_texts(samples))
-        processor = Processor(tokenizer, image_processor, backbone.config, settings)
-    else:
-        processor = Processor.from_pretrained(options.model, settings)
+    settings = {f.name: getattr(options, f.name) for f in fields(Settings)}
+    processor = model.load_processor(options.model, sample_texts(samples), **settings)
     dataset = ReferringDataset(samples, processor, timeout=None)  # its process is killed instead
     findings, right = check(samples, dataset, options)
     findings.report(len(samples))
     if options.preview and right.any():
-        save_picture(preview(dataset, np.flatnonzero(right)), options.preview)
+        candidates = evenly(np.flatnonzero(right), 200)
+        with_objects = [i for i in candidates if samples[int(i)].objects]
+        save_picture(preview(dataset, evenly(with_objects or candidates, 5)), options.preview)
     return 1 if findings.problems else 0
 
 

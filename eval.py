@@ -58,16 +58,9 @@ from train import (
 
 def load(path, device=None):
     """A folder that train.py wrote, or a plain backbone -> (model, processor). What training saw of a video, the model sees."""
-    saved = os.path.join(path, "nanorefer.json")
-    settings = data.Settings(**data.PRETRAINED_PIXELS)
-    if os.path.exists(saved):
-        with open(saved) as file:
-            settings = data.Settings(**json.load(file))
-    processor = data.Processor.from_pretrained(path, settings)
+    processor = models.load_processor(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id).to(
-        device
-    ).eval(), processor
+    return models.load_model(path, processor).to(device).eval(), processor
 
 
 # ------------------------------------------------------------------------------------------------ one question of your own
@@ -362,7 +355,7 @@ def mean_loss(model, processor, samples, args):
         for error in filter(None, errors):
             raise error
         total += model(batch).item()
-        tokens += int((batch["labels"][:, 1:] != data.IGNORE).sum())
+        tokens += int((batch["labels"][:, 1:] != data.IGNORE_INDEX).sum())
     total, tokens = sum_over_ranks([total, tokens], args.device)
     return total / tokens
 

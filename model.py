@@ -35,6 +35,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 
+import data
 from kernels import masked_average_pool
 
 REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files in a saved folder
@@ -179,7 +180,7 @@ class ReferringVideoLLM(nn.Module):
             )
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
-            names = ("coverage", "coverage_start", "where", "object_frames", "region_tokens")
+            names = ("coverage", "coverage_start", "boxes", "object_frames", "region_tokens")
             tokens = self.region_encoder(output.pooler_output, frame_start, *(batch[name] for name in names))
             embeddings = _place(embeddings, is_region, tokens)
         elif self.training:
@@ -288,7 +289,7 @@ class ReferringVideoLLM(nn.Module):
             raise ValueError(f"{path}: expected weights that fit the model exactly, found {wrong}")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         model = cls(backbone, region_token_id, image_processor.image_mean, image_processor.image_std)
-        if os.path.exists(os.path.join(path, "nanorefer.json")):
+        if os.path.exists(os.path.join(path, SETTINGS_FILE)):
             model.region_encoder.load_state_dict(load_file(os.path.join(path, REGION_WEIGHTS)))
         return model
 
@@ -301,7 +302,7 @@ class ReferringVideoLLM(nn.Module):
             parts[part][inner] = weight.detach()
         self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
         save_file(parts["region_encoder"], os.path.join(folder, REGION_WEIGHTS))
-        with open(os.path.join(folder, "nanorefer.json"), "w") as file:
+        with open(os.path.join(folder, SETTINGS_FILE), "w") as file:
             json.dump(settings, file, indent=2)
 
     def layers(self):
@@ -332,6 +333,39 @@ def _place(embeddings, where, rows):
     return embeddings.masked_scatter(where[:, :, None], rows.to(embeddings.dtype))
 
 
+# ------------------------------------------------------------------------------------------------ loading
+
+SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
+
+
+def load_processor(path, texts=(), **settings):
+    """path: "tiny", a Hugging Face name, or a folder (also one that save_pretrained wrote) -> data.Processor.
+
+    settings: fields of data.Settings; those that are None or not given are the ones that the folder's model was trained with, or
+    else the defaults for the tiny model or a pretrained one. texts: what the tiny model's tokenizer learns its words from.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if path == "tiny":
+        config, tokenizer, image_processor = build_tiny(texts)
+        return data.Processor(tokenizer, image_processor, config, data.Settings(**given))
+    saved = data.PRETRAINED_PIXELS
+    settings_file = os.path.join(path, SETTINGS_FILE)
+    if os.path.exists(settings_file):
+        with open(settings_file) as file:
+            saved = json.load(file)
+    return data.Processor.from_pretrained(path, data.Settings(**saved | given))
+
+
+def load_model(path, processor):
+    """path: as for load_processor, which made the processor -> ReferringVideoLLM, float32 on the CPU. The tiny one has random weights,
+    from torch's global seed; others are loaded strictly."""
+    if path == "tiny":
+        images = processor.image_processor
+        backbone = Qwen3VLForConditionalGeneration(processor.config)
+        return ReferringVideoLLM(backbone, processor.region_token_id, images.image_mean, images.image_std)
+    return ReferringVideoLLM.from_pretrained(path, processor.region_token_id)
+
+
 # ------------------------------------------------------------------------------------------------ --model tiny
 
 TINY_TEMPLATE = (
@@ -343,11 +377,11 @@ TINY_TEMPLATE = (
 
 
 def build_tiny(texts):
-    """A small Qwen3-VL with random weights, with a tokenizer and image processor: no download.
+    """What a small Qwen3-VL with random weights is made of: no download.
 
     It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those take. The tokenizer
     is byte-level BPE, its merges learned from texts (an iterable of str): their frequent words become one token each, and any other
-    text still has its bytes. -> (backbone, tokenizer, image_processor)
+    text still has its bytes. -> (config, tokenizer, image_processor)
     """
     names = [
         "<|endoftext|>",
@@ -409,4 +443,4 @@ def build_tiny(texts):
     half = [0.5, 0.5, 0.5]
     size = {"shortest_edge": 16 * 16, "longest_edge": 1 << 20}
     image_processor = Qwen2VLImageProcessorPil(size=size, image_mean=half, image_std=half, patch_size=8)
-    return Qwen3VLForConditionalGeneration(config), tokenizer, image_processor
+    return config, tokenizer, image_processor

@@ -89,7 +89,7 @@ class Config:
     )
     warmup: int = option(10, "steps of linear warm-up; a cosine to 0 follows")
     clip: float = option(1.0, "the gradient is scaled down to this norm")
-    num_frames: int = option(8, "frames sampled evenly from a video")
+    num_frames: int = option(None, "frames sampled evenly from a video (default: 8)")
     frame_pixels: int = option(
         None, "pixels of each at most (default: 32*32 for tiny, 384*384 for a pretrained model)"
     )
@@ -97,14 +97,18 @@ class Config:
         None,
         "the same for images and the annotated frames that regions are pooled from (default: 96*96, 384*384)",
     )
-    region_frames: int = option(8, "annotated frames used of one object at most, evenly spread")
+    region_frames: int = option(
+        None, "annotated frames used of one object at most, evenly spread (default: 8)"
+    )
     region_tokens: int = option(
-        4, "tokens one object becomes at most: its most alike neighbours in time are joined"
+        None, "tokens one object becomes at most: its most alike neighbours in time are joined (default: 4)"
     )
     single_frame: float = option(
         0.25, "share of the objects that are cut to one random annotated frame (the paper mixes both modes)"
     )
-    max_length: int = option(4096, "tokens of a sample at most; a longer one is refused, never cut")
+    max_length: int = option(
+        None, "tokens of a sample at most; a longer one is refused, never cut (default: 4096)"
+    )
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
     timeout: float = option(
         120.0, "seconds that a media file may take to be read; one that hangs is left out"
@@ -244,31 +248,28 @@ def micro_batches(samples, micro_batch, pad_token_id):
 
 
 def build(config, samples, checkpoint=None):
-    """-> (model, processor), with the choices of config that are None made by what the model is. checkpoint: take weights and
-    tokenizer from this folder."""
-    tiny = config.model == "tiny"
-    if tiny:
+    """-> (model, processor), with the choices of config that are None made by what the model is. checkpoint: take weights,
+    tokenizer and settings from this folder."""
+    path = checkpoint or config.model
+    texts = data.sample_texts(samples) if path == "tiny" else ()
+    names = [f.name for f in fields(data.Settings)]
+    processor = models.load_processor(path, texts, **{name: getattr(config, name) for name in names})
+    if config.model == "tiny":
         defaults = dict(train="region,projector,llm,vision", lr=1e-3, region_lr=3e-3)
-        defaults |= dict(frame_pixels=data.Settings.frame_pixels, region_pixels=data.Settings.region_pixels)
     else:
-        defaults = dict(train="region", lr=2e-5, region_lr=1e-3) | data.PRETRAINED_PIXELS
-    for name, value in defaults.items():
+        defaults = dict(train="region", lr=2e-5, region_lr=1e-3)
+    for name, value in (defaults | asdict(processor.settings)).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    settings = data.Settings(**{f.name: getattr(config, f.name) for f in fields(data.Settings)})
     torch.manual_seed(config.seed)
-    if tiny and not checkpoint:
-        backbone, tokenizer, image_processor = models.build_tiny(data.sample_texts(samples))
-        processor = data.Processor(tokenizer, image_processor, backbone.config, settings)
-        mean, std = image_processor.image_mean, image_processor.image_std
+    model = models.load_model(path, processor)
+    if path == "tiny":
         print0(
             "model: tiny, a Qwen3-VL of random weights (a pretrained one: --model Qwen/Qwen3-VL-2B-Instruct, or a folder)"
         )
-        return models.ReferringVideoLLM(backbone, processor.region_token_id, mean, std), processor
-    path = checkpoint or config.model
-    processor = data.Processor.from_pretrained(path, settings)
-    print0(f"model: {path}")
-    return models.ReferringVideoLLM.from_pretrained(path, processor.region_token_id), processor
+    else:
+        print0(f"model: {path}")
+    return model, processor
 
 
 def shard(model, device):
@@ -614,7 +615,7 @@ def train(config):
             config.seed + 1_000_003 * (step * world_size() + rank())
         )  # for the dropout of a backbone that has it
         micro, errors = next(batches)
-        supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
+        supervised = sum(int((batch["labels"][:, 1:] != data.IGNORE_INDEX).sum()) for batch in micro)
         tokens, slots = (
             sum(int(count(batch["attention_mask"])) for batch in micro) for count in (torch.sum, torch.numel)
         )
@@ -666,6 +667,9 @@ def train(config):
         save(model, processor, os.path.join(config.out, "final"))
         print0(f"saved {os.path.join(config.out, 'final')}")
     if dist.is_initialized():
+        # DDP holds the process group. It has to let go first: as the group's last owner it would wait for gloo's threads
+        # while it holds Python's lock, which those threads need to free the tensors of the last collective.
+        del wrapped
         dist.barrier()
         dist.destroy_process_group()
     if stop:
@@ -805,7 +809,7 @@ def straightforward_backward(model, micro, total, device):
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits = model.logits(batch).float()
     F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORE
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=data.IGNORE_INDEX
     ).backward()
 
 
@@ -848,7 +852,7 @@ def bench_step(model, optimized, dataset, config, device, turns=5, steps=6):
             start = now()
             micro, _ = next(loaders[way])
             waited = now() - start
-            total = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
+            total = sum(int((batch["labels"][:, 1:] != data.IGNORE_INDEX).sum()) for batch in micro)
             tokens, slots = (
                 sum(int(count(batch["attention_mask"])) for batch in micro)
                 for count in (torch.sum, torch.numel)

@@ -67,8 +67,7 @@ class Nothing(list):
 
 def main(count):
     warnings.simplefilter("ignore")  # more workers than cores
-    backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
-    processor = data.Processor(tokenizer, image_processor, backbone.config, data.Settings())
+    processor = models.load_processor("tiny", ["What is it?"])
     without = peak(Nothing(range(count)), 400)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")

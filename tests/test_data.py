@@ -553,13 +553,7 @@ def test_mask_box_is_the_bounding_box_in_fractions():
 
 @pytest.fixture
 def processor():
-    backbone, tokenizer, image_processor = models.build_tiny(["What is it?"])
-    return data.Processor(
-        tokenizer,
-        image_processor,
-        backbone.config,
-        data.Settings(frame_pixels=32 * 32, region_pixels=64 * 64),
-    )
+    return models.load_processor("tiny", ["What is it?"], frame_pixels=32 * 32, region_pixels=64 * 64)
 
 
 def box_of(*frames):
@@ -632,7 +626,7 @@ def test_hidden_and_empty_frames_are_skipped(folder, processor):
         "4"
     )
     encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
-    assert encoded["object_frames"] == [2, 1] and encoded["where"][2][4] == pytest.approx(4 / 11)
+    assert encoded["object_frames"] == [2, 1] and encoded["boxes"][2][4] == pytest.approx(4 / 11)
 
 
 def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monkeypatch):
@@ -686,4 +680,4 @@ def test_a_shuffled_mask_comes_from_a_sample_that_can_be_read(folder, processor)
     samples = data.read_samples(write(folder, [right, missing, malformed, other]))
     for seed in range(6):
         encoded = data.ReferringDataset(samples, processor, control="shuffle", seed=seed)[0, 0]
-        np.testing.assert_allclose(encoded["where"][0][:4], (24 / 32, 16 / 24, 16 / 32, 16 / 24))
+        np.testing.assert_allclose(encoded["boxes"][0][:4], (24 / 32, 16 / 24, 16 / 32, 16 / 24))

@@ -213,7 +213,7 @@ def test_labels_are_the_answers_and_their_end_tokens(loaded, world):
         (3, ["The one.<|im_end|>"]),
     ]:
         encoded = dataset(world, processor)[0, number]
-        supervised = encoded["labels"] != data.IGNORE
+        supervised = encoded["labels"] != data.IGNORE_INDEX
         assert (encoded["input_ids"] == encoded["labels"])[supervised].all()
         starts = np.flatnonzero(np.diff(np.concatenate([[0], supervised.astype(int)])) == 1)
         found = [encoded["labels"][s:][np.cumprod(supervised[s:]).astype(bool)] for s in starts]
@@ -227,7 +227,7 @@ def test_the_prompt_of_a_question_is_the_beginning_of_the_conversation(loaded, w
     for turn in (0, 1):
         prompt = dataset(world, processor).question(2, turn)["input_ids"]
         assert prompt.tolist() == whole["input_ids"][: len(prompt)].tolist()
-        assert whole["labels"][len(prompt)] != data.IGNORE == whole["labels"][len(prompt) - 1]
+        assert whole["labels"][len(prompt)] != data.IGNORE_INDEX == whole["labels"][len(prompt) - 1]
 
 
 def test_the_prompt_of_a_question_ends_as_the_template_begins_an_answer(loaded, world):
@@ -355,7 +355,7 @@ def test_temporal_merge_equals_the_rule_written_out(seed):
 
 def test_frames_are_merged_in_order_of_time_whatever_the_order_in_the_file(loaded, world):
     encoded = dataset(world, loaded[1])[0, 4]
-    times = [w[4] for w in encoded["where"]]
+    times = [w[4] for w in encoded["boxes"]]
     assert times == [0, 2 / 8, 5 / 8, 1, 2 / 8] and encoded["object_frames"] == [4, 1]
 
 
@@ -363,12 +363,12 @@ def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
     processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, region_frames=3))
     assert dataset(world, processor)[0, 4]["object_frames"] == [3, 1]
     always = dataset(world, processor, single_frame=1.0)
-    seen = {always[epoch, 4]["where"][0][4] for epoch in range(40)}
+    seen = {always[epoch, 4]["boxes"][0][4] for epoch in range(40)}
     assert seen == {0, 2 / 8, 5 / 8, 1}
     half = dataset(world, processor, single_frame=0.5)
     cut = sum(half[epoch, 4]["object_frames"][0] == 1 for epoch in range(200))
     assert 70 < cut < 130
-    assert half[3, 4]["where"] == half[3, 4]["where"]
+    assert half[3, 4]["boxes"] == half[3, 4]["boxes"]
 
 
 def test_controls_replace_the_masks_and_nothing_else(loaded, world):
@@ -379,12 +379,12 @@ def test_controls_replace_the_masks_and_nothing_else(loaded, world):
         and full["region_still"] == plain["region_still"]
     )
     assert all((grid == 1).all() for grid in full["coverage"]) and all(
-        w[:4] == (0.5, 0.5, 1, 1) for w in full["where"]
+        w[:4] == (0.5, 0.5, 1, 1) for w in full["boxes"]
     )
     shuffled = dataset(world, processor, control="shuffle")[0, 4]
-    other = dataset(world, processor)[0, 5]["where"][0][:4]  # the only object on other media
-    assert all(w[:4] == pytest.approx(other) for w in shuffled["where"])
-    assert [w[4] for w in shuffled["where"]] == [w[4] for w in plain["where"]]
+    other = dataset(world, processor)[0, 5]["boxes"][0][:4]  # the only object on other media
+    assert all(w[:4] == pytest.approx(other) for w in shuffled["boxes"])
+    assert [w[4] for w in shuffled["boxes"]] == [w[4] for w in plain["boxes"]]
 
 
 # ------------------------------------------------------------------------------------------------ answers, files, gradients

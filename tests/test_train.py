@@ -410,7 +410,7 @@ def test_bench_compares_with_the_same_work(toy):
         (lambda s: train.straightforward_batches(s, pad), train.straightforward_backward),
     ):
         micro, _ = collate(encoded)
-        total = sum(int((batch["labels"][:, 1:] != data.IGNORE).sum()) for batch in micro)
+        total = sum(int((batch["labels"][:, 1:] != data.IGNORE_INDEX).sum()) for batch in micro)
         model.zero_grad(set_to_none=True)
         run_backward(model, micro, total, device)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
