@@ -1,4 +1,4 @@
-"""Parsing, masks and coverage, each against an independent truth; and every kind of bad input, which must name its place."""
+"""Parsing, masks and coverage, each against an independent truth; bad input must name its place."""
 
 import json
 import multiprocessing
@@ -10,6 +10,7 @@ from functools import reduce
 
 import numpy as np
 import pytest
+from clips import write_video
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -79,7 +80,7 @@ def read_one(folder, entry):
     return data.read_samples(write(folder, [entry]))[0]
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_array_and_lines_and_several_files_read_alike(folder):
@@ -137,9 +138,9 @@ def test_missing_and_undecodable_files_are_refused(folder):
         data.read_samples(folder / "latin.json")
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 1000])
-def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypatch, chunk):
-    monkeypatch.setattr(data, "_CHUNK", chunk)
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_samples_are_found_as_json_finds_them(folder, monkeypatch, chunk):
+    monkeypatch.setattr(data, "_CHUNK", chunk)  # bytes in which the characters of a line are counted
     entries = [
         {"id": 0, "deep": [[{"a": []}], "]},{["]},
         12345678,
@@ -164,9 +165,17 @@ def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypa
         ("[{},\n 1234567 8]", 2, 10),
         ('["ü",\n"ü" x]', 2, 5),
         ("[1, 2] \n\n 3", 3, 2),
+        ("[1, 2}, 3]", 1, 6),
+        ("[1, [2}, 3]", 1, 7),
+        ('["a": 1]', 1, 5),
+        ('["\\', 1, 2),
+        ('[{"a": "b}, {"a": "c"}]', 1, 15),  # a quote is missing
+        ('[{"a": "b},\n {"a": "c"}]', 1, 12),
         ("[1, 2", 1, 6),
         ('["a', 1, 2),
     ):
+        with pytest.raises(json.JSONDecodeError, match=f"line {line} column {column} "):
+            json.loads(text)
         with pytest.raises(DataError, match=f"line {line}, column {column}: "):
             data.read_samples(write(folder, text))
 
@@ -174,7 +183,7 @@ def test_a_window_of_any_size_finds_the_samples_that_json_finds(folder, monkeypa
 def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypatch):
     path = write(folder, [good(), good()])
     data.read_samples(path)
-    monkeypatch.setattr(data, "_spans", None)  # cannot be called: the second time nothing is parsed
+    monkeypatch.setattr(data, "_find_samples", None)  # cannot be called: the second time nothing is parsed
     samples = data.read_samples(path)
     assert len(samples) == 2
     again = pickle.loads(
@@ -193,9 +202,41 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypat
     assert len(data.read_samples(path)) == 3
 
 
-def test_numbers_and_ids_without_end_stay_out_of_messages(folder):
-    with pytest.raises(DataError, match="data.json: expected ordinary numbers, found: Exceeds the limit"):
-        data.read_samples(write(folder, '[{"id": %s}]' % ("7" * 5000)))
+def test_an_edit_of_equal_length_is_noticed(folder):
+    """A file's size alone does not tell that it has changed: the samples may begin elsewhere now."""
+    path = write(folder, '[{"id": 1}, {"id": 22}]')
+    before = data.read_samples(path)
+    assert [before.read(i)[0] for i in range(2)] == [{"id": 1}, {"id": 22}]
+    made = os.stat(path).st_mtime_ns
+    write(folder, '[{"id": 33}, {"id": 4}]')
+    os.utime(path, ns=(made, made + 1_000_000_000))
+    after = data.read_samples(path)
+    assert [after.read(i)[0] for i in range(2)] == [{"id": 33}, {"id": 4}]
+    with pytest.raises(DataError, match="sample 0: .*found that it has changed"):
+        before.read(0)
+
+
+@pytest.mark.parametrize(
+    "number, found",
+    [
+        ("7" * 5000, "Exceeds the limit"),
+        ("NaN", "NaN, which JSON does not know"),
+        ("-Infinity", "-Infinity, which JSON does not know"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["[%s,\n%s,\n%s]", "%s\n%s\n%s"])
+def test_a_number_that_json_does_not_know_is_the_error_of_its_sample(folder, number, found, pattern):
+    """It was an error of the file, so that one such number made 700,000 samples unusable."""
+    right = json.dumps(good())
+    samples = data.read_samples(
+        write(folder, pattern % (right, '{"id": 1, "scores": [' + number + "]}", right))
+    )
+    with pytest.raises(DataError, match=f"data.json: sample 1: expected ordinary numbers, found: {found}"):
+        samples[1]
+    assert [samples[i].id for i in (0, 2)] == [7, 7]
+
+
+def test_ids_without_end_stay_out_of_messages(folder):
     with pytest.raises(DataError) as caught:
         read_one(folder, {"id": "x" * 10**6})
     assert len(str(caught.value)) < 400
@@ -257,13 +298,13 @@ def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypa
         "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}],
     }
     never, _ = os.pipe()
-    real, opened = data.media_info, []
+    real, opened = data.open_media, []
 
-    def media_info(path):
+    def open_media(path):
         opened.append(path)
         return os.read(never, 1) if path.endswith("clip") else real(path)  # blocks in C, as a decoder does
 
-    monkeypatch.setattr(data, "media_info", media_info)
+    monkeypatch.setattr(data, "open_media", open_media)
     dataset = data.ReferringDataset(
         data.read_samples(write(folder, [good(), plain, good()])), processor, timeout=1.0
     )
@@ -273,7 +314,7 @@ def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypa
     assert found[1]["kind"] == "image" and len(opened) == 2  # and the file is not tried twice
 
 
-# ------------------------------------------------------------------------------------------------ samples
+# ---- samples -----------------------------------------------------------------------------------------------
 
 
 def test_each_region_is_bound_to_its_object_in_order(folder):
@@ -362,6 +403,10 @@ BAD_SAMPLES = {
     "two media tags": (spoil([C, 0, "value"], "<video><image><region>"), "one media tag"),
     "tag without media": (spoil(["video"], ...), "key for the media tag"),
     "video and image": (spoil(["image"], "a.png"), "not both"),
+    "a video under image": (
+        lambda e: e.update(image=e.pop("video") + ".mp4"),
+        r"image: a file in .*\.png.*, found 'clip.mp4'",
+    ),
     "video of another type": (spoil(["video"], 5), "video: one path, found 5"),
     "several videos": (spoil(["video"], ["a", "b"]), "video: one path"),
     "both mask keys": (spoil(["masks"], []), "annotation or masks, not both"),
@@ -413,7 +458,7 @@ def test_errors_survive_the_way_between_processes(folder):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ masks
+# ---- masks -------------------------------------------------------------------------------------------------
 
 
 def random_masks():
@@ -466,9 +511,13 @@ BAD_MASKS = {
         {"size": [4, 5], "counts": compressed(np.eye(4))["counts"]},
         "sum to 4 . 5 = 20, found 16",
     ),
-    "compressed, cut": (
+    "compressed, cut inside a number": (
         {"size": [130, 70], "counts": compressed(np.eye(130, 70))["counts"][:3]},
-        "counts|sum",
+        "compressed RLE string that ends with a whole number, found '01R'",
+    ),
+    "compressed, cut between two numbers": (
+        {"size": [130, 70], "counts": compressed(np.eye(130, 70))["counts"][:4]},
+        "sum to 130 . 70 = 9100, found 131$",  # the diagonal's first pixel and the gap to its second
     ),
     "compressed, other characters": ({"size": [4, 4], "counts": "\u00e9~ "}, "compressed RLE string"),
     "compressed, unfinished number": ({"size": [4, 4], "counts": "P" * 3}, "compressed RLE string"),
@@ -498,7 +547,8 @@ BAD_MASKS = {
     "absurd": ([1, 1, 3, 1e30, 5, 1], "coordinates in pixels"),
     "far outside": ([1, 1, 3, 3, 900, 1], "near the 4x4 frame"),
     "text for a number": ([1, 1, "3", 3, 5, 1], "coordinates in pixels"),
-    "polygon in a polygon": ([[[1, 1, 3, 3, 5, 1]]], "polygon|coordinates|points"),
+    "polygon in a polygon": ([[[1, 1, 3, 3, 5, 1]]], r"at least 3 points.*, found \[\[1, 1, 3, 3, 5, 1\]\]$"),
+    "points in pairs": ([[[1, 1], [3, 3], [5, 1], [1, 1], [3, 3], [5, 1]]], "polygon coordinates in pixels"),
     "boxes mixed": ([1, 1, 3, 3, 5, [1]], "coordinates in pixels"),
     "another shape": (compressed(np.ones((4, 8))), "frame's shape, 4x4"),
     "transposed": (compressed(np.ones((8, 4))), "frame's shape"),
@@ -512,12 +562,12 @@ def test_a_wrong_mask_is_refused_before_pycocotools_sees_it(name):
         data.decode_mask(segmentation, 4, 4)
 
 
-# ------------------------------------------------------------------------------------------------ coverage
+# ---- coverage ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 4), (7, 5), (24, 32), (27, 27), (50, 3)])
 def test_coverage_is_the_exact_share_of_each_cell(grid):
-    """Truth: every pixel is split into gh x gw equal parts, so that each cell is a whole number of parts, in float64."""
+    """Truth: every pixel is split into gh x gw parts, so that a cell is a whole number of them (float64)."""
     gh, gw = grid
     for mask in list(random_masks())[:5]:
         parts = np.kron(mask.astype(np.float64), np.ones((gh, gw)))
@@ -548,7 +598,7 @@ def test_mask_box_is_the_bounding_box_in_fractions():
     assert data.mask_box(mask) == pytest.approx((0.5, 0.375, 0.5, 0.25))
 
 
-# ------------------------------------------------------------------------------------------------ media and masks of a sample
+# ---- media and masks of a sample ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -563,7 +613,10 @@ def box_of(*frames):
 BAD_MEDIA = {
     "missing": (spoil(["video"], "absent.mp4"), "absent.mp4.*no such file"),
     "empty": (spoil(["video"], "empty.mp4"), "empty.mp4.*empty"),
-    "not media": (spoil(["video"], "data.json"), "data.json"),
+    "not media": (
+        spoil(["video"], "data.json"),
+        "/data.json: expected a video, found what FFmpeg can't open",
+    ),
     "folder without images": (spoil(["video"], "nothing"), "nothing.*none in it"),
     "past the end": (spoil([A, 0], box_of("1", "12")), "object 0: frame 12: .*below 12.*found 12"),
     "image has one frame": (
@@ -681,3 +734,144 @@ def test_a_shuffled_mask_comes_from_a_sample_that_can_be_read(folder, processor)
     for seed in range(6):
         encoded = data.ReferringDataset(samples, processor, control="shuffle", seed=seed)[0, 0]
         np.testing.assert_allclose(encoded["boxes"][0][:4], (24 / 32, 16 / 24, 16 / 32, 16 / 24))
+
+
+def images_with_boxes(folder, count):
+    """Samples on images of their own, the i-th asked about the box from (4 * i, 8) to (4 * i + 4, 16)."""
+    turns = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A dog."}]
+    entries = []
+    for i in range(count):
+        (folder / f"image{i}.png").write_bytes((folder / "a.png").read_bytes())
+        masks = [{"0": {"segmentation": square(4 * i, 8, 4 * i + 4, 16)}}]
+        entries.append({"image": f"image{i}.png", "conversations": turns, "annotation": masks})
+    return entries
+
+
+def donor(encoded):
+    """Which of images_with_boxes a shuffled mask came from: by the left edge of its box."""
+    center_x, _, width = encoded["boxes"][0][:3]
+    return round((center_x - width / 2) * W / 4)
+
+
+def test_the_masks_of_questions_are_shuffled_apart_and_by_seed(folder, processor):
+    """If all questions took the mask of one donor, the control would measure that one mask."""
+    samples = data.read_samples(write(folder, images_with_boxes(folder, 8)))
+    dataset = data.ReferringDataset(samples, processor, control="shuffle")
+    donors = [donor(dataset.question(i, 0)) for i in range(8)]
+    assert all(other != i for i, other in enumerate(donors)) and len(set(donors)) > 3, donors
+    again = data.ReferringDataset(samples, processor, control="shuffle")
+    assert [donor(again.question(i, 0)) for i in range(8)] == donors
+    another = data.ReferringDataset(samples, processor, control="shuffle", seed=1)
+    assert [donor(another.question(i, 0)) for i in range(8)] != donors
+
+
+def test_any_object_of_a_donor_may_lend_its_mask(folder, processor):
+    one, two, three = images_with_boxes(folder, 3)
+    turns = [{"from": "human", "value": "<region> or <region>?"}, {"from": "gpt", "value": "A dog."}]
+    both = two | {"conversations": turns, "annotation": two[A] + three[A]}
+    samples = data.read_samples(write(folder, [one, both]))
+    dataset = data.ReferringDataset(samples, processor, control="shuffle")
+    assert {donor(dataset[epoch, 0]) for epoch in range(16)} == {1, 2}
+
+
+def test_the_frames_of_a_sample_depend_on_seed_and_epoch(folder, processor):
+    entry = good()
+    entry[A] = [box_of(*map(str, range(12))), box_of("3")]
+    samples = data.read_samples(write(folder, [entry]))
+
+    def chosen(seed):
+        dataset = data.ReferringDataset(samples, processor, single_frame=1.0, seed=seed)
+        return [dataset[epoch, 0]["still_frames"] for epoch in range(6)]
+
+    assert chosen(0) == chosen(0) and len(set(map(str, chosen(0)))) > 1
+    assert chosen(0) != chosen(1)
+
+
+def test_an_empty_mask_is_replaced_by_another_frame_of_the_same_mix(folder, processor):
+    """single_frame=1: one frame of each object, and never the one where it is hidden."""
+    hidden = {"2": {"segmentation": compressed(np.zeros((H, W)))}}
+    entry = good()
+    entry[A] = [hidden | box_of("4", "6"), box_of("3")]
+    samples = data.read_samples(write(folder, [entry]))
+    dataset = data.ReferringDataset(samples, processor, single_frame=1.0)
+    encoded = [dataset[epoch, 0] for epoch in range(16)]
+    assert all(e["object_frames"] == [1, 1] for e in encoded)
+    assert {tuple(e["still_frames"]) for e in encoded} == {(3, 4), (3, 6)}
+    everything = data.ReferringDataset(samples, processor, single_frame=0.0)[0, 0]
+    assert everything["object_frames"] == [2, 1] and everything["still_frames"] == [3, 4, 6]
+
+
+def test_a_pair_of_frames_lasts_as_long_as_it_stands_for(folder, processor):
+    """A clip of 20 s, 8 frames of it: 4 pairs, one each 5 s."""
+    write_video(folder / "slow.mp4", num_frames=40, rate=2)
+    entry = {"video": "slow.mp4", "conversations": [dict(turn) for turn in good()[C]], A: [box_of("1")] * 2}
+    encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
+    assert encoded["video_grid"][0] == 4 and encoded["seconds_per_pair"] == pytest.approx(5.0)
+
+
+def test_polygons_are_drawn_on_the_size_that_the_sample_gives(folder, processor):
+    """The frames are 24 x 32 pixels, the polygon was drawn on 48 x 64: its box is (16..32, 8..40) of that."""
+    entry = good() | {"height": 2 * H, "width": 2 * W}
+    entry[A] = [{"1": {"segmentation": square(16, 8, 32, 40)}}, box_of("3")]
+    encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
+    assert encoded["boxes"][0][:4] == pytest.approx((24 / 64, 24 / 48, 16 / 64, 32 / 48))
+
+
+def test_a_picture_of_more_than_200_to_1_is_an_error_of_its_sample(folder, processor):
+    plain = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    for height in (200, 201):
+        Image.fromarray(np.zeros((height, 1, 3), np.uint8)).save(folder / f"{height}.png")
+    entries = [{"image": f"{height}.png", "conversations": plain} for height in (200, 201)]
+    dataset = data.ReferringDataset(data.read_samples(write(folder, entries)), processor)
+    assert dataset[0, 0]["kind"] == "image"
+    assert re.search(r"sample 1: .*200 times as long as wide, found \(201, 1\)", str(dataset[0, 1]))
+
+
+@pytest.mark.parametrize(
+    "shortest, longest, region, low, high",
+    [  # pixels: the checkpoint's smallest and largest picture, --region-pixels; what a picture becomes
+        (1024, 64 * 64, 128 * 128, 1024, 64 * 64),  # no more than the checkpoint takes
+        (10**6, 10**7, 64 * 64, 48 * 64, 64 * 80),  # nor more than the user asked for, but for rounding up
+        (64 * 64, 10**7, 128 * 128, 64 * 64, 128 * 128),  # no less than the checkpoint's smallest
+    ],
+)
+def test_stills_keep_to_the_limits_of_checkpoint_and_user(processor, shortest, longest, region, low, high):
+    images, settings = processor.image_processor, data.Settings(region_pixels=region)
+    images.size = {"shortest_edge": shortest, "longest_edge": longest}
+    processor = data.Processor(processor.tokenizer, images, processor.config, settings)
+    for size in ((720, 1280), (20, 30)):
+        height, width = processor.still_size(*size)
+        assert low <= height * width <= high and height % processor.factor == width % processor.factor == 0
+
+
+def test_answers_are_learned_to_the_letter(folder, processor):
+    entry = good()
+    entry[C][1]["value"], entry[C][3]["value"] = " A dog. ", "A\ncat.\n"
+    encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
+    learned = [token for token in encoded["labels"].tolist() if token != -100]
+    end = processor.tokenizer.eos_token
+    assert processor.tokenizer.decode(learned) == f" A dog. {end}A\ncat.\n{end}"
+
+
+def test_the_cache_drops_what_was_used_longest_ago(folder, processor, monkeypatch):
+    """A still of 64 x 64 takes 12 KB: after eight of them, 30 KB hold the last two, and 1 KB holds none."""
+    opened, really_open = [], Image.open
+
+    def counted(file, *arguments):
+        opened.append(os.path.basename(file))
+        return really_open(file, *arguments)
+
+    samples = data.read_samples(write(folder, images_with_boxes(folder, 8)))
+    for i in range(8):
+        Image.fromarray(np.full((64, 64, 3), 30 * i, np.uint8)).save(folder / f"image{i}.png")
+    for cache_bytes, remembered in ((1000, set()), (30_000, {"image6.png", "image7.png"})):
+        dataset = data.ReferringDataset(samples, processor, cache_bytes=cache_bytes)
+        for _ in range(3):
+            first = [dataset[0, i] for i in range(8)]
+        monkeypatch.setattr(Image, "open", counted)
+        opened.clear()
+        for i in (7, 6, 0):
+            np.testing.assert_array_equal(dataset[0, i]["still_patches"], first[i]["still_patches"])
+            assert (first[i]["still_patches"][0] == 30 * i).all()
+        monkeypatch.undo()
+        assert {"image7.png", "image6.png", "image0.png"} - {*opened} == remembered

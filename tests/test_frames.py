@@ -1,6 +1,7 @@
-"""Is the frame that read_frames returns the one that was asked for? Every clip's frames carry their numbers (clips.py)."""
+"""Is the frame that read_frames returns the one asked for? Each frame shows its number (clips.py)."""
 
 import os
+import pickle
 import random
 import struct
 
@@ -12,7 +13,7 @@ from clips import VIDEOS, VPX, X264, X265, draw_number, read_number, remux, writ
 from PIL import Image
 
 import data
-from data import DataError, MediaInfo, media_info, read_frames, read_media
+from data import DataError, MediaInfo, media_info, open_media, read_frames
 
 SHORT_GOP = {"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"}
 # Containers or codecs whose packets don't tell the frames apart; and streams with no keyframe but the first.
@@ -45,7 +46,7 @@ def clip(videos):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Counts the frames that the decoder puts out: a list of one count per stretch, one stretch per seek or start."""
+    """How many frames the decoder puts out in each stretch; a stretch begins at a seek or at the start."""
     counts, frames_from = [], data._frames_from
 
     def counted(*args):
@@ -63,7 +64,7 @@ def numbers(path, indices):
 
 
 def forward(path):
-    """Every frame by the plainest decoding there is: one thread, from the start, no seek. uint8 (n, H, W, 3)."""
+    """Every frame by the plainest decoding: one thread, from the start, no seek. uint8 (n, H, W, 3)."""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -99,7 +100,7 @@ def test_decord_agrees(videos, name):
     decord = pytest.importorskip("decord")
     if name in ("h264 negative start", "h264 mpeg-ts"):
         pytest.skip(
-            "decord repeats the last frame for each that the edit list cut off, and for the first GOP, which it loses"
+            "decord repeats the last frame for those an edit list cut off, and loses a TS file's first GOP"
         )
     try:
         reader = decord.VideoReader(str(videos[name]), num_threads=1)
@@ -118,8 +119,19 @@ def test_seeks_save_decoding(videos, name, decoded):
     assert len(decoded) == 1 and decoded[0] < n - 10, decoded  # one stretch, much shorter than the file
 
 
+@pytest.mark.parametrize("name", ["h264 closed GOP", "h264 open GOP", "hevc open GOP", "vp9 mkv"])
+def test_a_keyframe_is_read_from_itself(videos, name, decoded):
+    with av.open(str(videos[name])) as container:
+        shown = sorted((packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size)
+    keyframes = [k for k, (_, is_keyframe) in enumerate(shown) if is_keyframe and k > 20]
+    assert keyframes
+    for k in keyframes:
+        decoded.clear()
+        assert numbers(videos[name], [k]) == [k] and decoded == [1], k
+
+
 def test_frames_that_nothing_refers_to_are_not_decoded(tmp_path, decoded):
-    """With x264's plain B-frames, two of three frames are such. The one that is wanted comes, whichever it is."""
+    """With x264's plain B-frames, two of three frames are such. A wanted one comes, whichever it is."""
     path = write_video(
         tmp_path / "b.mp4", options={"x264-params": X264 + "keyint=72:bframes=2:b-pyramid=none"}
     )
@@ -141,7 +153,7 @@ def test_one_pass_serves_near_frames_and_far_ones_get_seeks(tmp_path, decoded):
 
 
 def test_a_seek_that_goes_astray_falls_back_to_the_start(clip, decoded, monkeypatch):
-    """Some files' index leads to a later keyframe. The frame must still come, or DataError: never a neighbour."""
+    """Some files' index leads to a later keyframe. The frame must still come, and never a neighbour."""
     truth, frames_from = forward(clip), data._frames_from
 
     def astray(container, stream, time, needed):
@@ -217,15 +229,15 @@ def test_packet_without_a_frame_is_an_error_not_a_shift(tmp_path):
 
 
 def test_equal_times_are_counted(tmp_path):
-    """At 3000 frames a second Matroska's milliseconds give three frames the same pts: nothing to tell them apart by."""
+    """At 3000 frames a second, Matroska's milliseconds give three frames the same pts."""
     path = write_video(
         tmp_path / "fast.mkv", options={"x264-params": X264 + "keyint=24:bframes=0"}, rate=3000
     )
     assert numbers(path, [71, 40, 41, 42]) == [71, 40, 41, 42]
 
 
-# What a player does: QuickTime's matrix sends the stored pixel (x, y) to (a x + c y, b x + d y), y down, then moves the
-# picture back to the origin. The phone's "portrait" is (0, 1, -1, 0).
+# What a player does: QuickTime's matrix sends the stored pixel (x, y) to (a x + c y, b x + d y), y down, then
+# moves the picture back to the origin. The phone's "portrait" is (0, 1, -1, 0).
 @pytest.mark.parametrize("a, b, c, d", [(0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1)])
 def test_display_rotation(tmp_path, a, b, c, d):
     stored = np.zeros((64, 128, 3), np.uint8)
@@ -248,7 +260,7 @@ def test_display_rotation(tmp_path, a, b, c, d):
 
 @pytest.mark.parametrize("color_range", [1, 2])
 def test_colors(tmp_path, color_range):
-    """RGB, not BGR; and black is 16 in a limited-range video, 0 in a full-range one, which VP9 says in a flag only."""
+    """RGB, not BGR; black is 16 in a limited-range video, 0 in a full-range one (VP9 says so in a flag)."""
     picture = np.full((64, 128, 3), (200, 30, 90), np.uint8)
     path = write_video(
         tmp_path / "a.webm", "libvpx-vp9", pictures=[picture] * 3, color_range=color_range, options={"crf": 5}
@@ -279,6 +291,13 @@ def test_single_image(tmp_path, mode, suffix):
     assert numbers(path, [0, 0]) == [77, 77]
 
 
+def test_suffixes_in_capitals_mean_the_same(tmp_path):
+    Image.fromarray(draw_number(77)).save(tmp_path / "A.JPG")
+    Image.fromarray(draw_number(78)).save(tmp_path / "B.Png")
+    assert media_info(tmp_path / "A.JPG").is_image and numbers(tmp_path / "A.JPG", [0]) == [77]
+    assert not media_info(tmp_path).is_image and numbers(tmp_path, [0, 1]) == [77, 78]
+
+
 def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying down: turn by 90 degrees clockwise
@@ -296,12 +315,79 @@ def test_gif_matches_pillow(videos):
 
 
 def test_frames_come_by_number_or_as_one_array(clip):
-    info, frames = read_media(clip, (71, 24, 0, 47, 24))
-    assert info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {
+    media = open_media(clip)
+    frames = media.read((71, 24, 0, 47, 24))
+    assert media.info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {
         k: k for k in (0, 24, 47, 71)
     }
     assert read_frames(clip, []).shape == (0, 64, 128, 3)
     assert numbers(clip, (k for k in (3, 4))) == [3, 4]
+
+
+def test_an_image_is_decoded_once(tmp_path, monkeypatch):
+    """Its size comes from the header, even where the picture is turned by TIFF's own tag before PIL tells it."""
+    loaded, load_image = [], data._load_image
+    monkeypatch.setattr(data, "_load_image", lambda file: loaded.append(file.name) or load_image(file))
+    for name in ("a.jpg", "a.png", "a.webp", "a.bmp", "a.tif"):
+        Image.fromarray(draw_number(77)).save(tmp_path / name)
+        media = open_media(tmp_path / name)
+        assert loaded == [] and (media.info.height, media.info.width) == (64, 128)
+        assert read_number(media.read([0])[0]) == 77 and loaded == [name]
+        loaded.clear()
+    assert len(open_media(tmp_path).read([4, 2])) == 2 and loaded == ["a.png", "a.webp"]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_has_one_size(tmp_path, suffix, orientation):
+    """The size that a header tells and the one that decoding gives, by EXIF's table: 5 to 8 swap the sides."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(draw_number(77)).save(tmp_path / f"a.{suffix}", exif=exif)
+    media = open_media(tmp_path / f"a.{suffix}")
+    expected = (128, 64) if orientation > 4 else (64, 128)
+    assert (media.info.height, media.info.width) == media.read([0])[0].shape[:2] == expected
+
+
+@pytest.mark.parametrize("name", ["h264 open GOP", "h264 mpeg-ts", "gif"])
+def test_a_video_is_indexed_once(videos, name, monkeypatch):
+    opened, really_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args, **more: opened.append(args) or really_open(*args, **more))
+    media = open_media(videos[name])
+    assert len(opened) == 1 and media.info.num_frames == 72
+    monkeypatch.setattr(data, "_index_video", None)
+    for k in (40, 3):
+        assert read_number(media.read([k])[k]) == k
+    assert len(opened) == 3  # once for each read, and nothing of it is kept
+    assert len(pickle.dumps(media)) < 3000  # 72 times of 8 bytes, and no pixels
+
+
+def test_an_edit_list_hides_packets_from_us_and_misleads_decord(videos):
+    """30 frames lie before time 0. FFmpeg starts at the keyframe before it, 24, so that packets 24 to 29 are decoded
+    and not shown. decord counts them where it seeks: its frame 20 is the 14th that is shown."""
+    hidden = {name: open_media(path).info.hidden_packets for name, path in videos.items()}
+    assert {name: count for name, count in hidden.items() if count} == {"h264 negative start": 6}
+    assert numbers(videos["h264 negative start"], [0, 20]) == [30, 50]
+    decord = pytest.importorskip("decord")
+    reader = decord.VideoReader(str(videos["h264 negative start"]), num_threads=1)
+    assert read_number(reader[20].asnumpy()) == 44
+
+
+def test_a_cut_by_an_edit_list_hides_its_packets(tmp_path):
+    """A clip as an editor cuts it without encoding it anew: the edit list of a whole file is moved to frame 17."""
+    path = write_video(tmp_path / "cut.mp4", options={"x264-params": X264 + "keyint=12:bframes=0"})
+    content = bytearray(path.read_bytes())
+    box = content.find(b"elst")  # version and flags, number of edits, then: duration, media time, rate
+    assert struct.unpack_from(">III", content, box + 4)[:2] == (0, 1)
+    duration, media_time = struct.unpack_from(">Ii", content, box + 12)
+    per_frame = duration / 72
+    scale = 12288 / 24  # the track's clock: FFmpeg's muxer takes 24 frames a second to 12288 Hz
+    assert media_time == 0
+    struct.pack_into(">Ii", content, box + 12, round(per_frame * 55), round(17 * scale))
+    path.write_bytes(content)
+    media = open_media(path)
+    assert media.info.num_frames == 55 and media.info.hidden_packets == 5  # from keyframe 12 to 16
+    assert [read_number(media.read([k])[k]) for k in (0, 20, 54)] == [17, 37, 71]
 
 
 def test_odd_names(tmp_path, monkeypatch):

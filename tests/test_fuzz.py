@@ -36,7 +36,7 @@ MEMORY = (
     32 << 30
 )  # bytes of address space, most of it libraries: what wants more gets a MemoryError, and leaves the machine alone
 
-# ------------------------------------------------------------------------------------------------ the specification
+# ---- the specification -------------------------------------------------------------------------------------
 
 
 class Invalid(Exception):
@@ -185,7 +185,7 @@ def shares(rows, cells):
     return np.diff(below).T * cells / len(rows)
 
 
-# ------------------------------------------------------------------------------------------------ inputs, valid at first
+# ---- inputs, valid at first --------------------------------------------------------------------------------
 
 
 def make_sample(rng):
@@ -274,7 +274,7 @@ def compress(runs, longer):
     return text
 
 
-# ------------------------------------------------------------------------------------------------ mutations
+# ---- mutations ---------------------------------------------------------------------------------------------
 
 NUMBERS = [
     0,
@@ -416,7 +416,7 @@ def shown(value):
     return text if len(text) < 3000 else f"{text[:3000]}... ({len(text)} characters)"
 
 
-# ------------------------------------------------------------------------------------------------ cases: -> was it accepted?
+# ---- cases: -> was it accepted? ----------------------------------------------------------------------------
 
 
 def agree(specification, function, *arguments, longest=1000):
@@ -557,7 +557,7 @@ def run_case(seed, number, folder, show=lambda value: value):
     return case.__name__, case(rng, folder, show)
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 def child(seed, first, last, folder):
