@@ -54,9 +54,8 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """The command line is made from this: each field is an option. Where the default is None, `build`
-    takes the value that was saved with the model, or else the default that the help names ("if tiny":
-    for --model tiny)."""
+    """The command line is made from this: each field is an option. Where the default is None, `build` takes
+    the value that was saved with the model, or else the default that the help names."""
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
@@ -93,15 +92,14 @@ class Config:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
-# ---------------------------------------------------------------------------------------- the data's order
+# -------------------------------------------------------------------------------- the order of samples
 
 
 class Order:
     """The batch sampler: for each step, the (epoch, sample index) pairs of this rank's samples.
 
-    All samples of all epochs stand in one long row, each epoch shuffled by (seed, epoch). Step s takes
-    the s-th batch_size of them, and each rank an equal stretch of those. So the order is known without a
-    state to save.
+    All samples of all epochs stand in one long row, each epoch shuffled by (seed, epoch). Step s takes the
+    s-th batch_size of them, and each rank an equal stretch of those. So there is no state to save.
     """
 
     def __init__(self, num_samples, batch_size, steps, seed, rank, world_size, first_step=0):
@@ -128,10 +126,9 @@ class Order:
 def split_into_micro_batches(samples, micro_batch, pad_token_id):
     """Returns the batches (data.collate) into which a rank divides its samples of one step.
 
-    Samples of similar length go together, so that there is little padding; the gradient of a step does
-    not depend on it. The number of batches does not depend on how many samples are bad (DataErrors),
-    because ranks wait for each other in each forward pass: a batch of bad samples alone computes on one
-    unsupervised token.
+    Samples of similar length go together, so that there is little padding; the gradient does not depend on
+    it. Bad samples (DataErrors) come last and count, so that all ranks make the same number of batches:
+    they wait for each other in each forward pass. For a batch of bad samples it runs on a single token.
     """
     ordered = sorted(samples, key=_length)
     groups = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
@@ -169,16 +166,15 @@ def build_loader(config, samples, processor, first_step):
     )
 
 
-# ---------------------------------------------------------------------------------------- model, optimizer
+# -------------------------------------------------------------------------------- model and optimizer
 
 
 def build(config, samples, ckpt_path=None):
-    """Returns (model, processor) and replaces every option that is None in config by the value that it
-    takes.
+    """Returns (model, processor), and sets the options in config that are None to the values that they take.
 
-    samples: what is trained on. ckpt_path: the checkpoint that is resumed, which then gives weights,
-    tokenizer and settings. Raises DataError if the model cannot be found, SystemExit if the batch does
-    not fit the ranks.
+    samples: the training data. ckpt_path: the checkpoint that is resumed, from which weights, tokenizer and
+    settings then come. Raises DataError if there is no such model, SystemExit if the batch does not fit the
+    number of ranks.
     """
     path = ckpt_path or config.model
     given = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
@@ -245,18 +241,15 @@ def schedule(step, config):
 
 
 def backward(model, micro_batches, total_tokens, device):
-    """Adds the gradient of this rank's micro-batches to .grad, and returns their summed loss, a float32
-    scalar on the device.
+    """Adds the gradient of a step to .grad. Returns the summed loss of this rank, a float32 scalar tensor.
 
-    The gradient is that of the loss summed over all ranks, divided by total_tokens, the number of
-    supervised tokens of all ranks. So neither the number of ranks nor the size of the micro-batches
-    changes it.
+    The gradient is that of the loss summed over all ranks, divided by total_tokens, the number of supervised
+    tokens of all ranks. So neither the number of ranks nor the size of the micro-batches changes it.
     """
     loss_sum = torch.zeros((), device=device)
     for micro_step, batch in enumerate(micro_batches):
         # In DDP training we only need to exchange gradients after the last micro-batch. FSDP does so after
-        # each, because it is there for models whose whole gradient, which would have to be kept, does not
-        # fit.
+        # each, because it is for models whose whole gradient, which it would have to keep, does not fit.
         is_last = micro_step == len(micro_batches) - 1
         skip_exchange = isinstance(model, DistributedDataParallel) and not is_last
         with model.no_sync() if skip_exchange else contextlib.nullcontext():
@@ -268,7 +261,7 @@ def backward(model, micro_batches, total_tokens, device):
     return loss_sum
 
 
-# ---------------------------------------------------------------------------------------- the loop
+# -------------------------------------------------------------------------------- the loop
 
 
 def train(config):
@@ -381,9 +374,8 @@ def train(config):
         save(model, processor, os.path.join(config.out, "final"))
         print0(f"saved {os.path.join(config.out, 'final')}")
     if dist.is_initialized():
-        # DDP holds the process group. It has to let go first: as the group's last owner it would wait for
-        # gloo's threads while it holds Python's lock, which those threads need to free the last
-        # collective's tensors.
+        # DDP holds the process group, and has to let go of it first. As the last owner it would wait for
+        # gloo's threads with Python's lock in hand, which they need to free the tensors they sent.
         del ddp_model
         dist.barrier()
         dist.destroy_process_group()
@@ -394,7 +386,7 @@ def train(config):
 # ---- A first reading may end here. What follows is armour: ranks, sharding, checkpoint files, options. ----
 
 
-# ---------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------- ranks
 
 
 def rank():
@@ -413,8 +405,8 @@ def print0(*args):
 def init_distributed(device):
     """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device."""
     if "RANK" in os.environ:
-        # Ranks wait for rank 0 while it writes a checkpoint, and for a rank that reads slow files. That may
-        # take longer than the default timeout of 10 minutes.
+        # Ranks wait for rank 0 while it writes a checkpoint, and for each other while they read slow files.
+        # That may take longer than the default timeout of 10 minutes.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -441,14 +433,13 @@ def sum_over_ranks(values, device):
 
 
 def ignore_sigterm(worker_id):
-    """Protects the workers of a DataLoader. torchrun and batch systems send SIGTERM to all processes; if
-    the workers died of it, so would the run, before it has saved."""
+    """For the workers of the DataLoader. torchrun and batch systems send SIGTERM to all processes; if the
+    workers died of it, so would the run, before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class BadSamples:
-    """Records each sample that could not be used once in OUT/bad_samples.jsonl; too many of them end the
-    run."""
+    """Writes each sample that could not be used to OUT/bad_samples.jsonl, once. Too many end the run."""
 
     def __init__(self, config, num_samples):
         self.path, self.limit = os.path.join(config.out, "bad_samples.jsonl"), config.max_bad * num_samples
@@ -456,8 +447,7 @@ class BadSamples:
         self.seen = {str(data.DataError(line["reason"], *line["places"])) for line in read_jsonl(self.path)}
 
     def add(self, errors):
-        """errors: the DataErrors of this rank. Every rank must call it, so that all of them stop
-        together."""
+        """errors: the DataErrors of this rank. Every rank must call it, so that all ranks stop together."""
         errors_by_rank = [errors]
         if world_size() > 1:
             errors_by_rank = [None] * world_size()
@@ -474,7 +464,7 @@ class BadSamples:
             raise SystemExit(f"stopped: {found}; see {self.path}")
 
 
-# ---------------------------------------------------------------------------------------- large models
+# -------------------------------------------------------------------------------- large models
 
 
 def recompute_activations(model):
@@ -487,13 +477,11 @@ def recompute_activations(model):
 
 
 def shard(model, device):
-    """--fsdp: shards the model in place with FSDP2. Every rank must run the same layers in the same
-    order.
+    """--fsdp: shards the model in place (FSDP2). All ranks must then run the same layers in the same order.
 
     A rank keeps its share of each weight. The weights of a layer are gathered while it computes, those
-    outside of layers (embeddings, mergers, region encoder) throughout a step. Layers move to the device
-    one by one, so that it never holds the whole model, but each rank starts from a whole one in CPU
-    memory.
+    outside of layers (embeddings, mergers, region encoder) throughout a step. Layers move to the device one
+    by one, so that it never holds the whole model; but each rank loads a whole one into CPU memory first.
     """
     precision = MixedPrecisionPolicy()
     if device.type == "cuda":
@@ -507,15 +495,15 @@ def shard(model, device):
 
 
 def gather(tensor):
-    """Returns a sharded tensor whole, in the CPU memory of rank 0, and None on the other ranks. Every
-    rank must call it. Other tensors come back as they are."""
+    """Returns a sharded tensor whole, in CPU memory, on rank 0, and None on the other ranks. Every rank must
+    call it. A tensor that is not sharded comes back as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
     tensor = tensor.full_tensor()
     return tensor.cpu() if rank() == 0 else None
 
 
-# ---------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- files
 
 
 def append_jsonl(path, line):
@@ -524,7 +512,7 @@ def append_jsonl(path, line):
 
 
 def read_jsonl(path):
-    """Returns the lines of a file that append_jsonl wrote, or none if there is no file. A last line that
+    """Returns the lines of a file that append_jsonl wrote, or none if there is no such file. A last line that
     a kill cut short is left out."""
     if not os.path.exists(path):
         return []
@@ -533,8 +521,7 @@ def read_jsonl(path):
 
 
 def prepare_out(out, first_step):
-    """Removes from OUT what a killed run left unfinished, and what it logged beyond the steps that are
-    done."""
+    """Removes from OUT what a killed run left unfinished, or logged for steps that will be done again."""
     os.makedirs(out, exist_ok=True)
     for name in os.listdir(out):
         path = os.path.join(out, name)
@@ -551,8 +538,7 @@ def prepare_out(out, first_step):
 
 
 def save(model, processor, path, training=None):
-    """Writes the folder `path`: the model, and if given, `training` as training.pt. Every rank must call
-    it."""
+    """Writes the model, and `training` as training.pt if given, to a folder. Every rank must call it."""
     weights = {name: gather(p) for name, p in model.named_parameters()}
     if rank() > 0:
         return
@@ -564,7 +550,7 @@ def save(model, processor, path, training=None):
             torch.save(training, os.path.join(folder, "training.pt"))
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------- checkpoints
 
 # The options that a resumed run may change: where things are, and how the work is shared out. The losses
 # depend on all the others.
@@ -580,9 +566,9 @@ def checkpoints(out):
 
 
 def save_checkpoint(model, processor, optimizer, config, num_samples, done):
-    """Writes OUT/step-NNNNNN: the model as in OUT/final (so that eval.py reads it, too), and training.pt
-    with what the loop needs to continue. The files do not depend on the number of ranks, nor on --fsdp.
-    Every rank must call it."""
+    """Writes OUT/step-NNNNNN: the model as in OUT/final, so that eval.py reads it, too, and in training.pt
+    what the loop needs to continue. The files do not depend on the number of ranks, nor on --fsdp. Every
+    rank must call it."""
     state = optimizer.state_dict()
     moments = {}
     for i, tensors in state["state"].items():
@@ -627,8 +613,7 @@ def read_checkpoint(config):
     if not os.path.exists(path):
         expected = "expected the folder of a checkpoint, found no training.pt in it"
         raise SystemExit(f"--resume {folder}: {expected}")
-    # With mmap, the ranks of a machine share the memory of the whole optimizer state, of which each keeps a
-    # part.
+    # With mmap, the ranks of a machine share the memory of the optimizer state, of which each keeps a part.
     ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=config.fsdp)
     if max(found, default=0) > ckpt["done"]:
         remedy = "name another folder, or remove them"
@@ -648,8 +633,7 @@ def check_resumable(ckpt, config, num_samples):
 
 
 def load_optimizer(optimizer, state):
-    """state: as save_checkpoint wrote it, the same on all ranks. A sharded parameter takes its part of
-    it."""
+    """state: as save_checkpoint wrote it, the same on all ranks; a sharded parameter takes its part of it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in state["state"].items():
         p = parameters[i]
@@ -662,12 +646,11 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------- command line
 
 
 def parse(argv=None):
-    """Returns the Config of a command line. Exits with a message on options that are unknown or out of
-    range."""
+    """Returns the Config of a command line, or exits with a message on a wrong option."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

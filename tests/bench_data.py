@@ -64,7 +64,7 @@ def plain_sample(processor, sample):
 
     cells = math.prod(processor.frame_size(height, width)) // processor.factor**2
     prompt = processor.video_prompt(sampled, reader.get_avg_fps(), cells)
-    tokens = [data.region_token_count(len(frames), settings.region_tokens) for frames in annotated]
+    tokens = [min(len(frames), settings.region_tokens) for frames in annotated]
     still_patches = [processor.still_patches(picture) for picture in pictures]
     encoded = processor.encode(sample.turns, "video", prompt, tokens)
     return processor.video_patches(video), still_patches, masks, encoded

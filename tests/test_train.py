@@ -1,5 +1,6 @@
 """The training loop: what one step does, whatever the ranks; what it writes; and that it learns."""
 
+import inspect
 import json
 import math
 import os
@@ -225,17 +226,18 @@ def test_epochs_are_whole_passes_and_cut_no_sample(tmp_path):
 
 
 def test_single_frame_and_seed_reach_the_data_set(tmp_path, monkeypatch):
-    seen = []
+    seen, signature = [], inspect.signature(data.ReferringDataset)
 
     class Watched(data.ReferringDataset):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            seen.append(self)
+            seen.append(signature.bind(*args, **kwargs).arguments)
 
     monkeypatch.setattr(data, "ReferringDataset", Watched)
     options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
     train_here(*options, "--steps", 1, "--single-frame", 0.7, "--seed", 5, "--timeout", 7)
-    assert [(d.single_frame, d.seed, d.timeout) for d in seen] == [(0.7, 5, 7.0)]
+    (given,) = seen
+    assert (given["single_frame"], given["seed"], given["timeout"]) == (0.7, 5, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,7 @@ def test_a_bad_sample_is_left_out_recorded_and_never_replaced(mixed, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4)
     run(*launcher, "train.py", "--data", path, "--out", out, "--max-bad", 0.5, *COMMON)
     (line,) = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
-    assert line["places"][1] == "sample 2" and "absent.mp4" in line["reason"]
+    assert line["places"][1] == "sample 2" and "absent.mp4" in str(line)
     assert (
         all(math.isfinite(m["loss"]) for m in metrics(out)) and (out / "final" / "model.safetensors").exists()
     )
@@ -457,3 +459,12 @@ def test_numbers_that_mean_nothing_are_refused(option, least, capsys):
         getattr(train.parse(["--data", "d.json", f"--{option}", str(least)]), option.replace("-", "_"))
         == least
     )
+
+
+@pytest.mark.parametrize("option", ["clip", "weight-decay", "lr", "max-bad"])
+@pytest.mark.parametrize("value", ["-1e-3", "nan"])
+def test_rates_and_shares_are_not_negative(option, value, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--data", "d.json", f"--{option}={value}"])
+    assert f"--{option}: expected a number from 0, found {float(value)}" in capsys.readouterr().err
+    assert getattr(train.parse(["--data", "d.json", f"--{option}", "0"]), option.replace("-", "_")) == 0
