@@ -1,10 +1,11 @@
 """Data: from a JSON file with media and masks to one batch of tensors.
 
     data.json --read_samples--> Sample --ReferringDataset--> encoded sample --collate--> batch
-                                           |
-                                           |-- Media        the frames that are needed, decoded once
-                                           |-- decode_mask  RLE or polygons -> (H, W); coverage: (H, W) -> (gh, gw)
-                                           `-- Processor    chat template, placeholders, token ids, uint8 patches
+                                         |
+                                         |-- Video, Images  the frames that are needed, decoded once
+                                         |-- decode_mask    RLE or polygons -> mask (H, W)
+                                         |-- coverage       mask (H, W) -> cells (gh, gw)
+                                         `-- Processor      chat template, placeholders, token ids, patches
 
 A *cell* is one visual token of one frame, and a frame is a grid of (gh, gw) cells. *Coverage* is the share of
 a cell's area that lies inside the mask. The model never sees a mask at pixel resolution: it averages cells,
@@ -14,7 +15,7 @@ Coordinates are (x, y) in pixels in the data file; arrays are (height, width). A
 position in the source video, in the order in which frames are shown. Every complaint about the user's data is
 a DataError, which names file, sample and field, what was expected and what was found.
 
-    python data.py data.json --preview preview.png         # reads every sample as training would, lists what is wrong
+    python data.py data.json --preview preview.png      # reads all samples, and lists what is wrong with them
 """
 
 import argparse
@@ -180,7 +181,7 @@ def decode_mask(segmentation, height, width):
 
 
 def coverage(mask, gh, gw):
-    """uint8 (H, W) of 0 and 1 -> float32 (gh, gw) in [0, 1]: the share of each cell that lies inside the mask.
+    """The share of each cell that lies inside the mask: uint8 (H, W) of 0 and 1 -> float32 (gh, gw).
 
     Exact for every H, W, gh, gw: a pixel that a cell border cuts counts by its parts. Coverage does not
     depend on the mask's resolution, and an object of a single pixel still has a coverage above 0. (VideoRefer
@@ -203,7 +204,7 @@ def _overlap(cells, pixels):
 
 
 def mask_bounds(mask):
-    """uint8 (H, W) -> its bounding box (top, bottom, left, right) in pixels; bottom and right are exclusive."""
+    """uint8 (H, W) -> its bounding box (top, bottom, left, right) in pixels, the ends being exclusive."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(rows) == 0:
         return 0, 0, 0, 0
@@ -311,14 +312,12 @@ class Processor:
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
     def still_patches(self, picture):
-        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats a still along the temporal
-        patch."""
+        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
         sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
         return rearrange(picture, "(gh m ph) (gw n pw) c -> (gh gw m n) (c ph pw)", **sizes)
 
     def video_patches(self, frames):
-        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch). An odd last frame is paired with
-        itself."""
+        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch), an odd last frame being repeated."""
         missing = -len(frames) % self.temporal_patch_size
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
         sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
@@ -400,8 +399,7 @@ class Processor:
         return np.array(input_ids), np.array(labels)
 
     def _message_parts(self, question, media):
-        """A question as the parts of a chat message: its media tag, with the line breaks beside it, becomes a
-        part."""
+        """A question as the parts of a chat message. Its media tag becomes a part, without line breaks."""
         parts = []
         for i, text in enumerate(MEDIA_TAG.split(question)):
             if i > 0:
@@ -452,8 +450,7 @@ class ReferringDataset(Dataset):
             return error
 
     def question(self, i, turn_index):
-        """The conversation of sample i up to the question of one turn, its answer left out, as eval.py asks
-        it."""
+        """Encodes sample i up to the question of one turn, without its answer, as eval.py asks it."""
         sample = self.samples[i]
         turns = sample.turns[: turn_index + 1]
         num_regions = sum(question.count(REGION_TAG) for question, _ in turns)
@@ -507,8 +504,7 @@ class ReferringDataset(Dataset):
         return evenly(frames, self.settings.region_frames)
 
     def replace_masks(self, masks, sample, rng):
-        """The control: on the same frames, the whole picture, or the masks of a random object on other
-        media."""
+        """The control: on the same frames the whole picture, or the masks of an object on other media."""
         if self.control == "full":
             return {frame: np.ones((1, 1), np.uint8) for frame in masks}
         for i in rng.permutation(len(self.samples)).tolist():
@@ -584,8 +580,7 @@ EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames
 
 
 def evenly(items, count):
-    """At most count of the items (a sequence, not empty), evenly spread, the first and the last among
-    them."""
+    """At most count of the items (a sequence, not empty), evenly spread from the first to the last."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
@@ -593,19 +588,28 @@ def evenly(items, count):
 
 
 def collate(samples, pad_token_id, pad_left=False):
-    """Joins encoded samples to one batch (dict). Samples that are DataErrors are left out of it.
+    """Joins encoded samples to one batch (a dict). Samples that are DataErrors are left out of it.
 
-    B samples, L tokens, S stills, V videos, R region frames, O objects, M cells of all region frames. errors:
-    for each of the given samples its DataError or None. ids, types: lists of B. input_ids, labels,
-    attention_mask: int64 (B, L), padded on the right, or on the left for generation. supervised_tokens: int,
-    the number of labels that the loss sums over. still_patches: uint8 (P, 3 * patch * patch); still_grid_thw:
-    int64 (S, 3), in patches. The images that stand in prompts come first, prompt_images of them; then the
-    annotated frames. video_patches: uint8 (Q, 3 * temporal * patch * patch); video_grid_thw: int64 (V, 3), in
-    patches; seconds_per_pair: float32 (V,). coverage: float32 (M,), the grids of all region frames one after
-    another; coverage_start: int64 (R + 1,), where each begins; region_still: int64 (R,), the still that it
-    lies on; boxes: float32 (R, 5), the (cx, cy, w, h, t) of its mask in [0, 1]. Region frames are ordered by
-    object, then time. object_frames, region_tokens: int64 (O,), region frames and placeholder tokens of each
-    object. Where the batch has none of something, the tensor has length 0.
+    B samples, L tokens, S stills, V videos, R region frames, O objects, M cells of all region frames. Where
+    the batch has none of something, its tensor has length 0.
+
+        errors             for each of the given samples its DataError or None
+        ids, types         lists of B
+        input_ids, labels  int64 (B, L), padded on the right, or on the left for generation
+        attention_mask     int64 (B, L), 0 where they are padded
+        supervised_tokens  int, the number of labels that the loss sums over
+        still_patches      uint8 (P, 3 * patch * patch)
+        still_grid_thw     int64 (S, 3), in patches: images that stand in prompts, then annotated frames
+        prompt_images      int, how many of the stills stand in prompts
+        video_patches      uint8 (Q, 3 * temporal * patch * patch)
+        video_grid_thw     int64 (V, 3), in patches
+        seconds_per_pair   float32 (V,), the time between two pairs of frames
+        coverage           float32 (M,), the grids of all region frames, ordered by object, then time
+        coverage_start     int64 (R + 1,), where each of these grids begins
+        region_still       int64 (R,), the still that each of them lies on
+        boxes              float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
+        object_frames      int64 (O,), how many region frames an object has
+        region_tokens      int64 (O,), how many placeholder tokens it has
     """
     errors = [sample if isinstance(sample, DataError) else None for sample in samples]
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
@@ -859,8 +863,7 @@ def _rle_runs(counts):
 
 
 def _check_same_shape(size, frame_size, name):
-    """Raises DataError unless two (height, width) have one aspect ratio, up to a pixel of the smaller
-    picture."""
+    """Raises DataError unless two (height, width) have one aspect ratio, up to a pixel of the smaller."""
     (h, w), (frame_h, frame_w) = size, frame_size
     same = abs(w * frame_h - h * frame_w) <= max(h, w, frame_h, frame_w)
     expect(same, f"a {name} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
@@ -885,8 +888,7 @@ class FrameCache:
         return self.entries.get(key)
 
     def put(self, key, value):
-        """Adds a value that has nbytes, drops the least recently used while there is too much, returns the
-        value."""
+        """Adds a value that has nbytes, and drops the least recently used ones. Returns the value."""
         self.entries[key] = value
         self.used += self._size(value)
         while self.used > self.limit:
@@ -964,8 +966,7 @@ def _flush_to_disk(path):
 
 
 def sample_texts(samples, limit=10_000):
-    """The questions and answers of the first samples, from which the tiny model's tokenizer learns its
-    words."""
+    """The texts of the first samples, from which the tiny model's tokenizer learns its words."""
     for i in range(min(limit, len(samples))):
         with suppress(DataError):  # it is reported when the sample is used
             for turn in samples[i].turns:
@@ -976,19 +977,21 @@ def sample_texts(samples, limit=10_000):
 
 
 class Samples:
-    """The sequence that read_samples returns. It holds no sample: each access reads a few bytes of a file, through a memory-mapped
-    index that all processes share. Safe to hand to worker processes: each access opens the file anew."""
+    """The sequence that read_samples returns.
+
+    It holds no samples. Each access opens a file and reads the few bytes where the index says that the sample
+    is. So it may be handed to worker processes, and all processes of a machine share the memory of the index.
+    """
 
     def __init__(self, files, outside_paths=False):
-        self.files, self.outside_paths = files, outside_paths
+        self.files, self.outside_paths = files, outside_paths  # files: (path, media folder) of each
         self.indices = [_open_index(path) for path, _ in files]
         self.first = np.cumsum(
             [0] + [len(spans) for _, spans in self.indices]
-        )  # the index of each file's first sample
+        )  # of each file, its first sample
 
-    def __reduce__(
-        self,
-    ):  # a spawned process opens the index itself: pickled, a memory map would become a copy
+    def __reduce__(self):
+        # A spawned process opens the index itself, because a pickled memory map would become a copy.
         return type(self), (self.files, self.outside_paths)
 
     def __len__(self):
@@ -997,11 +1000,7 @@ class Samples:
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
         with within(*place):
-            return parse_sample(self.prepare(entry), place, media, position, self.outside_paths)
-
-    def prepare(self, entry):
-        """For files of another format (eval.py): makes an entry of this one's out of a JSON value."""
-        return entry
+            return parse_sample(entry, place, media, position, self.outside_paths)
 
     def read(self, i):
         """Returns the i-th JSON value as its file has it, its place (file, sample name), its media folder and
@@ -1197,7 +1196,7 @@ def media_info(path):
 
 
 def read_frames(path, indices):
-    """Returns uint8 (len(indices), H, W, 3) RGB: the frames with these indices, in this order, also repeated."""
+    """Returns uint8 (len(indices), H, W, 3) RGB: the frames in the order of the indices, which may repeat."""
     indices = list(indices)
     media = open_media(path)
     pictures = media.read(indices)
@@ -1219,8 +1218,7 @@ def open_media(path):
     found = None
     try:
         if path.is_dir():
-            names = [file.name for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-            names = [name for name in names if not name.startswith(".")]
+            names = [name for name in os.listdir(path) if _is_image_path(name) and not name.startswith(".")]
             if names:
                 return Images(path, sorted(names, key=_natural_order), is_image=False)
             found = "none in it"
@@ -1228,7 +1226,7 @@ def open_media(path):
             found = "no such file"
         elif path.stat().st_size == 0:
             found = "an empty one"
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif _is_image_path(path):
             return Images(path.parent, [path.name], is_image=True)
         else:
             return Video(path)
@@ -1738,8 +1736,8 @@ class Findings:
         clips = self.statistics["edit lists"]
         if clips:
             print(
-                f"{len(clips)} videos were cut by an edit list, such as {next(iter(clips))}: they hold frames that "
-                "are not shown. Frames are counted as shown; masks made with decord may follow other numbers."
+                f"{len(clips)} videos, such as {next(iter(clips))}, were cut by an edit list: they hold "
+                "frames that are not shown, which we do not count, and decord does. Check masks made with it."
             )
         for count, errors in sorted(self.problems.values(), key=lambda group: -group[0]):
             print(f"\n{count} x {errors[0].args[0]}")
