@@ -353,7 +353,8 @@ def load_processor(path, texts=(), **settings):
         config, tokenizer, image_processor = build_tiny(texts)
         return data.Processor(tokenizer, image_processor, config, data.Settings(**given))
     with model_errors_in_one_line(path):
-        cached_file(path, "config.json")  # raises OSError where there is no model, and says so more plainly
+        if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
+            raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
         settings_file = os.path.join(path, SETTINGS_FILE)
         if os.path.exists(settings_file):

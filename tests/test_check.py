@@ -164,7 +164,7 @@ def test_masks_are_checked_on_frames_that_training_might_not_choose(folder, opti
 
 
 def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
-    """A white picture, 2 : 1, with a box over its left half: the cells of that half are bright, the others dark."""
+    """A white picture, 2 : 1, a box over its left half: the cells of that half are bright, the others dark."""
     sample = {"image": "white.png", "conversations": TURNS, "annotation": [{"0": box(0, 0, 32, 32)}]}
     status, _ = check(folder, [sample], "--preview", tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)

@@ -23,6 +23,7 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -53,7 +54,7 @@ def is_a(kind, *values):
 
 
 def spec_sample(entry, place, media, position, outside_paths=False):
-    """What DESIGN.md ("The data file") makes of a JSON value."""
+    """What the README's data format makes of a JSON value."""
     need(is_a(dict, entry))
     given = {key: value for key, value in entry.items() if value is not None}  # null is absent, but as an id
     path = turns = size = None
@@ -72,17 +73,20 @@ def spec_sample(entry, place, media, position, outside_paths=False):
     turns = spec_turns(given.get("conversations"), path is not None)
     masks = [(key, given[key]) for key in ("annotation", "masks") if key in given]
     need(len(masks) <= 1 and is_a(list, *(listed for _, listed in masks)))
-    stem, _, suffix = ([part for part in (path or "").split("/") if part not in ("", ".")] or [""])[
-        -1
-    ].rpartition(".")
-    bare = stem and suffix.lower() in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
-    objects = [spec_object(frames, key, bare) for key, listed in masks for frames in listed]
+    is_image = path is not None and spec_is_image(path)
+    need(is_image or "image" not in given)
+    objects = [spec_object(frames, key, is_image) for key, listed in masks for frames in listed]
     need(sum(question.count("<region>") for question, _ in turns) == len(objects) and (path or not objects))
     if "height" in given or "width" in given:
         size = given.get("height"), given.get("width")
         need(is_a(int, *size) and min(size) >= 1 and math.prod(size) <= 2**26)
     need(is_a(str, given.get("type", "")))
     return data.Sample(place, entry.get("id", position), path, turns, objects, size, given.get("type", ""))
+
+
+def spec_is_image(path):
+    stem, _, suffix = path.split("/")[-1].lstrip(".").rpartition(".")
+    return stem != "" and suffix.lower() in ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
 
 
 def spec_turns(turns, has_media):
@@ -107,8 +111,8 @@ def spec_turns(turns, has_media):
     return list(zip(texts[0::2], texts[1::2]))
 
 
-def spec_object(frames, key, bare):
-    if key == "masks" and bare and (is_a(list, frames) or is_a(dict, frames) and "counts" in frames):
+def spec_object(frames, key, is_image):
+    if key == "masks" and is_image and (is_a(list, frames) or is_a(dict, frames) and "counts" in frames):
         return {0: frames}  # an image's mask
     need(
         is_a(dict, frames)
@@ -198,7 +202,7 @@ def make_sample(rng):
     entry = {"id": rng.choice([7, "seven"])} if rng.random() < 0.5 else {}
     if media:
         name, tag = (
-            rng.choice(["a.mp4", "clips/ü.mp4", "./a b.png"]),
+            rng.choice(["./a b.png", "ü/.a.JPG"] + ["a.mp4", "clips/ü.mp4"] * (media == "video")),
             rng.choice(["", "<video>\n", "<image>", "\n<video>\n"]),
         )
         entry[media] = rng.choice([name, [name]])
@@ -207,7 +211,7 @@ def make_sample(rng):
     turns = greeting + [turn for question in questions for turn in (("human", question), ("gpt", "A cat."))]
     entry["conversations"] = [{"from": who, "value": text} for who, text in turns]
     if objects or rng.random() < 0.1:
-        entry[key] = [make_object(rng, key, media and "png" in name) for _ in range(objects)]
+        entry[key] = [make_object(rng, key, media and spec_is_image(name)) for _ in range(objects)]
     if rng.random() < 0.3:
         entry |= {"height": rng.randint(1, 2000), "width": rng.randint(1, 2000), "type": "what", "note": None}
     return entry
@@ -487,20 +491,55 @@ def mask_case(rng, folder, show):
     return True
 
 
+BAD_NUMBER = (
+    object()
+)  # stands for a sample with a number that JSON does not know, or that int() does not take
+
+
 def spec_file(path):
-    """-> the values in a JSON array or, else, in lines. json.loads reads NaN and Infinity too, which JSON does not know."""
+    """-> the values in a JSON array or, else, in lines, by JSON's own decoder; BAD_NUMBER in a sample's place."""
     with open(path, "rb") as file:
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
-        is_array = text.lstrip().startswith("[")
-        pieces = [text] if is_array else [line for line in text.split("\n") if line.strip()]
-        values = [json.loads(piece, parse_constant=lambda name: need(False)) for piece in pieces]
+        if text.lstrip().startswith("["):
+            values = spec_array(text, text.index("[") + 1)
+        else:
+            values = [spec_value(line, 0)[0] for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError):
         need(False)
-    values = values[0] if is_array else values
     need(values)
     return values
+
+
+def spec_array(text, position):
+    values, mark = [], ","
+    while mark == ",":
+        value, position = spec_value(text, position, ",]")
+        values.append(value)
+        mark = text[position]
+        position += 1
+    need(text[position:].strip(" \t\r\n") == "")
+    return values
+
+
+def spec_value(text, position, ends=("",)):
+    """-> a value or BAD_NUMBER, and where the text goes on after it: with one of the ends."""
+    bad = []
+    decoder = json.JSONDecoder(
+        parse_constant=bad.append,
+        parse_int=lambda digits: int(digits) if len(digits.lstrip("-")) <= 4300 else bad.append(digits),
+    )
+    start = re.compile(r"[ \t\r\n]*").match(text, position).end()
+    value, end = decoder.raw_decode(text, start)
+    end = re.compile(r"[ \t\r\n]*").match(text, end).end()
+    need(text[end : end + 1] in ends and (ends == ("",) or end < len(text)))
+    return BAD_NUMBER if bad else value, end
+
+
+def spec_entry(value, folder, position):
+    need(value is not BAD_NUMBER)
+    return spec_sample(value, None, folder, position)
 
 
 def file_case(rng, folder, show):
@@ -542,10 +581,9 @@ def file_case(rng, folder, show):
     assert len(samples) == len(values)
     right = 0
     for number, value in enumerate(values):
-        arguments = value, None, folder, number  # the place is compared with itself
-        expected, found = agree(
-            lambda i: spec_sample(*arguments), samples.__getitem__, number, longest=10**7
-        )  # it has the whole id
+        specification = partial(spec_entry, value, folder)
+        # Its place is compared with itself. Its error has the whole id.
+        expected, found = agree(specification, samples.__getitem__, number, longest=10**7)
         assert parts(found) == parts(expected and replace(expected, place=found.place)), (found, expected)
         right += found is not None
     return right == len(values)

@@ -160,7 +160,8 @@ def theirs(checkpoint, world, number):
             # the grid.
             inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 9 * 24.0)])
     (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
-    # transformers 4.57, with which Qwen3-VL was published, had no pair of vision tokens around all timestamps.
+    # transformers 4.57, with which Qwen3-VL was published, had no pair of vision tokens around all
+    # timestamps.
     outer_pair = (
         r"<\|vision_start\|>((?:<[\d.]+ seconds><\|vision_start\|>.*?<\|vision_end\|>)+)<\|vision_end\|>"
     )
