@@ -583,9 +583,8 @@ def read_predictions(path, questions):
             replies[i] = data.DataError(str(line.get("error", "its pred is not a text")))
     missing = [question["id"] for i, question in enumerate(questions) if i not in replies]
     with data.within(path):
-        data.expect(
-            not missing, f"a prediction for each of {len(questions)} questions", f"none for {missing}"
-        )
+        wanted = f"a prediction for each of {len(questions)} questions"
+        data.expect(not missing, wanted, f"none for {missing}")
     return replies
 
 

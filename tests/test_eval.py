@@ -470,6 +470,22 @@ def test_a_bad_sample_ends_data_before_anything_is_asked(checkpoint, world, tmp_
     assert os.listdir(tmp_path / "out") == ["run.json"]
 
 
+def test_a_file_that_vanishes_while_data_is_asked_ends_the_run(checkpoint, world, tmp_path, monkeypatch):
+    """Its loss was computed before, so nothing else would notice; None must not count as a wrong answer."""
+    original = evaluation.Questions.question
+
+    def question(self, i, turn_index):
+        data.expect(i != 1, "a media file", "none")
+        return original(self, i, turn_index)
+
+    monkeypatch.setattr(evaluation.Questions, "question", question)
+    (world / "vanish.json").write_text(json.dumps(json.loads((world / "test.json").read_text())[:3]))
+    options = ("--max-new-tokens", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out")
+    with pytest.raises(data.DataError, match="expected a media file"):
+        evaluation.main([str(a) for a in ("--model", checkpoint, "--data", world / "vanish.json", *options)])
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
 def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsys):
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     wrong_in_q = 6  # whatever options, Answer or Question are, a description can be asked for
