@@ -1,10 +1,11 @@
 """Data: from a JSON file with media and masks to one batch of tensors.
 
     data.json --read_samples--> Sample --ReferringDataset--> encoded sample --collate--> batch
-                                           |
-                                           |-- Media        the frames that are needed, decoded once
-                                           |-- decode_mask  RLE or polygons -> (H, W); coverage: (H, W) -> (gh, gw)
-                                           `-- Processor    chat template, placeholders, token ids, uint8 patches
+                                         |
+                                         |-- Video, Images  the frames that are needed, decoded once
+                                         |-- decode_mask    RLE or polygons -> mask (H, W)
+                                         |-- coverage       mask (H, W) -> cells (gh, gw)
+                                         `-- Processor      chat template, placeholders, token ids, patches
 
 A *cell* is one visual token of one frame, and a frame is a grid of (gh, gw) cells. *Coverage* is the share of
 a cell's area that lies inside the mask. The model never sees a mask at pixel resolution: it averages cells,
@@ -14,7 +15,7 @@ Coordinates are (x, y) in pixels in the data file; arrays are (height, width). A
 position in the source video, in the order in which frames are shown. Every complaint about the user's data is
 a DataError, which names file, sample and field, what was expected and what was found.
 
-    python data.py data.json --preview preview.png         # reads every sample as training would, lists what is wrong
+    python data.py data.json --preview preview.png      # reads all samples, and lists what is wrong with them
 """
 
 import argparse
@@ -94,7 +95,7 @@ def shorten(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# ---------------------------------------------------------------------------------------------- samples
+# ---- samples ----
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     media = _parse_media(entry, media_folder, outside_paths)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
-    objects = _parse_objects(entry, is_image=media is not None and is_image_path(media))
+    objects = _parse_objects(entry, is_image=media is not None and _is_image_path(media))
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
@@ -154,6 +155,534 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
 
 
+# ---- masks ----
+
+
+def decode_mask(segmentation, height, width):
+    """Decodes COCO RLE (compressed or a list of runs), or one or more polygons, to uint8 (H, W) of 0 and 1.
+
+    height, width: the frame, in pixels, on which polygons are drawn. RLE carries its own size, which may be
+    another resolution of the same shape; the mask comes back at that size. Raises DataError for a malformed
+    mask or one of another shape.
+    """
+    check_segmentation(segmentation)
+    if isinstance(segmentation, dict):
+        size = segmentation["size"]
+        _check_same_shape(size, (height, width), "mask")
+        if isinstance(segmentation["counts"], list):
+            segmentation = coco_mask.frPyObjects(segmentation, *size)
+        return coco_mask.decode(segmentation)
+    polygons = _as_polygons(segmentation)
+    for polygon in polygons:
+        x, y = polygon[0::2], polygon[1::2]
+        near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
+        expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+
+
+def coverage(mask, gh, gw):
+    """The share of each cell that lies inside the mask: uint8 (H, W) of 0 and 1 -> float32 (gh, gw).
+
+    Exact for every H, W, gh, gw: a pixel that a cell border cuts counts by its parts. Coverage does not
+    depend on the mask's resolution, and an object of a single pixel still has a coverage above 0. (VideoRefer
+    resizes masks bilinearly without antialiasing and keeps what is above 0, which loses small objects.)
+    """
+    height, width = mask.shape
+    top, bottom, left, right = mask_bounds(mask)
+    inside = torch.from_numpy(mask[top:bottom, left:right]).float()  # the rest of the mask adds nothing
+    rows, columns = _overlap(gh, height)[:, top:bottom], _overlap(gw, width)[:, left:right]
+    pixels = (rows.float() @ inside).double() @ columns.T  # (gh, gw), the pixels of the mask in each cell
+    return (pixels * (gh * gw / (height * width))).clip(0, 1).float().numpy()
+
+
+@lru_cache(maxsize=16)
+def _overlap(cells, pixels):
+    """float64 (cells, pixels): how much of each pixel of a side lies in each of the side's equal cells."""
+    edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells  # (cells + 1, 1)
+    left = torch.arange(pixels)  # where each pixel begins
+    return (torch.minimum(edges[1:], left + 1) - torch.maximum(edges[:-1], left)).clip(min=0)
+
+
+def mask_bounds(mask):
+    """uint8 (H, W) -> its bounding box (top, bottom, left, right) in pixels, the ends being exclusive."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return 0, 0, 0, 0
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def mask_box(mask):
+    """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture in [0,
+    1]."""
+    height, width = mask.shape
+    top, bottom, left, right = mask_bounds(mask)
+    center = (left + right) / 2 / width, (top + bottom) / 2 / height
+    return *center, (right - left) / width, (bottom - top) / height
+
+
+# ---- text and tokens ----
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How media become tokens. Saved beside a trained model, so that evaluation sees what training saw."""
+
+    num_frames: int = 8  # frames sampled evenly from a video
+    frame_pixels: int = 32 * 32  # the most pixels that each of them has after resizing
+    region_pixels: int = (
+        96 * 96
+    )  # the same for stills: images, and annotated frames that regions are pooled from
+    region_frames: int = 8  # the most annotated frames used of one object, evenly spread
+    region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
+    max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
+
+
+# The pixels for a pretrained backbone, in place of those for the tiny model above.
+PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
+
+# What the backbone families do differently in the prompt; the rest is read from the checkpoint's own files.
+# timestamps: Qwen3-VL announces each pair of frames as "<1.5 seconds>"; Qwen2.5-VL has time in its position
+# ids.
+FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False}}
+
+
+class Processor:
+    """Turns a conversation and its frames into a checkpoint's token ids and patches.
+
+    It stands in for transformers' AutoProcessor, whose video half needs torchvision, and the tests compare
+    the results of the two.
+    """
+
+    def __init__(self, tokenizer, image_processor, config, settings):
+        if config.model_type not in FAMILIES:
+            raise DataError(
+                f"expected a model of a family in {sorted(FAMILIES)}, found {config.model_type!r}"
+            )
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.settings = settings
+        self.timestamps = FAMILIES[config.model_type]["timestamps"]
+        self.patch_size = config.vision_config.patch_size
+        self.temporal_patch_size = config.vision_config.temporal_patch_size
+        self.merge_size = config.vision_config.spatial_merge_size
+        self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
+        self.min_pixels = image_processor.size["shortest_edge"]  # these names notwithstanding, both are areas
+        self.max_pixels = image_processor.size["longest_edge"]
+        ids = [config.image_token_id, config.video_token_id]
+        ids += [config.vision_start_token_id, config.vision_end_token_id]
+        self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokenizer.convert_ids_to_tokens(
+            ids
+        )
+        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
+        self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = re.compile("|".join(map(re.escape, [*special, ANSWER_MARK])))
+
+    @classmethod
+    def from_pretrained(cls, path, settings):
+        """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Older checkpoints keep the template that knows images and videos in a file of its own.
+        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template:
+            with open(template) as file:
+                tokenizer.chat_template = json.load(file)["chat_template"]
+        # Both families use this class; AutoImageProcessor may choose one that needs torchvision.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        return cls(tokenizer, image_processor, config, settings)
+
+    def save_pretrained(self, folder):
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def still_size(self, height, width):
+        """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
+        max_pixels = min(self.max_pixels, self.settings.region_pixels)
+        return self._smart_resize(height, width, min(self.min_pixels, max_pixels), max_pixels)
+
+    def frame_size(self, height, width):
+        """The (height, width) that a video's sampled frames are resized to."""
+        return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
+
+    def _smart_resize(self, height, width, min_pixels, max_pixels):
+        fits = max(height, width) <= 200 * min(
+            height, width
+        )  # beyond it, transformers raises a plain ValueError
+        expect(fits, "a picture at most 200 times as long as wide", (height, width))
+        return smart_resize(height, width, self.factor, min_pixels, max_pixels)
+
+    def still_patches(self, picture):
+        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
+        sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
+        return rearrange(picture, "(gh m ph) (gw n pw) c -> (gh gw m n) (c ph pw)", **sizes)
+
+    def video_patches(self, frames):
+        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch), an odd last frame being repeated."""
+        missing = -len(frames) % self.temporal_patch_size
+        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+        sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
+        pattern = "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)"
+        return rearrange(frames, pattern, a=self.temporal_patch_size, **sizes)
+
+    def image_prompt(self, cells):
+        """The text that stands for an image of so many cells."""
+        return self.vision_start + self.image_pad * cells + self.vision_end
+
+    def video_prompt(self, frames, fps, cells):
+        """The text that stands for a video. frames: indices of the sampled frames; cells: of one pair of
+        frames.
+
+        With timestamps, each pair of frames stands between vision_start and vision_end, and there is no such
+        pair around the whole: so did transformers 4.57, the release that Qwen3-VL was published with. (From
+        5.10 on, transformers leaves the chat template's own pair around the timestamps.)
+        """
+        pair = self.temporal_patch_size
+        frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
+        if not self.timestamps:
+            return self.vision_start + self.video_pad * (cells * len(frames) // pair) + self.vision_end
+        text = ""
+        for i in range(0, len(frames), pair):
+            seconds = (frames[i] + frames[i + pair - 1]) / 2 / fps
+            text += f"<{seconds:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}"
+        return text
+
+    def encode(self, turns, media, media_prompt, region_tokens, for_generation=False):
+        """Encodes a conversation as (input_ids, labels), int64 (L,) each.
+
+        labels are IGNORE_INDEX except for the answers and their end tokens. media: "image", "video" or None.
+        media_prompt: the text that stands for it. region_tokens: for each `<region>` tag, how many
+        placeholder tokens it becomes. for_generation: stop where the last answer would begin.
+        """
+        for text in chain.from_iterable(turns):
+            found = self.control_tokens.search(text)
+            expect(not found, "text without the tokenizer's control tokens", found and found.group())
+        # The template is rendered once with a mark for each answer; what stands between the marks is the
+        # prompt.
+        messages = []
+        for question, _ in turns:
+            messages.append({"role": "user", "content": self._message_parts(question, media)})
+            messages.append({"role": "assistant", "content": ANSWER_MARK})
+        prompts = self.tokenizer.apply_chat_template(messages, tokenize=False).split(ANSWER_MARK)
+        end = self.tokenizer.eos_token
+        if len(prompts) != len(turns) + 1 or not all(prompt.startswith(end) for prompt in prompts[1:]):
+            raise DataError(f"expected a chat template that ends each answer with {end}, found {prompts}")
+        if media:
+            pad = self.image_pad if media == "image" else self.video_pad
+            placeholder = self.vision_start + pad + self.vision_end
+            if placeholder not in prompts[0]:
+                raise DataError(
+                    f"expected a chat template that writes {placeholder} for media, found {prompts[0]}"
+                )
+            prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
+        token_counts = iter(region_tokens)
+        texts, supervised = [], []
+        for prompt, (_, answer) in zip(prompts, turns):
+            prompt = prompt.removeprefix(
+                end
+            )  # the end token of the answer before, which is supervised with it
+            texts.append(re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt))
+            texts.append(answer + end)
+            supervised += [False, True]
+        if for_generation:
+            texts.pop()
+        else:
+            texts.append(prompts[-1].removeprefix(end))
+            supervised.append(False)
+        input_ids, labels = [], []
+        for ids, is_answer in zip(self.tokenizer(texts, add_special_tokens=False)["input_ids"], supervised):
+            input_ids += ids
+            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
+        if len(input_ids) > self.settings.max_length:
+            visual = sum(id in (self.config.image_token_id, self.config.video_token_id) for id in input_ids)
+            expected = f"expected at most --max-length {self.settings.max_length} tokens"
+            raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
+        return np.array(input_ids), np.array(labels)
+
+    def _message_parts(self, question, media):
+        """A question as the parts of a chat message. Its media tag becomes a part, without line breaks."""
+        parts = []
+        for i, text in enumerate(MEDIA_TAG.split(question)):
+            if i > 0:
+                parts.append({"type": media})
+            if text:
+                parts.append({"type": "text", "text": text})
+        return parts
+
+
+# ---- encoded samples ----
+
+
+class ReferringDataset(Dataset):
+    """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
+
+    dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks;
+    except after time-outs, which depend on load. A sample that cannot be used comes back as its DataError. It
+    is not raised, because an exception would end the worker: the caller decides.
+
+    single_frame: the probability that an object with several annotated frames is cut to one random frame (the
+    paper trains on a mix of both modes). control: "none"; "full" replaces every mask by the whole frame;
+    "shuffle" by the masks of a random object on other media. cache_bytes: memory for decoded frames. timeout:
+    seconds that reading a media file may take.
+    """
+
+    def __init__(
+        self,
+        samples,
+        processor,
+        single_frame=0.0,
+        seed=0,
+        control="none",
+        cache_bytes=64 << 20,
+        timeout=120.0,
+    ):
+        self.samples, self.processor, self.settings = samples, processor, processor.settings
+        self.single_frame, self.seed, self.control = single_frame, seed, control
+        self.cache, self.reader = FrameCache(cache_bytes), TimedReader(timeout)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        try:
+            return self.encode(self.samples[i], np.random.default_rng((self.seed, epoch, i)))
+        except DataError as error:
+            return error
+
+    def question(self, i, turn_index):
+        """Encodes sample i up to the question of one turn, without its answer, as eval.py asks it."""
+        sample = self.samples[i]
+        turns = sample.turns[: turn_index + 1]
+        num_regions = sum(question.count(REGION_TAG) for question, _ in turns)
+        sample = replace(sample, turns=turns, objects=sample.objects[:num_regions])
+        return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
+
+    def encode(self, sample, rng, for_generation=False):
+        """Returns a dict of what collate joins. Raises DataError with the sample's place."""
+        with within(*sample.place):
+            media = self.open_media(sample) if sample.media else None
+            objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
+            if self.control != "none":
+                objects = [self.replace_masks(masks, sample, rng) for masks in objects]
+            encoded = {"id": sample.id, "type": sample.type, "kind": None, **NO_MEDIA}
+            prompt = self._add_media(encoded, sample.media, media, objects) if media else None
+            self._add_regions(encoded, media, objects)
+            encoded["input_ids"], encoded["labels"] = self.processor.encode(
+                sample.turns, encoded["kind"], prompt, encoded["region_tokens"], for_generation
+            )
+        return encoded
+
+    def open_media(self, sample):
+        media = self.cache.get(sample.media)
+        if media is None:
+            media = self.cache.put(sample.media, self.reader.run(sample.media, open_media, sample.media))
+        if sample.size is not None:
+            _check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
+        return media
+
+    def choose_masks(self, sample, object_index, info, rng):
+        """The masks used of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
+
+        A mask without a pixel says that the object is hidden there. Finding one means decoding all masks of
+        the object and choosing anew among those that are left.
+        """
+        segmentations = sample.objects[object_index]
+        with within(f"object {object_index}"):
+            size = sample.size or (info.height, info.width)
+            frames = self._choose_frames(sorted(segmentations), rng)
+            masks = _decode_masks(segmentations, frames, size, info)
+            if all(mask.any() for mask in masks.values()):
+                return masks
+            masks = _decode_masks(segmentations, sorted(segmentations), size, info)
+            visible = [frame for frame, mask in masks.items() if mask.any()]
+            expect(visible, "a mask that is not empty on at least one frame", sorted(segmentations))
+            return {frame: masks[frame] for frame in self._choose_frames(visible, rng)}
+
+    def _choose_frames(self, frames, rng):
+        if rng.random() < self.single_frame:
+            return [frames[rng.integers(len(frames))]]
+        return evenly(frames, self.settings.region_frames)
+
+    def replace_masks(self, masks, sample, rng):
+        """The control: on the same frames the whole picture, or the masks of an object on other media."""
+        if self.control == "full":
+            return {frame: np.ones((1, 1), np.uint8) for frame in masks}
+        for i in rng.permutation(len(self.samples)).tolist():
+            with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
+                other = self.samples[i]
+                if not other.objects or other.media == sample.media:
+                    continue
+                object_index = int(rng.integers(len(other.objects)))
+                lent = list(self.choose_masks(other, object_index, self.open_media(other).info, rng).values())
+                return {frame: lent[j % len(lent)] for j, frame in enumerate(masks)}
+        raise DataError("expected a sample with regions on other media to take masks from, found none")
+
+    def _add_media(self, encoded, path, media, objects):
+        """Adds patches and grids to encoded. Returns the text that stands for the media in the prompt."""
+        info, processor = media.info, self.processor
+        annotated = sorted(set(chain.from_iterable(objects)))
+        if info.is_image:
+            stills, sampled = [0], []  # the image itself is the one still, with or without regions
+        else:
+            stills, sampled = annotated, evenly(range(info.num_frames), self.settings.num_frames)
+        still_size = processor.still_size(info.height, info.width)
+        frame_size = processor.frame_size(info.height, info.width)
+        wanted = [(frame, still_size) for frame in stills] + [(frame, frame_size) for frame in sampled]
+        pictures = self._read_pictures(path, media, wanted)
+        encoded["still_frames"] = stills
+        encoded["still_patches"] = [processor.still_patches(picture) for picture in pictures[: len(stills)]]
+        encoded["still_grid"] = tuple(side // processor.patch_size for side in still_size)
+        if info.is_image:
+            encoded["kind"] = "image"
+            return processor.image_prompt(math.prod(still_size) // processor.factor**2)
+        pair = processor.temporal_patch_size
+        gh, gw = (side // processor.patch_size for side in frame_size)
+        encoded["kind"] = "video"
+        encoded["video_patches"] = processor.video_patches(np.stack(pictures[len(stills) :]))
+        encoded["video_grid"] = math.ceil(len(sampled) / pair), gh, gw
+        # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
+        encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
+        return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
+
+    def _read_pictures(self, path, media, wanted):
+        """[(frame, (height, width))] -> list of uint8 (height, width, 3). A frame that the cache lacks is
+        decoded once, however many sizes of it are wanted."""
+        pictures = {key: self.cache.get((path, key)) for key in wanted}
+        missing = {frame for (frame, _), picture in pictures.items() if picture is None}
+        frames = self.reader.run(path, media.read, sorted(missing)) if missing else {}
+        for (frame, (height, width)), picture in pictures.items():
+            if picture is None:
+                resized = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
+                key = frame, (height, width)
+                pictures[key] = self.cache.put((path, key), np.asarray(resized))
+        return [pictures[key] for key in wanted]
+
+    def _add_regions(self, encoded, media, objects):
+        """Adds coverage and box of each region frame; region frames are ordered by object, then time."""
+        gh, gw = (side // self.processor.merge_size for side in encoded["still_grid"])
+        last_frame = max(media.info.num_frames - 1, 1) if media else 1
+        encoded |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
+        for masks in objects:
+            for frame, mask in masks.items():
+                encoded["coverage"].append(coverage(mask, gh, gw).ravel())
+                encoded["boxes"].append((*mask_box(mask), frame / last_frame))
+                encoded["region_still"].append(encoded["still_frames"].index(frame))
+            encoded["object_frames"].append(len(masks))
+            encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
+
+
+NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+
+# What a rank computes on if none of its samples can be used: a single token, and nothing to learn.
+EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
+EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
+EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
+
+
+def evenly(items, count):
+    """At most count of the items (a sequence, not empty), evenly spread from the first to the last."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
+# ---- batches ----
+
+
+def collate(samples, pad_token_id, pad_left=False):
+    """Joins encoded samples to one batch (a dict). Samples that are DataErrors are left out of it.
+
+    B samples, L tokens, S stills, V videos, R region frames, O objects, M cells of all region frames. Where
+    the batch has none of something, its tensor has length 0.
+
+        errors             for each of the given samples its DataError or None
+        ids, types         lists of B
+        input_ids, labels  int64 (B, L), padded on the right, or on the left for generation
+        attention_mask     int64 (B, L), 0 where they are padded
+        supervised_tokens  int, the number of labels that the loss sums over
+        still_patches      uint8 (P, 3 * patch * patch)
+        still_grid_thw     int64 (S, 3), in patches: images that stand in prompts, then annotated frames
+        prompt_images      int, how many of the stills stand in prompts
+        video_patches      uint8 (Q, 3 * temporal * patch * patch)
+        video_grid_thw     int64 (V, 3), in patches
+        seconds_per_pair   float32 (V,), the time between two pairs of frames
+        coverage           float32 (M,), the grids of all region frames, ordered by object, then time
+        coverage_start     int64 (R + 1,), where each of these grids begins
+        region_still       int64 (R,), the still that each of them lies on
+        boxes              float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
+        object_frames      int64 (O,), how many region frames an object has
+        region_tokens      int64 (O,), how many placeholder tokens it has
+    """
+    errors = [sample if isinstance(sample, DataError) else None for sample in samples]
+    samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
+    length = max(len(sample["input_ids"]) for sample in samples)
+    input_ids = np.full((len(samples), length), pad_token_id)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    attention_mask = np.zeros_like(input_ids)
+    for row, sample in enumerate(samples):
+        size = len(sample["input_ids"])
+        columns = slice(length - size, length) if pad_left else slice(size)
+        input_ids[row, columns] = sample["input_ids"]
+        labels[row, columns] = sample["labels"]
+        attention_mask[row, columns] = 1
+
+    stills, still_grids, region_still = [], [], {}
+    is_image = [sample["kind"] == "image" for sample in samples]
+    for row in sorted(
+        range(len(samples)), key=lambda row: not is_image[row]
+    ):  # stable: prompt images come first
+        sample = samples[row]
+        region_still[row] = [len(stills) + i for i in sample["region_still"]]
+        stills += sample["still_patches"]
+        still_grids += [(1, *sample["still_grid"])] * len(sample["still_patches"])
+    videos = [sample for sample in samples if sample["video_patches"] is not None]
+    coverages = list(chain.from_iterable(sample["coverage"] for sample in samples))
+    joined = {}
+    for name in ("boxes", "object_frames", "region_tokens"):
+        joined[name] = list(chain.from_iterable(sample[name] for sample in samples))
+    return {
+        "errors": errors,
+        "ids": [sample["id"] for sample in samples],
+        "types": [sample["type"] for sample in samples],
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        "still_patches": _concatenate(stills, np.uint8),
+        "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
+        "prompt_images": sum(is_image),
+        "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
+        "video_grid_thw": torch.tensor([video["video_grid"] for video in videos], dtype=torch.long).view(
+            -1, 3
+        ),
+        "seconds_per_pair": torch.tensor(
+            [video["seconds_per_pair"] for video in videos], dtype=torch.float32
+        ),
+        "coverage": _concatenate(coverages, np.float32),
+        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in coverages])),
+        "region_still": torch.tensor(
+            list(chain(*map(region_still.get, range(len(samples))))), dtype=torch.long
+        ),
+        "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
+        "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
+        "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
+    }
+
+
+def _concatenate(arrays, dtype):
+    """The arrays, joined along the first axis as one tensor; of length 0 if there are none."""
+    return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype))
+
+
+def to_device(batch, device):
+    """The same batch with its tensors on the device."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+# ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----
+
+
+# ---- checks of a sample and its masks ----
+
+
 def _parse_media(entry, media_folder, outside_paths):
     given = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
     expect(len(given) <= 1, "a video or an image, not both", given)
@@ -166,14 +695,14 @@ def _parse_media(entry, media_folder, outside_paths):
     expect(valid, f"{key}: one path", name)
     # An image may stand under "video", as in the published format's own example, but not the other way round.
     expect(
-        key == "video" or is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
+        key == "video" or _is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
     )
     inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
     expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
     return os.path.join(media_folder, name)
 
 
-def is_image_path(path):
+def _is_image_path(path):
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -260,435 +789,7 @@ def _parse_masks(masks, has_segmentation_key):
     return visible
 
 
-# ---------------------------------------------------------------------------------------------- masks
-
-
-def decode_mask(segmentation, height, width):
-    """Decodes COCO RLE (compressed or a list of runs), or one or more polygons, to uint8 (H, W) of 0 and 1.
-
-    height, width: the frame, in pixels, on which polygons are drawn. RLE carries its own size, which may be
-    another resolution of the same shape; the mask comes back at that size. Raises DataError for a malformed
-    mask or one of another shape.
-    """
-    check_segmentation(segmentation)
-    if isinstance(segmentation, dict):
-        size = segmentation["size"]
-        check_same_shape(size, (height, width), "mask")
-        if isinstance(segmentation["counts"], list):
-            segmentation = coco_mask.frPyObjects(segmentation, *size)
-        return coco_mask.decode(segmentation)
-    polygons = as_polygons(segmentation)
-    for polygon in polygons:
-        x, y = polygon[0::2], polygon[1::2]
-        near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
-        expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
-
-
-def coverage(mask, gh, gw):
-    """uint8 (H, W) of 0 and 1 -> float32 (gh, gw) in [0, 1]: the share of each cell that lies inside the mask.
-
-    Exact for every H, W, gh, gw: a pixel that a cell border cuts counts by its parts. Coverage does not
-    depend on the mask's resolution, and an object of a single pixel still has a coverage above 0. (VideoRefer
-    resizes masks bilinearly without antialiasing and keeps what is above 0, which loses small objects.)
-    """
-    height, width = mask.shape
-    top, bottom, left, right = mask_bounds(mask)
-    inside = torch.from_numpy(mask[top:bottom, left:right]).float()  # the rest of the mask adds nothing
-    rows, columns = overlap(gh, height)[:, top:bottom], overlap(gw, width)[:, left:right]
-    pixels = (rows.float() @ inside).double() @ columns.T  # (gh, gw), the pixels of the mask in each cell
-    return (pixels * (gh * gw / (height * width))).clip(0, 1).float().numpy()
-
-
-@lru_cache(maxsize=16)
-def overlap(cells, pixels):
-    """float64 (cells, pixels): how much of each pixel of a side lies in each of the side's equal cells."""
-    edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells  # (cells + 1, 1)
-    left = torch.arange(pixels)  # where each pixel begins
-    return (torch.minimum(edges[1:], left + 1) - torch.maximum(edges[:-1], left)).clip(min=0)
-
-
-def mask_bounds(mask):
-    """uint8 (H, W) -> its bounding box (top, bottom, left, right) in pixels; bottom and right are exclusive."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        return 0, 0, 0, 0
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def mask_box(mask):
-    """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture in [0,
-    1]."""
-    height, width = mask.shape
-    top, bottom, left, right = mask_bounds(mask)
-    center = (left + right) / 2 / width, (top + bottom) / 2 / height
-    return *center, (right - left) / width, (bottom - top) / height
-
-
-# ---------------------------------------------------------------------------------------------- text and tokens
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How media become tokens. Saved beside a trained model, so that evaluation sees what training saw."""
-
-    num_frames: int = 8  # frames sampled evenly from a video
-    frame_pixels: int = 32 * 32  # the most pixels that each of them has after resizing
-    region_pixels: int = (
-        96 * 96
-    )  # the same for stills: images, and annotated frames that regions are pooled from
-    region_frames: int = 8  # the most annotated frames used of one object, evenly spread
-    region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
-    max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
-
-
-# The pixels for a pretrained backbone, in place of those for the tiny model above.
-PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
-
-# What the backbone families do differently in the prompt; the rest is read from the checkpoint's own files.
-# timestamps: Qwen3-VL announces each pair of frames as "<1.5 seconds>"; Qwen2.5-VL has time in its position
-# ids.
-FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False}}
-
-
-class Processor:
-    """Turns a conversation and its frames into a checkpoint's token ids and patches.
-
-    It stands in for transformers' AutoProcessor, whose video half needs torchvision, and the tests compare
-    the results of the two.
-    """
-
-    def __init__(self, tokenizer, image_processor, config, settings):
-        if config.model_type not in FAMILIES:
-            raise DataError(
-                f"expected a model of a family in {sorted(FAMILIES)}, found {config.model_type!r}"
-            )
-        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.settings = settings
-        self.timestamps = FAMILIES[config.model_type]["timestamps"]
-        self.patch_size = config.vision_config.patch_size
-        self.temporal_patch_size = config.vision_config.temporal_patch_size
-        self.merge_size = config.vision_config.spatial_merge_size
-        self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        self.min_pixels = image_processor.size["shortest_edge"]  # these names notwithstanding, both are areas
-        self.max_pixels = image_processor.size["longest_edge"]
-        ids = [config.image_token_id, config.video_token_id]
-        ids += [config.vision_start_token_id, config.vision_end_token_id]
-        self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokenizer.convert_ids_to_tokens(
-            ids
-        )
-        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
-        self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = re.compile("|".join(map(re.escape, [*special, ANSWER_MARK])))
-
-    @classmethod
-    def from_pretrained(cls, path, settings):
-        """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        # Older checkpoints keep the template that knows images and videos in a file of its own.
-        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        if template:
-            with open(template) as file:
-                tokenizer.chat_template = json.load(file)["chat_template"]
-        # Both families use this class; AutoImageProcessor may choose one that needs torchvision.
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        return cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
-
-    def save_pretrained(self, folder):
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-
-    def still_size(self, height, width):
-        """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
-        max_pixels = min(self.max_pixels, self.settings.region_pixels)
-        return self._smart_resize(height, width, min(self.min_pixels, max_pixels), max_pixels)
-
-    def frame_size(self, height, width):
-        """The (height, width) that a video's sampled frames are resized to."""
-        return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
-
-    def _smart_resize(self, height, width, min_pixels, max_pixels):
-        fits = max(height, width) <= 200 * min(
-            height, width
-        )  # beyond it, transformers raises a plain ValueError
-        expect(fits, "a picture at most 200 times as long as wide", (height, width))
-        return smart_resize(height, width, self.factor, min_pixels, max_pixels)
-
-    def still_patches(self, picture):
-        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats a still along the temporal
-        patch."""
-        sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
-        return rearrange(picture, "(gh m ph) (gw n pw) c -> (gh gw m n) (c ph pw)", **sizes)
-
-    def video_patches(self, frames):
-        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch). An odd last frame is paired with
-        itself."""
-        missing = -len(frames) % self.temporal_patch_size
-        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
-        pattern = "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)"
-        return rearrange(frames, pattern, a=self.temporal_patch_size, **sizes)
-
-    def image_prompt(self, cells):
-        """The text that stands for an image of so many cells."""
-        return self.vision_start + self.image_pad * cells + self.vision_end
-
-    def video_prompt(self, frames, fps, cells):
-        """The text that stands for a video. frames: indices of the sampled frames; cells: of one pair of
-        frames.
-
-        With timestamps, each pair of frames stands between vision_start and vision_end, and there is no such
-        pair around the whole: so did transformers 4.57, the release that Qwen3-VL was published with. (From
-        5.10 on, transformers leaves the chat template's own pair around the timestamps.)
-        """
-        pair = self.temporal_patch_size
-        frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
-        if not self.timestamps:
-            return self.vision_start + self.video_pad * (cells * len(frames) // pair) + self.vision_end
-        text = ""
-        for i in range(0, len(frames), pair):
-            seconds = (frames[i] + frames[i + pair - 1]) / 2 / fps
-            text += f"<{seconds:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}"
-        return text
-
-    def encode(self, turns, media, media_prompt, region_tokens, for_generation=False):
-        """Encodes a conversation as (input_ids, labels), int64 (L,) each.
-
-        labels are IGNORE_INDEX except for the answers and their end tokens. media: "image", "video" or None.
-        media_prompt: the text that stands for it. region_tokens: for each `<region>` tag, how many
-        placeholder tokens it becomes. for_generation: stop where the last answer would begin.
-        """
-        for text in chain.from_iterable(turns):
-            found = self.control_tokens.search(text)
-            expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        # The template is rendered once with a mark for each answer; what stands between the marks is the
-        # prompt.
-        messages = []
-        for question, _ in turns:
-            messages.append({"role": "user", "content": self._message_parts(question, media)})
-            messages.append({"role": "assistant", "content": ANSWER_MARK})
-        prompts = self.tokenizer.apply_chat_template(messages, tokenize=False).split(ANSWER_MARK)
-        end = self.tokenizer.eos_token
-        if len(prompts) != len(turns) + 1 or not all(prompt.startswith(end) for prompt in prompts[1:]):
-            raise DataError(f"expected a chat template that ends each answer with {end}, found {prompts}")
-        if media:
-            pad = self.image_pad if media == "image" else self.video_pad
-            placeholder = self.vision_start + pad + self.vision_end
-            if placeholder not in prompts[0]:
-                raise DataError(
-                    f"expected a chat template that writes {placeholder} for media, found {prompts[0]}"
-                )
-            prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
-        token_counts = iter(region_tokens)
-        texts, supervised = [], []
-        for prompt, (_, answer) in zip(prompts, turns):
-            prompt = prompt.removeprefix(
-                end
-            )  # the end token of the answer before, which is supervised with it
-            texts.append(re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt))
-            texts.append(answer + end)
-            supervised += [False, True]
-        if for_generation:
-            texts.pop()
-        else:
-            texts.append(prompts[-1].removeprefix(end))
-            supervised.append(False)
-        input_ids, labels = [], []
-        for ids, is_answer in zip(self.tokenizer(texts, add_special_tokens=False)["input_ids"], supervised):
-            input_ids += ids
-            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
-        if len(input_ids) > self.settings.max_length:
-            visual = sum(id in (self.config.image_token_id, self.config.video_token_id) for id in input_ids)
-            expected = f"expected at most --max-length {self.settings.max_length} tokens"
-            raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
-        return np.array(input_ids), np.array(labels)
-
-    def _message_parts(self, question, media):
-        """A question as the parts of a chat message: its media tag, with the line breaks beside it, becomes a
-        part."""
-        parts = []
-        for i, text in enumerate(MEDIA_TAG.split(question)):
-            if i > 0:
-                parts.append({"type": media})
-            if text:
-                parts.append({"type": "text", "text": text})
-        return parts
-
-
-# ---------------------------------------------------------------------------------------------- encoded samples
-
-
-class ReferringDataset(Dataset):
-    """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
-
-    dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks;
-    except after time-outs, which depend on load. A sample that cannot be used comes back as its DataError. It
-    is not raised, because an exception would end the worker: the caller decides.
-
-    single_frame: the probability that an object with several annotated frames is cut to one random frame (the
-    paper trains on a mix of both modes). control: "none"; "full" replaces every mask by the whole frame;
-    "shuffle" by the masks of a random object on other media. cache_bytes: memory for decoded frames. timeout:
-    seconds that reading a media file may take.
-    """
-
-    def __init__(
-        self,
-        samples,
-        processor,
-        single_frame=0.0,
-        seed=0,
-        control="none",
-        cache_bytes=64 << 20,
-        timeout=120.0,
-    ):
-        self.samples, self.processor, self.settings = samples, processor, processor.settings
-        self.single_frame, self.seed, self.control = single_frame, seed, control
-        self.cache, self.reader = FrameCache(cache_bytes), TimedReader(timeout)
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, key):
-        epoch, i = key
-        try:
-            return self.encode(self.samples[i], np.random.default_rng((self.seed, epoch, i)))
-        except DataError as error:
-            return error
-
-    def question(self, i, turn_index):
-        """The conversation of sample i up to the question of one turn, its answer left out, as eval.py asks
-        it."""
-        sample = self.samples[i]
-        turns = sample.turns[: turn_index + 1]
-        num_regions = sum(question.count(REGION_TAG) for question, _ in turns)
-        sample = replace(sample, turns=turns, objects=sample.objects[:num_regions])
-        return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
-
-    def encode(self, sample, rng, for_generation=False):
-        """Returns a dict of what collate joins. Raises DataError with the sample's place."""
-        with within(*sample.place):
-            media = self.open_media(sample) if sample.media else None
-            objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
-            if self.control != "none":
-                objects = [self.replace_masks(masks, sample, rng) for masks in objects]
-            encoded = {"id": sample.id, "type": sample.type, "kind": None, **NO_MEDIA}
-            prompt = self._add_media(encoded, sample.media, media, objects) if media else None
-            self._add_regions(encoded, media, objects)
-            encoded["input_ids"], encoded["labels"] = self.processor.encode(
-                sample.turns, encoded["kind"], prompt, encoded["region_tokens"], for_generation
-            )
-        return encoded
-
-    def open_media(self, sample):
-        media = self.cache.get(sample.media)
-        if media is None:
-            media = self.cache.put(sample.media, self.reader.run(sample.media, open_media, sample.media))
-        if sample.size is not None:
-            check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
-        return media
-
-    def choose_masks(self, sample, object_index, info, rng):
-        """The masks used of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
-
-        A mask without a pixel says that the object is hidden there. Finding one means decoding all masks of
-        the object and choosing anew among those that are left.
-        """
-        segmentations = sample.objects[object_index]
-        with within(f"object {object_index}"):
-            size = sample.size or (info.height, info.width)
-            frames = self._choose_frames(sorted(segmentations), rng)
-            masks = decode_masks(segmentations, frames, size, info)
-            if all(mask.any() for mask in masks.values()):
-                return masks
-            masks = decode_masks(segmentations, sorted(segmentations), size, info)
-            visible = [frame for frame, mask in masks.items() if mask.any()]
-            expect(visible, "a mask that is not empty on at least one frame", sorted(segmentations))
-            return {frame: masks[frame] for frame in self._choose_frames(visible, rng)}
-
-    def _choose_frames(self, frames, rng):
-        if rng.random() < self.single_frame:
-            return [frames[rng.integers(len(frames))]]
-        return evenly(frames, self.settings.region_frames)
-
-    def replace_masks(self, masks, sample, rng):
-        """The control: on the same frames, the whole picture, or the masks of a random object on other
-        media."""
-        if self.control == "full":
-            return {frame: np.ones((1, 1), np.uint8) for frame in masks}
-        for i in rng.permutation(len(self.samples)).tolist():
-            with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
-                other = self.samples[i]
-                if not other.objects or other.media == sample.media:
-                    continue
-                object_index = int(rng.integers(len(other.objects)))
-                lent = list(self.choose_masks(other, object_index, self.open_media(other).info, rng).values())
-                return {frame: lent[j % len(lent)] for j, frame in enumerate(masks)}
-        raise DataError("expected a sample with regions on other media to take masks from, found none")
-
-    def _add_media(self, encoded, path, media, objects):
-        """Adds patches and grids to encoded. Returns the text that stands for the media in the prompt."""
-        info, processor = media.info, self.processor
-        annotated = sorted(set(chain.from_iterable(objects)))
-        if info.is_image:
-            stills, sampled = [0], []  # the image itself is the one still, with or without regions
-        else:
-            stills, sampled = annotated, evenly(range(info.num_frames), self.settings.num_frames)
-        still_size = processor.still_size(info.height, info.width)
-        frame_size = processor.frame_size(info.height, info.width)
-        wanted = [(frame, still_size) for frame in stills] + [(frame, frame_size) for frame in sampled]
-        pictures = self._read_pictures(path, media, wanted)
-        encoded["still_frames"] = stills
-        encoded["still_patches"] = [processor.still_patches(picture) for picture in pictures[: len(stills)]]
-        encoded["still_grid"] = tuple(side // processor.patch_size for side in still_size)
-        if info.is_image:
-            encoded["kind"] = "image"
-            return processor.image_prompt(math.prod(still_size) // processor.factor**2)
-        pair = processor.temporal_patch_size
-        gh, gw = (side // processor.patch_size for side in frame_size)
-        encoded["kind"] = "video"
-        encoded["video_patches"] = processor.video_patches(np.stack(pictures[len(stills) :]))
-        encoded["video_grid"] = math.ceil(len(sampled) / pair), gh, gw
-        # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
-        encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
-        return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
-
-    def _read_pictures(self, path, media, wanted):
-        """[(frame, (height, width))] -> list of uint8 (height, width, 3). A frame that the cache lacks is
-        decoded once, however many sizes of it are wanted."""
-        pictures = {key: self.cache.get((path, key)) for key in wanted}
-        missing = {frame for (frame, _), picture in pictures.items() if picture is None}
-        frames = self.reader.run(path, media.read, sorted(missing)) if missing else {}
-        for (frame, (height, width)), picture in pictures.items():
-            if picture is None:
-                resized = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
-                key = frame, (height, width)
-                pictures[key] = self.cache.put((path, key), np.asarray(resized))
-        return [pictures[key] for key in wanted]
-
-    def _add_regions(self, encoded, media, objects):
-        """Adds coverage and box of each region frame; region frames are ordered by object, then time."""
-        gh, gw = (side // self.processor.merge_size for side in encoded["still_grid"])
-        last_frame = max(media.info.num_frames - 1, 1) if media else 1
-        encoded |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
-        for masks in objects:
-            for frame, mask in masks.items():
-                encoded["coverage"].append(coverage(mask, gh, gw).ravel())
-                encoded["boxes"].append((*mask_box(mask), frame / last_frame))
-                encoded["region_still"].append(encoded["still_frames"].index(frame))
-            encoded["object_frames"].append(len(masks))
-            encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
-
-
-NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
-
-# What a rank computes on if none of its samples can be used: a single token, and nothing to learn.
-EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
-EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
-EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
-
-
-def decode_masks(segmentations, frames, size, info):
+def _decode_masks(segmentations, frames, size, info):
     """{frame: segmentation} -> {frame: uint8 (H, W)} for these frames. size: (height, width) of polygons."""
     masks = {}
     for frame in frames:
@@ -697,103 +798,6 @@ def decode_masks(segmentations, frames, size, info):
             expect(in_video, f"a frame index below {info.num_frames}, the number of frames", frame)
             masks[frame] = decode_mask(segmentations[frame], *size)
     return masks
-
-
-def evenly(items, count):
-    """At most count of the items (a sequence, not empty), evenly spread, the first and the last among
-    them."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
-
-
-# ---------------------------------------------------------------------------------------------- batches
-
-
-def collate(samples, pad_token_id, pad_left=False):
-    """Joins encoded samples to one batch (dict). Samples that are DataErrors are left out of it.
-
-    B samples, L tokens, S stills, V videos, R region frames, O objects, M cells of all region frames. errors:
-    for each of the given samples its DataError or None. ids, types: lists of B. input_ids, labels,
-    attention_mask: int64 (B, L), padded on the right, or on the left for generation. supervised_tokens: int,
-    the number of labels that the loss sums over. still_patches: uint8 (P, 3 * patch * patch); still_grid_thw:
-    int64 (S, 3), in patches. The images that stand in prompts come first, prompt_images of them; then the
-    annotated frames. video_patches: uint8 (Q, 3 * temporal * patch * patch); video_grid_thw: int64 (V, 3), in
-    patches; seconds_per_pair: float32 (V,). coverage: float32 (M,), the grids of all region frames one after
-    another; coverage_start: int64 (R + 1,), where each begins; region_still: int64 (R,), the still that it
-    lies on; boxes: float32 (R, 5), the (cx, cy, w, h, t) of its mask in [0, 1]. Region frames are ordered by
-    object, then time. object_frames, region_tokens: int64 (O,), region frames and placeholder tokens of each
-    object. Where the batch has none of something, the tensor has length 0.
-    """
-    errors = [sample if isinstance(sample, DataError) else None for sample in samples]
-    samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
-    length = max(len(sample["input_ids"]) for sample in samples)
-    input_ids = np.full((len(samples), length), pad_token_id)
-    labels = np.full_like(input_ids, IGNORE_INDEX)
-    attention_mask = np.zeros_like(input_ids)
-    for row, sample in enumerate(samples):
-        size = len(sample["input_ids"])
-        columns = slice(length - size, length) if pad_left else slice(size)
-        input_ids[row, columns] = sample["input_ids"]
-        labels[row, columns] = sample["labels"]
-        attention_mask[row, columns] = 1
-
-    stills, still_grids, region_still = [], [], {}
-    is_image = [sample["kind"] == "image" for sample in samples]
-    for row in sorted(
-        range(len(samples)), key=lambda row: not is_image[row]
-    ):  # stable: prompt images come first
-        sample = samples[row]
-        region_still[row] = [len(stills) + i for i in sample["region_still"]]
-        stills += sample["still_patches"]
-        still_grids += [(1, *sample["still_grid"])] * len(sample["still_patches"])
-    videos = [sample for sample in samples if sample["video_patches"] is not None]
-    coverages = list(chain.from_iterable(sample["coverage"] for sample in samples))
-    joined = {}
-    for name in ("boxes", "object_frames", "region_tokens"):
-        joined[name] = list(chain.from_iterable(sample[name] for sample in samples))
-    return {
-        "errors": errors,
-        "ids": [sample["id"] for sample in samples],
-        "types": [sample["type"] for sample in samples],
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
-        "still_patches": concatenate(stills, np.uint8),
-        "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
-        "prompt_images": sum(is_image),
-        "video_patches": concatenate([video["video_patches"] for video in videos], np.uint8),
-        "video_grid_thw": torch.tensor([video["video_grid"] for video in videos], dtype=torch.long).view(
-            -1, 3
-        ),
-        "seconds_per_pair": torch.tensor(
-            [video["seconds_per_pair"] for video in videos], dtype=torch.float32
-        ),
-        "coverage": concatenate(coverages, np.float32),
-        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in coverages])),
-        "region_still": torch.tensor(
-            list(chain(*map(region_still.get, range(len(samples))))), dtype=torch.long
-        ),
-        "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
-        "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
-        "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
-    }
-
-
-def concatenate(arrays, dtype):
-    """The arrays, joined along the first axis as one tensor; of length 0 if there are none."""
-    return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype))
-
-
-def to_device(batch, device):
-    """The same batch with its tensors on the device."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------- end of a first reading
-#
-# A first reading may end here: the above is how a sample becomes part of a batch. What follows keeps it right
-# on real data (checks of masks, the index of a data file, the inside of a video file, time-outs, whole
-# writes) and shows it (the preview, the checker).
 
 
 def check_segmentation(segmentation):
@@ -810,7 +814,7 @@ def check_segmentation(segmentation):
         valid = valid and math.prod(size) <= MAX_MASK_PIXELS
         expect(valid, f"size: [height, width] of at most {MAX_MASK_PIXELS} pixels", size)
         expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
-        runs = rle_runs(counts) if isinstance(counts, str) else counts
+        runs = _rle_runs(counts) if isinstance(counts, str) else counts
         valid = all(type(run) is int and run >= 0 for run in runs)
         expect(valid, "counts: run lengths, whole numbers from 0", counts)
         height, width = size
@@ -818,7 +822,7 @@ def check_segmentation(segmentation):
         expect(sum(runs) == height * width, expected, sum(runs))
         return
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
-    for polygon in as_polygons(segmentation):
+    for polygon in _as_polygons(segmentation):
         expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
         expect(
             len(polygon) >= 6 and len(polygon) % 2 == 0,
@@ -830,12 +834,12 @@ def check_segmentation(segmentation):
         expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)
 
 
-def as_polygons(segmentation):
+def _as_polygons(segmentation):
     """One polygon as a list of one; several as they are."""
     return [segmentation] if isinstance(segmentation[0], (int, float)) else segmentation
 
 
-def rle_runs(counts):
+def _rle_runs(counts):
     """The run lengths in a compressed RLE string (COCO's rleFrString).
 
     A number is a sequence of characters, each of which holds 5 bits, the lowest first (offset 48; bit 0x20:
@@ -858,15 +862,14 @@ def rle_runs(counts):
     return runs
 
 
-def check_same_shape(size, frame_size, name):
-    """Raises DataError unless two (height, width) have one aspect ratio, up to a pixel of the smaller
-    picture."""
+def _check_same_shape(size, frame_size, name):
+    """Raises DataError unless two (height, width) have one aspect ratio, up to a pixel of the smaller."""
     (h, w), (frame_h, frame_w) = size, frame_size
     same = abs(w * frame_h - h * frame_w) <= max(h, w, frame_h, frame_w)
     expect(same, f"a {name} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
 
 
-# ---------------------------------------------------------------------------------------------- reading and writing
+# ---- reading and writing ----
 
 
 class FrameCache:
@@ -885,8 +888,7 @@ class FrameCache:
         return self.entries.get(key)
 
     def put(self, key, value):
-        """Adds a value that has nbytes, drops the least recently used while there is too much, returns the
-        value."""
+        """Adds a value that has nbytes, and drops the least recently used ones. Returns the value."""
         self.entries[key] = value
         self.used += self._size(value)
         while self.used > self.limit:
@@ -964,28 +966,32 @@ def _flush_to_disk(path):
 
 
 def sample_texts(samples, limit=10_000):
-    """The questions and answers of the first samples, from which the tiny model's tokenizer learns its
-    words."""
+    """The texts of the first samples, from which the tiny model's tokenizer learns its words."""
     for i in range(min(limit, len(samples))):
         with suppress(DataError):  # it is reported when the sample is used
             for turn in samples[i].turns:
                 yield from turn
 
 
+# ---- the index of a data file ----
+
+
 class Samples:
-    """The sequence that read_samples returns. It holds no sample: each access reads a few bytes of a file,
-    through a memory-mapped index that all processes share. Safe to hand to worker processes: each access
-    opens the file anew."""
+    """The sequence that read_samples returns.
+
+    It holds no samples. Each access opens a file and reads the few bytes where the index says that the sample
+    is. So it may be handed to worker processes, and all processes of a machine share the memory of the index.
+    """
 
     def __init__(self, files, outside_paths=False):
-        self.files, self.outside_paths = files, outside_paths
+        self.files, self.outside_paths = files, outside_paths  # files: (path, media folder) of each
         self.indices = [_open_index(path) for path, _ in files]
-        # The index of each file's first sample.
-        self.first = np.cumsum([0] + [len(spans) for _, spans in self.indices])
+        self.first = np.cumsum(
+            [0] + [len(spans) for _, spans in self.indices]
+        )  # of each file, its first sample
 
-    def __reduce__(
-        self,
-    ):  # a spawned process opens the index itself: pickled, a memory map would become a copy
+    def __reduce__(self):
+        # A spawned process opens the index itself, because a pickled memory map would become a copy.
         return type(self), (self.files, self.outside_paths)
 
     def __len__(self):
@@ -994,11 +1000,7 @@ class Samples:
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
         with within(*place):
-            return parse_sample(self.prepare(entry), place, media, position, self.outside_paths)
-
-    def prepare(self, entry):
-        """For files of another format (eval.py): makes an entry of this one's out of a JSON value."""
-        return entry
+            return parse_sample(entry, place, media, position, self.outside_paths)
 
     def read(self, i):
         """Returns the i-th JSON value as its file has it, its place (file, sample name), its media folder and
@@ -1165,7 +1167,7 @@ def _syntax_error(text, start, byte, reason):
     return DataError(f"line {line}, column {column}: {reason}")
 
 
-# ---------------------------------------------------------------------------------------------- media files
+# ---- the inside of a media file ----
 
 # Demuxers that may open a file. Of FFmpeg's others one draws a .txt as a film of letters; playlists fetch
 # URLs.
@@ -1194,7 +1196,7 @@ def media_info(path):
 
 
 def read_frames(path, indices):
-    """Returns uint8 (len(indices), H, W, 3) RGB: the frames with these indices, in this order, also repeated."""
+    """Returns uint8 (len(indices), H, W, 3) RGB: the frames in the order of the indices, which may repeat."""
     indices = list(indices)
     media = open_media(path)
     pictures = media.read(indices)
@@ -1216,7 +1218,7 @@ def open_media(path):
     found = None
     try:
         if path.is_dir():
-            names = [name for name in os.listdir(path) if is_image_path(name) and not name.startswith(".")]
+            names = [name for name in os.listdir(path) if _is_image_path(name) and not name.startswith(".")]
             if names:
                 return Images(path, sorted(names, key=_natural_order), is_image=False)
             found = "none in it"
@@ -1224,7 +1226,7 @@ def open_media(path):
             found = "no such file"
         elif path.stat().st_size == 0:
             found = "an empty one"
-        elif is_image_path(path):
+        elif _is_image_path(path):
             return Images(path.parent, [path.name], is_image=True)
         else:
             return Video(path)
@@ -1524,7 +1526,7 @@ def _to_rgb(frame, reformatter):
     return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
 
 
-# ---------------------------------------------------------------------------------------------- the preview
+# ---- the preview ----
 
 COLOURS = [(255, 80, 60), (60, 200, 90), (70, 130, 255), (255, 200, 40), (220, 80, 230), (40, 210, 220)]
 PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
@@ -1641,7 +1643,7 @@ def save_picture(image, path):
         image.save(temporary, "PNG", optimize=True)
 
 
-# ---------------------------------------------------------------------------------------------- python data.py FILE
+# ---- python data.py FILE ----
 
 
 class CheckedDataset(ReferringDataset):
@@ -1693,7 +1695,7 @@ def mask_form(segmentation):
     """The name of the form that a checked segmentation has."""
     if isinstance(segmentation, dict):
         return "compressed RLE" if isinstance(segmentation["counts"], str) else "uncompressed RLE"
-    return "one polygon" if len(as_polygons(segmentation)) == 1 else "several polygons"
+    return "one polygon" if len(_as_polygons(segmentation)) == 1 else "several polygons"
 
 
 class Findings:
@@ -1710,7 +1712,7 @@ class Findings:
     def add_problem(self, error):
         reason, *places = error.args
         # Problems are of one kind if they are alike up to numbers, file names and what was found.
-        kind = re.sub(r"\S*/\S*|\d+", "#", ": ".join((*places[2:], reason.split(", found")[0])))
+        kind = re.sub(r"\S*/\S*|\S+\.\w+|\d+", "#", ": ".join((*places[2:], reason.split(", found")[0])))
         group = self.problems.setdefault(kind, [0, []])
         group[0] += 1
         if len(group[1]) < 3:
@@ -1734,8 +1736,8 @@ class Findings:
         clips = self.statistics["edit lists"]
         if clips:
             print(
-                f"{len(clips)} videos were cut by an edit list, such as {next(iter(clips))}: they hold frames that "
-                "are not shown. Frames are counted as shown; masks made with decord may follow other numbers."
+                f"{len(clips)} videos, such as {next(iter(clips))}, were cut by an edit list: they hold "
+                "frames that are not shown, which we do not count, and decord does. Check masks made with it."
             )
         for count, errors in sorted(self.problems.values(), key=lambda group: -group[0]):
             print(f"\n{count} x {errors[0].args[0]}")

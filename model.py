@@ -1,25 +1,30 @@
-"""The model: a pretrained video LLM, unchanged, with region tokens in the place of `<region>` placeholders.
+"""The model: a pretrained video LLM, unchanged, that reads region tokens in place of `<region>` placeholders.
 
-    video patches --vision tower--> cells ----------------------------------------> the video's tokens --.
-    still patches --vision tower--> cells --masked_average_pool--> (R, D) one row a region frame          |--> LLM --> answer
-                                        `--> an image's tokens        |--temporal_merge--> at most u a region |
-                                                                      `--RegionEncoder--> region tokens --'
-    text -------embedding------------------------------------------------------------------------------'
+    video patches --vision tower--> cells ---------------------------------> the video's tokens --.
+    still patches --vision tower--> cells --masked_average_pool--> one vector for each region frame |
+                                        |      `--temporal_merge--> at most u for each region       |--> LLM
+                                        |            `--RegionEncoder--> region tokens -------------|
+                                        `----------------------------------> an image's tokens -----|
+    text ----embedding-------------------------------------------------------> the other tokens ----'
 
-`ReferringVideoLLM` takes the batch that data.collate makes. Annotated frames are encoded as still images by the backbone's own
-vision tower; their cells have passed its patch merger, so a region token starts life as an average of vectors that the LLM
-already understands (RegionEncoder adds zero to it on day one). Without regions the logits are the plain backbone's, bit for bit.
+`ReferringVideoLLM` takes the batch that data.collate makes. The backbone's own vision tower encodes annotated
+frames as still images. Their cells have passed its patch merger, so the average of a region's cells is a
+vector that the LLM already understands, and initially a region token is that average. Without regions the
+logits equal those of the plain backbone, bit for bit.
 
-    model = ReferringVideoLLM.from_pretrained("Qwen/Qwen3-VL-2B-Instruct", region_token_id)   # or a folder that train.py wrote
-    loss = model(batch)                                                                     # summed over supervised tokens
-    tokens = model.generate(batch, end_token_id)                                            # greedy, with a KV cache
+    processor = load_processor("Qwen/Qwen3-VL-2B-Instruct")  # or a folder that train.py wrote, or "tiny"
+    model = load_model("Qwen/Qwen3-VL-2B-Instruct", processor)
+    loss = model(batch)  # summed over the supervised tokens
+    answers = model.generate(batch, model.end_token_ids(processor.tokenizer))
 """
 
 import json
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -33,227 +38,155 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
+from transformers.utils import cached_file
 
 import data
 from kernels import masked_average_pool
 
-REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files in a saved folder
-
-
-def temporal_merge(pooled, where, object_frames, region_tokens):
-    """Joins the most alike neighbours in time until object o has region_tokens[o] rows (VideoRefer, section 3.2.2).
-
-    pooled: (R, D), where: (R, W), one row a region frame, ordered by object, then time. object_frames: int64 (O,), rows of each
-    object, summing to R. region_tokens: int64 (O,), rows to keep, from 1 to object_frames. -> (T, D), (T, W), T = their sum.
-    Similarity is the cosine of two rows adjacent in time; the n - u most similar pairs are joined, ties going to the earlier
-    pair, and each run of joined rows is replaced by its average.
-    """
-    R = len(pooled)
-    owner = torch.repeat_interleave(torch.arange(len(object_frames), device=pooled.device), object_frames)
-    similarity = F.cosine_similarity(
-        pooled[:-1].float(), pooled[1:].float(), dim=-1
-    ).detach()  # (R - 1,), pair i is rows i, i + 1
-    similarity = similarity.masked_fill(
-        owner[:-1] != owner[1:], -torch.inf
-    )  # never across objects: these sort last
-    by_similarity = torch.argsort(similarity, descending=True, stable=True)
-    order = by_similarity[
-        torch.argsort(owner[:-1][by_similarity], stable=True)
-    ]  # by object, then similarity, then time
-    first_pair = torch.cumsum(object_frames, 0) - object_frames  # an object's pairs begin where its rows do
-    rank = (
-        torch.empty_like(order).scatter_(0, order, torch.arange(R - 1, device=order.device))
-        - first_pair[owner[:-1]]
-    )
-    joined = rank < (object_frames - region_tokens)[owner[:-1]]
-    run_start = (
-        torch.cat([joined.new_ones(1), ~joined]).nonzero().flatten()
-    )  # rows that are not joined to the one before
-    edges = torch.cat([run_start, run_start.new_tensor([R])])
-    weight = torch.ones(R, device=pooled.device)
-    return masked_average_pool(pooled, weight, run_start, edges), masked_average_pool(
-        where, weight, run_start, edges
-    )
-
-
-class RegionEncoder(nn.Module):
-    """Cells and coverage -> region tokens: token = merged + MLP(merged) + P(where).
-
-    The MLP and P end in zeros, so that training starts from the plain average of the region's cells. P sees (cx, cy, w, h, t) both
-    raw and as sinusoids: with the sinusoids alone, the direction of a motion takes several times as long to learn.
-    """
-
-    FREQUENCIES = 4  # sinusoids of 1/2, 1, 2 and 4 periods over the picture or the video
-
-    def __init__(self, dim):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.position = nn.Sequential(
-            nn.Linear(5 * (2 + 2 * self.FREQUENCIES), dim), nn.GELU(), nn.Linear(dim, dim)
-        )
-        for last in (self.mlp[-1], self.position[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-
-    def forward(self, cells, frame_start, coverage, coverage_start, where, object_frames, region_tokens):
-        """cells: (N, D). frame_start: (R,), the row of cells where each region frame's picture begins. The rest as data.collate
-        makes it. -> (T, D), T the sum of region_tokens."""
-        pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)
-        merged, where = temporal_merge(pooled, where, object_frames, region_tokens)
-        angles = torch.pi * where[:, :, None] * 2 ** torch.arange(self.FREQUENCIES, device=where.device)
-        raw = 2 * where - 1
-        place = torch.cat(
-            [raw, raw * raw[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)], dim=1
-        ).to(merged.dtype)
-        return merged + self.mlp(merged) + self.position(place)
-
 
 class ReferringVideoLLM(nn.Module):
-    """A Hugging Face Qwen3-VL or Qwen2.5-VL and a RegionEncoder. Everything inside transformers stays as it is."""
+    """A Qwen3-VL or Qwen2.5-VL of transformers, in which nothing is changed, and a RegionEncoder.
+
+    Shapes: B samples of L tokens (padded), width D of the LLM, vocabulary V.
+    """
 
     def __init__(self, backbone, region_token_id, image_mean, image_std):
         super().__init__()
-        self.backbone, self.region_token_id = backbone, region_token_id
-        if (
-            region_token_id >= backbone.get_input_embeddings().num_embeddings
-        ):  # published checkpoints have spare rows
+        self.backbone = backbone
+        self.region_token_id = region_token_id
+        # Published checkpoints have more embedding rows than tokens, so most of them need not grow.
+        if region_token_id >= backbone.get_input_embeddings().num_embeddings:
             backbone.resize_token_embeddings(region_token_id + 1)
         self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1), persistent=False)
 
-    # -------------------------------------------------------------------------------------------- forward
-
     def forward(self, batch):
-        """batch -> the summed cross-entropy of its supervised tokens (float32 scalar). Logits are made for these alone."""
+        """Returns the cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
         hidden = self._hidden(batch)
         targets = batch["labels"][:, 1:]
-        supervised = targets != -100
+        supervised = targets != data.IGNORE_INDEX
+        # Logits of all positions would take much memory, because the vocabulary has 150,000 tokens.
         logits = self.backbone.lm_head(hidden[:, :-1][supervised])
         return F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
 
     def logits(self, batch):
-        """batch -> float (B, L, V): the logits of every position."""
+        """Returns the logits of every position, (B, L, V)."""
         return self.backbone.lm_head(self._hidden(batch))
 
     def _hidden(self, batch):
+        """Returns what the LLM makes of a batch, (B, L, D), from which lm_head makes logits."""
         embeddings, positions, _, deepstack = self._inputs(batch)
-        mask = batch["attention_mask"]
-        language_model = self.backbone.model.language_model
-        output = language_model(
+        output = self.backbone.model.language_model(
             inputs_embeds=embeddings,
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=batch["attention_mask"],
             use_cache=False,
             **deepstack,
         )
         return output.last_hidden_state
 
     def _inputs(self, batch):
-        """Everything that the LLM reads: embeddings (B, L, D) with cells and region tokens in place, position ids (3, B, L), how
-        far positions run ahead of the token count (B, 1), and Qwen3-VL's deepstack features, which its first layers add."""
+        """Returns what the LLM reads: embeddings (B, L, D), with cells and region tokens in their places;
+        position ids (3, B, L); how far positions run ahead of the number of tokens (B, 1); and a dict of the
+        arguments that carry Qwen3-VL's deepstack features, which its first layers add to the visual tokens.
+        """
         ids = batch["input_ids"]
         config = self.backbone.config
+        is_image = ids == config.image_token_id
+        is_video = ids == config.video_token_id
+        is_region = ids == self.region_token_id
         embeddings = self.backbone.get_input_embeddings()(ids)
-        is_image, is_video, is_region = (
-            ids == config.image_token_id,
-            ids == config.video_token_id,
-            ids == self.region_token_id,
-        )
-        merge = config.vision_config.spatial_merge_size**2
-        still_cells = batch["still_grid_thw"].prod(1) // merge  # (S,), cells of each still
-        stills, videos = (
-            len(batch["still_patches"]) // merge,
-            len(batch["video_patches"]) // merge,
-        )  # cells of all
-        output, deepstack = self._vision(batch), {}
-        if output is not None:
-            image, video = (
-                slice(int(still_cells[: batch["prompt_images"]].sum())),
-                slice(stills, stills + videos),
-            )
-            embeddings = _place(embeddings, is_image, output.pooler_output[image])
-            embeddings = _place(embeddings, is_video, output.pooler_output[video])
-            deepstack = self._deepstack(
-                is_image, is_video, [(f[image], f[video]) for f in getattr(output, "deepstack_features", [])]
-            )
+        deepstack = {}
+
+        # The tower's cells are those of prompt images, then of annotated frames, then of videos.
+        patches_per_cell = config.vision_config.spatial_merge_size**2
+        still_cells = batch["still_grid_thw"].prod(1) // patches_per_cell  # (S,), cells of each still
+        videos_begin = len(batch["still_patches"]) // patches_per_cell
+        videos_end = videos_begin + len(batch["video_patches"]) // patches_per_cell
+        of_images = slice(0, int(still_cells[: batch["prompt_images"]].sum()))
+        of_videos = slice(videos_begin, videos_end)
+        vision = self._encode_media(batch)
+        if vision is not None:
+            cells = vision.pooler_output
+            embeddings = place(embeddings, is_image, cells[of_images])
+            embeddings = place(embeddings, is_video, cells[of_videos])
+            is_visual = is_image | is_video
+            added = []  # for each of the LLM's first layers, what it adds to the visual tokens
+            for features in getattr(vision, "deepstack_features", []):  # Qwen2.5-VL has none
+                rows = place(torch.zeros_like(embeddings), is_image, features[of_images])
+                rows = place(rows, is_video, features[of_videos])
+                added.append(rows[is_visual])
+            if added:
+                deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added}
+
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
             names = ("coverage", "coverage_start", "boxes", "object_frames", "region_tokens")
-            tokens = self.region_encoder(output.pooler_output, frame_start, *(batch[name] for name in names))
-            embeddings = _place(embeddings, is_region, tokens)
+            tokens = self.region_encoder(cells, frame_start, *[batch[name] for name in names])
+            embeddings = place(embeddings, is_region, tokens)
         elif self.training:
-            embeddings = embeddings + sum(
-                p[:0].sum() for p in self.region_encoder.parameters()
-            )  # 0, for the reason that _vision gives
-        positions, ahead = self._positions(batch, is_image, is_video)
+            # This adds 0, so that every parameter gets a gradient of 0: _encode_media says why it must.
+            embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())
+
+        images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
+        positions, ahead = self.backbone.model.get_rope_index(
+            ids,
+            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
+            image_grid_thw=images if len(images) else None,
+            video_grid_thw=videos if len(videos) else None,
+            second_per_grid_ts=batch["seconds_per_pair"],  # not used by Qwen3-VL: its prompt has timestamps
+            attention_mask=batch["attention_mask"],
+        )
         return embeddings, positions, ahead, deepstack
 
-    def _vision(self, batch):
-        """The vision tower's output for all stills, then all videos; None without media. While training it is called exactly once: ranks
-        wait for each other's gradients (under FSDP, weights too) of every part, whatever is in their batches. For a batch without media
-        it encodes one black picture of a single cell that is read nowhere: the gradients are 0, but there are gradients."""
-        pixels = [
-            self._pixels(batch[name], name == "still_patches")
-            for name in ("still_patches", "video_patches")
-            if len(batch[name])
-        ]
+    def _encode_media(self, batch):
+        """Returns the vision tower's output for all stills, then all videos; None for a batch without media.
+
+        While training, every batch runs through the tower once: ranks wait for each other's gradients of
+        every parameter (under FSDP also for its weights), whatever is in their own batches. Without media,
+        the tower encodes a black picture of a single cell. No token reads that cell, so the gradients are 0.
+        """
+        pixels = []
+        if len(batch["still_patches"]):
+            pixels.append(self._pixels(batch["still_patches"], repeat=True))
+        if len(batch["video_patches"]):
+            pixels.append(self._pixels(batch["video_patches"]))
         grids = torch.cat([batch["still_grid_thw"], batch["video_grid_thw"]])
         if not pixels and self.training:
             config = self.backbone.config.vision_config
             side = config.spatial_merge_size
-            pixels = [
-                self._pixels(batch["still_patches"].new_zeros(side**2, 3 * config.patch_size**2), repeat=True)
-            ]
+            black = batch["still_patches"].new_zeros(side**2, 3 * config.patch_size**2)
+            pixels.append(self._pixels(black, repeat=True))
             grids = grids.new_tensor([[1, side, side]])
-        return self.backbone.model.visual(torch.cat(pixels), grid_thw=grids) if pixels else None
+        if not pixels:
+            return None
+        return self.backbone.model.visual(torch.cat(pixels), grid_thw=grids)
 
     def _pixels(self, patches, repeat=False):
-        """uint8 (P, 3 * n) -> normalised (P, 3 * n) as the checkpoint's image processor makes it. repeat: a still fills its
-        temporal patch with copies of itself."""
+        """Normalises patches, uint8 (P, 3 * n), as the checkpoint's image processor does.
+
+        repeat: fills the temporal patch with copies of a still, as that does too.
+        """
         pixels = (patches.view(len(patches), 3, -1).float() / 255 - self.image_mean) / self.image_std
-        copies = self.backbone.config.vision_config.temporal_patch_size if repeat else 1
-        return pixels.repeat(1, 1, copies).flatten(1).to(self.backbone.model.visual.dtype)
-
-    def _positions(self, batch, is_image, is_video):
-        """The backbone's own 3-axis position ids, (3, B, L), and how far they run ahead of the number of tokens, (B, 1)."""
-        images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
-        return self.backbone.model.get_rope_index(
-            batch["input_ids"],
-            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
-            image_grid_thw=images if len(images) else None,
-            video_grid_thw=videos if len(videos) else None,
-            second_per_grid_ts=batch[
-                "seconds_per_pair"
-            ],  # Qwen3-VL ignores it: its prompt carries timestamps
-            attention_mask=batch["attention_mask"],
-        )
-
-    def _deepstack(self, is_image, is_video, layers):
-        """The extra arguments of Qwen3-VL's LLM: where visual tokens stand, and for each early layer what to add to them. layers: the
-        features of images and of videos for each of these; none for Qwen2.5-VL."""
-        if not layers:
-            return {}
-        visual = is_image | is_video
-        added = []
-        for image, video in layers:
-            rows = image.new_empty(len(image) + len(video), image.shape[1])
-            rows = rows.masked_scatter(is_image[visual][:, None], image)
-            added.append(rows.masked_scatter(is_video[visual][:, None], video))
-        return {"visual_pos_masks": visual, "deepstack_visual_embeds": added}
-
-    # -------------------------------------------------------------------------------------------- answers
+        if repeat:
+            pixels = pixels.repeat(1, 1, self.backbone.config.vision_config.temporal_patch_size)
+        return pixels.flatten(1).to(self.backbone.model.visual.dtype)
 
     @torch.no_grad()
-    def generate(self, batch, end_token_id, max_new_tokens=128):
-        """Greedy answers to a batch that is padded on the left -> B lists of token ids, without the end token."""
+    def generate(self, batch, end_token_ids, max_new_tokens=128):
+        """Answers a batch that is padded on the left, greedily: each token is the one with the highest score.
+
+        end_token_ids: an answer ends before the first of these. Returns B lists of token ids.
+        """
         embeddings, positions, ahead, deepstack = self._inputs(batch)
-        mask, cache = batch["attention_mask"], DynamicCache(config=self.backbone.config.text_config)
-        language_model = self.backbone.model.language_model
-        answers, alive = [], torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        mask = batch["attention_mask"]
+        cache = DynamicCache(config=self.backbone.config.text_config)
+        end_tokens = torch.tensor(end_token_ids, device=mask.device)
+        unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        columns = []  # one (B,) for each step: its tokens, -1 in rows that are finished
         for _ in range(max_new_tokens):
-            output = language_model(
+            output = self.backbone.model.language_model(
                 inputs_embeds=embeddings,
                 position_ids=positions,
                 attention_mask=mask,
@@ -264,176 +197,270 @@ class ReferringVideoLLM(nn.Module):
             scores = self.backbone.lm_head(output.last_hidden_state[:, -1])
             scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
             token = scores.argmax(-1)
-            alive = alive & (token != end_token_id)
-            if not alive.any():
+            unfinished = unfinished & ~torch.isin(token, end_tokens)
+            if not unfinished.any():
                 break
-            answers.append(torch.where(alive, token, -1))
+            columns.append(torch.where(unfinished, token, -1))
+            # From here on, the LLM reads only the new token; the cache holds what came before.
             embeddings = self.backbone.get_input_embeddings()(token[:, None])
             positions = (mask.sum(1, keepdim=True) + ahead).expand(3, -1, -1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             deepstack = {}
-        rows = torch.stack(answers, dim=1).tolist() if answers else [[] for _ in mask]
+        if not columns:
+            return [[] for _ in mask]
+        rows = torch.stack(columns, dim=1).tolist()
         return [[token for token in row if token >= 0] for row in rows]
 
-    # -------------------------------------------------------------------------------------------- files
+    def end_token_ids(self, tokenizer):
+        """Returns the ids of all tokens that end an answer, a list.
 
-    @classmethod
-    def from_pretrained(cls, path, region_token_id):
-        """path: a Hugging Face name or folder of a backbone, or a folder that save_pretrained wrote. Loads strictly: raises
-        ValueError when weights are missing, left over, or of another shape."""
-        backbone, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
-        wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
-        if wrong:
-            raise ValueError(f"{path}: expected weights that fit the model exactly, found {wrong}")
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        model = cls(backbone, region_token_id, image_processor.image_mean, image_processor.image_std)
-        if os.path.exists(os.path.join(path, SETTINGS_FILE)):
-            model.region_encoder.load_state_dict(load_file(os.path.join(path, REGION_WEIGHTS)))
-        return model
+        One is the tokenizer's; the checkpoint's generation_config.json may list several others.
+        """
+        ids = self.backbone.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+    def layers(self):
+        """Returns the layers of tower and LLM: FSDP gathers, and checkpointing recomputes, one at a time."""
+        return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
+
+    def parameter_groups(self):
+        """Returns {"region", "projector", "llm", "vision": list of parameters}, each parameter once."""
+        visual = self.backbone.model.visual
+        projector = list(visual.merger.parameters())
+        for merger in getattr(visual, "deepstack_merger_list", []):
+            projector += merger.parameters()
+        llm = [*self.backbone.model.language_model.parameters(), *self.backbone.lm_head.parameters()]
+        in_projector = {id(p) for p in projector}
+        return {
+            "region": list(self.region_encoder.parameters()),
+            "projector": projector,
+            "llm": list(dict.fromkeys(llm)),  # lm_head may share the weights of the embeddings
+            "vision": [p for p in visual.parameters() if id(p) not in in_projector],
+        }
 
     def save_pretrained(self, folder, settings, weights=None):
-        """Writes the backbone in Hugging Face's own layout (it loads with transformers alone), the region encoder beside it, and
-        settings (a dict) in nanorefer.json. weights: {name: tensor}, tied ones once, in place of the model's own parameters."""
+        """Writes the backbone so that it loads with transformers alone, and the rest beside it.
+
+        settings: dict, for nanorefer.json. weights: {name: tensor} to save in place of the parameters.
+        """
         parts = {"backbone": {}, "region_encoder": {}}
         for name, weight in (weights or dict(self.named_parameters())).items():
-            part, _, inner = name.partition(".")
-            parts[part][inner] = weight.detach()
+            part, _, name_in_part = name.partition(".")
+            parts[part][name_in_part] = weight.detach()
         self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
         save_file(parts["region_encoder"], os.path.join(folder, REGION_WEIGHTS))
         with open(os.path.join(folder, SETTINGS_FILE), "w") as file:
             json.dump(settings, file, indent=2)
 
-    def layers(self):
-        """The vision tower's blocks and the LLM's layers: what FSDP gathers, and checkpointing recomputes, one at a time."""
-        return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
 
-    def parameter_groups(self):
-        """{"region", "projector", "llm", "vision"} -> lists of parameters, together each parameter of the model once."""
-        visual = self.backbone.model.visual
-        groups = {"region": list(self.region_encoder.parameters())}
-        projectors = [visual.merger, *getattr(visual, "deepstack_merger_list", [])]
-        groups["projector"] = [p for module in projectors for p in module.parameters()]
-        groups["llm"] = [
-            *self.backbone.model.language_model.parameters(),
-            *self.backbone.lm_head.parameters(),
-        ]
-        in_projector = set(map(id, groups["projector"]))
-        groups["vision"] = [p for p in visual.parameters() if id(p) not in in_projector]
-        return {
-            name: list(dict.fromkeys(parameters)) for name, parameters in groups.items()
-        }  # tied weights once
+class RegionEncoder(nn.Module):
+    """Cells and coverage -> region tokens: token = merged + MLP(merged) + P(box).
+
+    merged averages the region's cells. The MLP and P end in zeros, so a region token starts as that average.
+    """
+
+    FREQUENCIES = 4  # sinusoids of 1/2, 1, 2 and 4 periods over the picture or the video
+
+    def __init__(self, dim):
+        super().__init__()
+        code_size = 5 * (2 + 2 * self.FREQUENCIES)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.position = nn.Sequential(nn.Linear(code_size, dim), nn.GELU(), nn.Linear(dim, dim))
+        for last_layer in (self.mlp[-1], self.position[-1]):
+            nn.init.zeros_(last_layer.weight)
+            nn.init.zeros_(last_layer.bias)
+
+    def forward(self, cells, frame_start, coverage, coverage_start, boxes, object_frames, region_tokens):
+        """Returns the region tokens, (T, D), where T is the sum of region_tokens.
+
+        cells: (N, D), of all frames. frame_start: int64 (R,), the row of cells where a region frame's picture
+        begins. The others are as data.collate makes them.
+        """
+        pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
+        merged, boxes = temporal_merge(pooled, boxes, object_frames, region_tokens)  # (T, D), (T, 5)
+        return merged + self.mlp(merged) + self._position(boxes)
+
+    def _position(self, boxes):
+        """Returns P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
+
+        P sees each number raw, multiplied by t, and as sinusoids: from sinusoids alone, the direction of a
+        motion takes several times as long to learn. All of it is computed in float32, also under autocast and
+        where FSDP or freezing keep weights in bfloat16, because t in steps of 1/256 would be too coarse.
+        """
+        raw = 2 * boxes - 1
+        angles = torch.pi * boxes[:, :, None] * 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
+        code = [raw, raw * raw[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)]
+        first, _, last = self.position
+        with torch.autocast(boxes.device.type, enabled=False):
+            hidden = F.gelu(F.linear(torch.cat(code, dim=1), first.weight.float(), first.bias.float()))
+            return F.linear(hidden, last.weight.float(), last.bias.float())
 
 
-def _place(embeddings, where, rows):
-    """Writes rows (T, D) into embeddings (B, L, D) at the True positions of where (B, L), in order."""
-    found, wanted = int(where.sum()), len(rows)
-    assert found == wanted, f"{found} placeholders for {wanted} rows"
-    return embeddings.masked_scatter(where[:, :, None], rows.to(embeddings.dtype))
+def temporal_merge(pooled, boxes, object_frames, region_tokens):
+    """Joins neighbours in time until object o has region_tokens[o] rows (VideoRefer, section 3.2.2).
+
+    Of an object's n rows, the n - u most similar pairs of neighbours are joined, and each run of joined rows
+    is replaced by its average. Similarity is the cosine; ties go to the earlier pair.
+
+    pooled: (R, D) and boxes: (R, 5), a row for each region frame, ordered by object, then time.
+    object_frames: int64 (O,), the rows of each object (n), R in all. region_tokens: int64 (O,), the rows to
+    keep (u), from 1 to n. Returns (T, D) and (T, 5), where T is the sum of region_tokens.
+    """
+    frame_counts, token_counts = object_frames.tolist(), region_tokens.tolist()
+    assert sum(frame_counts) == len(pooled), f"{sum(frame_counts)} region frames, but {len(pooled)} rows"
+    # Pair i is rows i and i + 1. Which pairs are joined is decided on the host, without gradients.
+    similarity = F.cosine_similarity(pooled[:-1].float(), pooled[1:].float(), dim=-1).tolist()
+    run_lengths = []  # of all objects, one after another: together R rows in T runs
+    start = 0
+    for n, u in zip(frame_counts, token_counts):
+        pairs = range(start, start + n - 1)
+        most_similar = sorted(pairs, key=lambda i: similarity[i], reverse=True)  # leaves ties in order
+        joined = most_similar[: n - u]
+        for i in range(start, start + n):
+            if i - 1 in joined:
+                run_lengths[-1] += 1
+            else:
+                run_lengths.append(1)
+        start += n
+    merged = torch.stack([run.mean(0) for run in pooled.split(run_lengths)])
+    merged_boxes = torch.stack([run.mean(0) for run in boxes.split(run_lengths)])
+    return merged, merged_boxes
 
 
-# ------------------------------------------------------------------------------------------------ loading
+def place(embeddings, is_placeholder, rows):
+    """Returns embeddings (B, L, D) with rows (T, D), in order, where is_placeholder (B, L) is True."""
+    found, expected = int(is_placeholder.sum()), len(rows)
+    assert found == expected, f"{found} placeholders for {expected} rows"
+    return embeddings.masked_scatter(is_placeholder[:, :, None], rows.to(embeddings.dtype))
+
+
+# ---- A first reading may end here. What follows is armour: the files of models, and the tiny model. ----
 
 SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
+REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
 
 
 def load_processor(path, texts=(), **settings):
-    """path: "tiny", a Hugging Face name, or a folder (also one that save_pretrained wrote) -> data.Processor.
+    """Returns the data.Processor of a path: "tiny", a Hugging Face name, or a folder (also one of train.py).
 
-    settings: fields of data.Settings; those that are None or not given are the ones that the folder's model was trained with, or
-    else the defaults for the tiny model or a pretrained one. texts: what the tiny model's tokenizer learns its words from.
+    settings: fields of data.Settings. Those that are None or not given are the ones with which the folder's
+    model was trained, else the defaults of the tiny model or of a pretrained one. texts: what the tiny
+    model's tokenizer learns its words from. Raises data.DataError where there is no such model.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if path == "tiny":
         config, tokenizer, image_processor = build_tiny(texts)
         return data.Processor(tokenizer, image_processor, config, data.Settings(**given))
-    saved = data.PRETRAINED_PIXELS
-    settings_file = os.path.join(path, SETTINGS_FILE)
-    if os.path.exists(settings_file):
-        with open(settings_file) as file:
-            saved = json.load(file)
-    return data.Processor.from_pretrained(path, data.Settings(**saved | given))
+    with model_errors_in_one_line(path):
+        if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
+            raise OSError("a folder without config.json")
+        saved = data.PRETRAINED_PIXELS
+        settings_file = os.path.join(path, SETTINGS_FILE)
+        if os.path.exists(settings_file):
+            with open(settings_file) as file:
+                saved = json.load(file)
+        return data.Processor.from_pretrained(path, data.Settings(**saved | given))
 
 
 def load_model(path, processor):
-    """path: as for load_processor, which made the processor -> ReferringVideoLLM, float32 on the CPU. The tiny one has random weights,
-    from torch's global seed; others are loaded strictly."""
+    """Returns the ReferringVideoLLM of a path as for load_processor, in float32, on the CPU.
+
+    The tiny one has random weights, from torch's global seed. Others are loaded strictly: raises
+    data.DataError when weights are missing, left over, or of another shape.
+    """
+    images = processor.image_processor
+    region_token_id, mean, std = processor.region_token_id, images.image_mean, images.image_std
     if path == "tiny":
-        images = processor.image_processor
         backbone = Qwen3VLForConditionalGeneration(processor.config)
-        return ReferringVideoLLM(backbone, processor.region_token_id, images.image_mean, images.image_std)
-    return ReferringVideoLLM.from_pretrained(path, processor.region_token_id)
+        return ReferringVideoLLM(backbone, region_token_id, mean, std)
+    with model_errors_in_one_line(path):
+        backbone, report = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them too
+        )
+        problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
+        data.expect(not problems, "weights that fit the model exactly", problems)
+        model = ReferringVideoLLM(backbone, region_token_id, mean, std)
+        if os.path.exists(os.path.join(path, SETTINGS_FILE)):  # train.py wrote this folder
+            model.region_encoder.load_state_dict(load_file(os.path.join(path, REGION_WEIGHTS)))
+    return model
 
 
-# ------------------------------------------------------------------------------------------------ --model tiny
+@contextmanager
+def model_errors_in_one_line(path):
+    """Turns what libraries raise about missing or broken model files into a data.DataError of one line."""
+    try:
+        with data.within(f"--model {path}"):
+            yield
+    except data.DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        expected = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
+        found = " ".join(str(error).split())[:300]
+        raise data.DataError(f"expected {expected}, found: {found}", f"--model {path}") from error
+
+
+# ---- --model tiny ----
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}"
+    "<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def build_tiny(texts):
-    """What a small Qwen3-VL with random weights is made of: no download.
+    """Returns (config, tokenizer, image processor) of a small Qwen3-VL. Nothing is downloaded.
 
-    It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those take. The tokenizer
-    is byte-level BPE, its merges learned from texts (an iterable of str): their frequent words become one token each, and any other
-    text still has its bytes. -> (config, tokenizer, image_processor)
+    It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those
+    take. The tokenizer is byte-level BPE. It learns merges from texts (an iterable of str): their frequent
+    words become one token each, and any other text still has its bytes.
     """
-    names = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
+    words = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    names = [f"<|{word}|>" for word in words]
     byte_level = Tokenizer(tokenizer_models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_level.train_from_iterator(
-        texts, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    byte_level.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token=names[2], pad_token=names[0])
     tokenizer.add_tokens(names, special_tokens=True)
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
-    text = Qwen3VLTextConfig(
-        vocab_size=512,  # at most 500 for the texts, 7 control tokens, 3 words, room for the region placeholder
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        initializer_range=0.16,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
-    )
-    vision = Qwen3VLVisionConfig(
-        depth=2,
-        hidden_size=64,
-        intermediate_size=192,
-        initializer_range=0.06,
-        num_heads=2,
-        patch_size=8,
-        out_hidden_size=128,
-        num_position_embeddings=144,
-        deepstack_visual_indexes=[0],
-    )
+    text = {
+        "vocab_size": 512,  # at most 500 for the texts, 7 control tokens, 3 words, and the region placeholder
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "initializer_range": 0.16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True},
+    }
+    text["rope_parameters"]["mrope_section"] = [6, 5, 5]  # frequencies for time, height and width
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "initializer_range": 0.06,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 144,
+        "deepstack_visual_indexes": [0],
+    }
     config = Qwen3VLConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
+        text_config=text,
+        vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

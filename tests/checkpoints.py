@@ -1,4 +1,4 @@
-"""Small random checkpoints of both families, written by transformers itself, with the files that published ones have."""
+"""Small random checkpoints of both families, written by transformers, with the files of published ones."""
 
 from pathlib import Path
 
@@ -16,14 +16,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
 # The published templates, without tools. Qwen2.5-VL's begins with a system turn of its own.
-SYSTEM = "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+SYSTEM = (
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}"
+)
 TEMPLATE = (
     "{% for message in messages %}@SYSTEM@<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
     "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if content['type'] == 'image' or 'image' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = (
@@ -55,7 +61,7 @@ def make_tokenizer(template):
 
 
 def make_checkpoint(folder, family, seed=0, spare_rows=8):
-    """Writes a checkpoint to folder; spare_rows: embedding rows that the tokenizer leaves free, as published ones do."""
+    """Writes a checkpoint to folder. spare_rows: embedding rows that the tokenizer does not use."""
     system = SYSTEM if family == "qwen2_5_vl" else ""
     tokenizer = make_tokenizer(TEMPLATE.replace("@SYSTEM@", system))
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))

@@ -2,16 +2,17 @@ import os
 import sys
 import tempfile
 
-# The modules lie at the top level, helpers beside the tests; tests never reach for the network.
+# The modules lie at the top level, and helpers beside the tests. Tests never use the network.
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(here), here]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-cache = tempfile.TemporaryDirectory()  # for the indices of data files; it goes with this process
+cache = tempfile.TemporaryDirectory()  # holds the indices of data files while the tests run
 os.environ["XDG_CACHE_HOME"] = cache.name
 
 import torch  # noqa: E402
 
-# Triton reads this while it is imported, which kernels.py does: without a GPU its kernels then run in numpy, if a test asks for them.
+# Triton reads this variable when kernels.py imports it. Without a GPU, a test that asks for the Triton
+# kernels then gets Triton's interpreter, which runs them in numpy.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

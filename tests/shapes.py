@@ -1,11 +1,14 @@
 """A toy world: clips of moving coloured shapes, and questions that only the mask can answer.
 
-    python tests/shapes.py DIR      # writes DIR/videos, DIR/images, DIR/train.json, DIR/test.json, DIR/bench_q.json
+    python tests/shapes.py DIR      # writes DIR/videos, DIR/images, DIR/train.json, test.json, bench_q.json
 
-Every clip shows four objects, one of each colour, one of each shape and one of each direction of motion, dealt at random; so the
-picture as a whole says nothing about any question, and whoever ignores the mask is right one time in four. Train and test use
-different clips. The sides of the world: all five kinds of sample, text only, and masks in every accepted form (compressed and
-uncompressed RLE, one polygon, several polygons, another resolution, null and absent frames, `annotation` and `masks`).
+Every clip shows four objects: each colour, each shape and each direction of motion occurs once, dealt at
+random. The picture as a whole therefore says nothing about any question, and a model that ignores the mask is
+right one time in four. Train and test use different clips.
+
+The data files also exercise every format that data.py reads: all five kinds of sample, samples of text alone,
+and masks in every accepted form (compressed and uncompressed RLE, one polygon, several polygons, another
+resolution, null and absent frames, under the keys `annotation` and `masks`).
 """
 
 import argparse
@@ -21,7 +24,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 SIDE, FRAMES, FPS = 96, 8, 4
-ANNOTATED = (0, 3, 7)  # frames with masks
+ANNOTATED = (0, 3, 7)  # the frames that have masks
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (240, 220, 40)}
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -57,7 +60,11 @@ def outline(shape, x, y, r):
 
 
 def deal(rng):
-    """Four objects whose paths keep apart and inside the picture: dicts with colour, shape, direction, r, path [(x, y)]."""
+    """Returns four objects that stay inside the picture and never touch.
+
+    Each is a dict with colour, shape, direction, r (the radius in pixels) and path (the centre (x, y) on each
+    frame).
+    """
     while True:
         colours, shapes, directions = (rng.sample(list(names), 4) for names in (COLOURS, SHAPES, DIRECTIONS))
         objects = []
@@ -83,7 +90,7 @@ def _apart(path, r, other_path, other_r):
 
 
 def draw(objects, background, frame):
-    """uint8 (SIDE, SIDE, 3): one frame, drawn four times as large and averaged down."""
+    """Returns one frame, uint8 (SIDE, SIDE, 3). It is drawn four times as large and averaged down."""
     picture = Image.new("RGB", (SIDE * 4, SIDE * 4), BACKGROUNDS[background])
     pen = ImageDraw.Draw(picture)
     for o in objects:
@@ -103,20 +110,19 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-# ------------------------------------------------------------------------------------------------ masks in every form
+# ---------------------------------------------------------------------------------- masks in every form
 
 
 def segmentation(obj, frame, form):
-    """One object's mask on one frame in one of the forms that a data file may hold."""
+    """Returns one object's mask on one frame, in one of the forms that a data file may hold."""
     points = outline(obj["shape"], *obj["path"][frame], obj["r"])
-    flat = lambda pts, scale=1: [round(c * scale, 2) for p in pts for c in p]
     if form == "polygon":
-        return flat(points)
+        return _flat(points)
     if form == "polygons":  # two halves
         middle = len(points) // 2
-        return [flat(points[: middle + 1]), flat(points[middle:] + points[:1])]
+        return [_flat(points[: middle + 1]), _flat(points[middle:] + points[:1])]
     scale = 2 if form == "rle2x" else 1  # a mask drawn at twice the resolution
-    rle = coco_mask.merge(coco_mask.frPyObjects([flat(points, scale)], SIDE * scale, SIDE * scale))
+    rle = coco_mask.merge(coco_mask.frPyObjects([_flat(points, scale)], SIDE * scale, SIDE * scale))
     if form == "runs":
         pixels = coco_mask.decode(rle).T.ravel()
         changes = np.flatnonzero(np.diff(pixels)) + 1
@@ -125,18 +131,26 @@ def segmentation(obj, frame, form):
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
+def _flat(points, scale=1):
+    """Returns the points as COCO writes a polygon: [x1, y1, x2, y2, ...]."""
+    return [round(coordinate * scale, 2) for point in points for coordinate in point]
+
+
 FORMS = ("rle", "runs", "polygon", "polygons", "rle2x")
 
 
 def masks(rng, obj, frames):
-    """{"0": {"segmentation": ...}, ...}, now and then with frames on which the object is said to be hidden."""
+    """Returns one object's entry, {"0": {"segmentation": ...}, ...}.
+
+    One entry in five also has frames that say that the object is hidden there, as null and as an absent mask.
+    """
     entry = {str(f): {"segmentation": segmentation(obj, f, rng.choice(FORMS))} for f in frames}
     if rng.random() < 0.2:
         entry = {"1": {"segmentation": None}, "2": {}} | entry
     return entry
 
 
-# ------------------------------------------------------------------------------------------------ questions
+# ---------------------------------------------------------------------------------- questions
 
 ASK = {
     "colour": "What colour is <region>?",
@@ -147,7 +161,10 @@ ASK = {
 
 
 def relation(a, b, frames):
-    """Where a is, seen from b, if one axis clearly decides on all frames: left, right, above, below or None."""
+    """Returns where a is, seen from b: left, right, above or below.
+
+    Returns None unless the same one of these is clearly right on all frames.
+    """
     answers = set()
     for f in frames:
         dx, dy = (a["path"][f][i] - b["path"][f][i] for i in (0, 1))
@@ -160,11 +177,15 @@ def relation(a, b, frames):
 
 
 def questions(rng, objects, frames, kinds):
-    """[(kind, question, answer, objects asked about)], `kinds` in turn, on random objects; relation only where it is clear."""
+    """Returns [(kind, question, answer, objects asked about)], one for each of `kinds`, about random objects.
+
+    A kind asks about every object once before it asks about one again. A "relation" is left out where no two
+    objects have a clear one.
+    """
     asked, left = [], {}
     for kind in kinds:
         if kind != "relation":
-            left[kind] = left.get(kind) or rng.sample(objects, 4)  # every object once before one comes again
+            left[kind] = left.get(kind) or rng.sample(objects, 4)
             obj = left[kind].pop()
             asked.append((kind, ASK[kind], obj[kind], [obj]))
             continue
@@ -176,15 +197,18 @@ def questions(rng, objects, frames, kinds):
 
 
 def entry(rng, media, asked, frames, later_format=False):
-    """One sample of the data file. media: ("video" or "image", path)."""
+    """Returns one sample of the data file.
+
+    media: ("video" or "image", path). later_format: masks stand under `masks`, as in the later data files.
+    """
     key, path = media
     turns = []
-    for number, (_, question, answer, _) in enumerate(asked):
-        tag = f"<{key}>\n" if number == 0 else ""
+    for turn_index, (_, question, answer, _) in enumerate(asked):
+        tag = f"<{key}>\n" if turn_index == 0 else ""
         turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
     sample = {key: path, "conversations": turns}
     regions = [masks(rng, obj, frames) for _, _, _, pointed in asked for obj in pointed]
-    if key == "image":  # whichever frame it was made of, it has only one
+    if key == "image":  # an image has frame 0 alone, whichever frame of the clip it shows
         regions = [{"0": region[str(frames[0])]} for region in regions]
     if regions and later_format:
         plain = [
@@ -199,7 +223,10 @@ def entry(rng, media, asked, frames, later_format=False):
 
 
 def bench_q_entry(rng, sample, question):
-    """A test sample's question, with its very masks, as a multiple-choice question in the format of VideoRefer-Bench-Q.json."""
+    """Returns a test sample's question as multiple choice, in the format of VideoRefer-Bench-Q.json.
+
+    The masks are the sample's own, so that eval.py must find the same answers in both files.
+    """
     kind, text, answer, pointed = question
     wrong = {
         "colour": COLOURS,
@@ -209,8 +236,8 @@ def bench_q_entry(rng, sample, question):
     }[kind]
     options = rng.sample(list(wrong), 4)
     lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", options)]
-    for number in range(len(pointed)):
-        text = text.replace("<region>", f"<object{number}><REGION>", 1)
+    for object_index in range(len(pointed)):
+        text = text.replace("<region>", f"<object{object_index}><REGION>", 1)
     same = {key: sample[key] for key in ("video", "annotation", "height", "width") if key in sample}
     return same | {
         "Question": text.replace("<REGION>", "<region>"),
@@ -222,7 +249,10 @@ def bench_q_entry(rng, sample, question):
 
 
 def write_clip(rng, folder, name):
-    """Writes videos/NAME.mp4 and two of its frames as images/NAME-FRAME.png; -> dict(objects, background, video, images)."""
+    """Writes videos/NAME.mp4 and two of its frames as images/NAME-FRAME.png.
+
+    Returns a dict with objects, background, video (a path) and images ({frame: path}).
+    """
     objects, background = deal(rng), rng.choice(list(BACKGROUNDS))
     frames = [draw(objects, background, f) for f in range(FRAMES)]
     images = {f: f"images/{name}-{f}.png" for f in sorted(rng.sample(range(FRAMES), 2))}
@@ -233,7 +263,8 @@ def write_clip(rng, folder, name):
 
 
 def train_samples(rng, clip):
-    """Three samples of one clip: a video with regions on three frames, and two of the other kinds, mostly images."""
+    """Yields three samples of one clip: a video with regions on three frames, and two of the other kinds,
+    mostly images with regions."""
     objects, video = clip["objects"], ("video", clip["video"])
     background = ("background", "What colour is the background?", clip["background"], [])
     moving = questions(
@@ -283,11 +314,10 @@ def write_world(folder, train_clips, test_clips, seed=0):
         test.append(entry(rng, ("video", clip["video"]), [background], ()) | {"type": "background"})
     rng.shuffle(train)
     for name, samples in (("train", train), ("test", test), ("bench_q", bench)):
-        numbered = [{"id": number} | sample for number, sample in enumerate(samples)]
-        (folder / f"{name}.json").write_text(json.dumps(numbered))
-    print(
-        f"{folder}: {train_clips} + {test_clips} clips, {len(train)} training samples, {len(test)} test questions"
-    )
+        with_ids = [{"id": i} | sample for i, sample in enumerate(samples)]
+        (folder / f"{name}.json").write_text(json.dumps(with_ids))
+    clips = f"{train_clips} + {test_clips} clips"
+    print(f"{folder}: {clips}, {len(train)} training samples, {len(test)} test questions")
 
 
 def main():

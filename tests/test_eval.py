@@ -1,4 +1,4 @@
-"""Evaluation: what counts as an answer, each question exactly once whatever happens, the judge, and a question of your own."""
+"""Evaluation: what counts as an answer, each question exactly once, the judge, and a question of your own."""
 
 import http.server
 import json
@@ -21,6 +21,7 @@ import shapes
 import torch
 from checkpoints import FAMILIES, make_checkpoint
 from PIL import Image
+from pycocotools import mask as coco_mask
 from transformers import AutoTokenizer
 
 import data
@@ -31,20 +32,33 @@ TOP = Path(__file__).resolve().parent.parent
 OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A dog"}
 
 
-# ------------------------------------------------------------------------------------------------ what counts as an answer
+# ---------------------------------------------------------------------- what counts as an answer
 
 
 @pytest.mark.parametrize(
     "reply, letter",
     [
-        ("(A) Sleeping", "A"), ("A", "A"), ("A.", "A"), ("A) Sleeping", "A"), ("The answer is (B)", "B"), ("(B)", "B"), ("(B).", "B"),
-        ("b", "B"), ("(b) licking", "B"), ("b.", "B"), ("B. Licking", "B"), ("B: Licking", "B"), ("Answer: B", "B"), ("Option D", "D"),
-        ("the correct answer is B.", "B"), ("The answer is (C) Vitamin C.", "C"), ("  (D)\n", "D"), ("B\nIt licks.", "B"),
-        ("(B) Licking its nose. The answer is (B)", "B"), ("(D) A dog", "D"), ("(B) I see a dog", "B"), ("(c) Vitamin C", "C"),
-        ("", None), ("   ", None), ("A dog runs", None), ("a dog runs", None), ("The answer is a dog that runs", None), ("E", None),
-        ("(E) Eating", None), ("A or B", None), ("(A) or (B)", None), ("A, B", None), ("AB", None), ("A B", None), ("A. B.", None),
-        ("A\nB", None), ("(A) and B)", None), ("Because of (A)", None), ("I think it is B", None), ("Bees", None), ("(Both)", None),
-        ("B is right", None), ("A.M.", None), ("answer", None), ("()", None), ("ÄA", None), ("(A)sleep", None),
+        ("(A) Sleeping", "A"), ("A", "A"), ("A.", "A"), ("A) Sleeping", "A"), ("The answer is (B)", "B"),
+        ("(B)", "B"), ("(B).", "B"), ("b", "B"), ("(b) licking", "B"), ("b.", "B"), ("B. Licking", "B"),
+        ("B: Licking", "B"), ("Answer: B", "B"), ("Option D", "D"), ("the correct answer is B.", "B"),
+        ("The answer is (C) Vitamin C.", "C"), ("  (D)\n", "D"), ("B\nIt licks.", "B"),
+        ("(B) Licking its nose. The answer is (B)", "B"), ("(D) A dog", "D"), ("(B) I see a dog", "B"),
+        ("(c) Vitamin C", "C"),
+        ("**B**", "B"), ("**B.** Running", "B"), ("**B. Licking its nose**", "B"), ("**(B)** Licking", "B"),
+        ("The answer is **B**.", "B"), ("**Answer:** (B)", "B"), ("**Answer: B**", "B"),
+        ("**C**\n\nIt is.", "C"), ("**(C) Vitamin C**", "C"), (r"\boxed{B}", "B"), (r"$\boxed{B}$", "B"),
+        (r"The answer is \boxed{\text{B}}.", "B"), (r"\boxed{(b)}", "B"),
+        (r"\boxed{B. Licking its nose}", "B"),
+        ("", None), ("   ", None), ("A dog runs", None), ("a dog runs", None), ("E", None),
+        ("(E) Eating", None),
+        ("The answer is a dog that runs", None), ("A or B", None), ("(A) or (B)", None), ("A, B", None),
+        ("AB", None), ("A B", None), ("A. B.", None), ("A\nB", None), ("(A) and B)", None),
+        ("Because of (A)", None), ("I think it is B", None), ("Bees", None), ("(Both)", None),
+        ("B is right", None), ("A.M.", None), ("answer", None), ("()", None), ("ÄA", None),
+        ("(A)sleep", None), ("**A** dog runs", None), ("**A** or **B**", None), ("**A**sleep", None),
+        ("**E**", None), (r"\boxed{A} or \boxed{B}", None), (r"\boxed{A dog runs}", None),
+        (r"\boxed{}", None),
+        ("****", None),
     ],
 )  # fmt: skip
 def test_a_letter_is_read_strictly(reply, letter):
@@ -52,7 +66,14 @@ def test_a_letter_is_read_strictly(reply, letter):
 
 
 @pytest.mark.parametrize(
-    "reply, letter", [("sleeping", "A"), ("Vitamin C.", "C"), ("a dog", "D"), ("The answer is a dog", "D")]
+    "reply, letter",
+    [
+        ("sleeping", "A"),
+        ("Vitamin C.", "C"),
+        ("a dog", "D"),
+        ("The answer is a dog", "D"),
+        ("**a dog.**", "D"),
+    ],
 )
 def test_an_options_whole_text_is_an_answer(reply, letter):
     assert evaluation.choose(reply, OPTIONS) == (letter, "text")
@@ -96,20 +117,35 @@ def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     ]
     assert "name a letter: 3; an option's whole text: 1; neither, which is wrong: 1" in " ".join(rows[4])
     for change, complaint in (
-        (replies | {9: "A"}, "unknown 9 1 times"),
-        ({i: reply for i, reply in replies.items() if i != 12}, "question 12 0 times"),
+        (replies | {9: "A"}, "p.jsonl: sample 5 (id 9): expected the id of a question, each once"),
+        (
+            {i: reply for i, reply in replies.items() if i != 12},
+            "p.jsonl: expected a prediction for each of 5 questions, found 'none for [12]'",
+        ),
     ):
         (tmp_path / "p.jsonl").write_text(
             "".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in change.items())
         )
-        with pytest.raises(data.DataError, match="exactly once") as error:
+        with pytest.raises(data.DataError) as error:
             evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
         assert complaint in str(error.value)
     (tmp_path / "p.jsonl").write_text(
         "".join(json.dumps({"id": i, "pred": "A"}) + "\n" for i in (10, 11, 12, 13, 14, 12))
     )
-    with pytest.raises(data.DataError, match="question 12 2 times"):
+    with pytest.raises(data.DataError, match=r"sample 5 \(id 12\): expected the id of a question, each once"):
         evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+
+
+def test_a_benchmark_whose_ids_repeat_is_refused(tmp_path):
+    """Predictions name a question by its id."""
+    box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
+    entry = {"video": "a.mp4", "caption": "It runs.", "frame_idx": "5", "annotation": box}
+    (tmp_path / "d.json").write_text(json.dumps([entry | {"id": id} for id in (3, 4, 3)]))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"id": id, "pred": "It sits."}) + "\n" for id in (3, 4))
+    )
+    with pytest.raises(data.DataError, match=r"d.json: expected each id once, found 3"):
+        evaluation.main(["--bench-d", str(tmp_path / "d.json"), "--score", str(tmp_path / "p.jsonl")])
 
 
 def test_the_published_prompt_word_for_word(tmp_path):
@@ -152,7 +188,7 @@ def test_the_published_prompt_word_for_word(tmp_path):
     assert read("d.json", "single")[0] == (text, "It runs.")
 
 
-# ------------------------------------------------------------------------------------------------ each question exactly once
+# ---------------------------------------------------------------------- each question exactly once
 
 
 @pytest.fixture(scope="session")
@@ -391,7 +427,7 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
         and again["rows"]["all"]["accuracy"] == counts
         and list(scores["rows"]) == ["x", "all"]
     )
-    # Another model's predictions: what has no right answer, or no object at all, is wrong; whether masks are good is not asked here.
+    # Another model's predictions: an entry without answer or object counts as wrong; masks are not read.
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": "B"}) + "\n" for i in range(18)))
     evaluation.main(
         ["--bench-q", str(bad_file), "--score", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "scored")]
@@ -516,9 +552,14 @@ def test_only_the_same_run_is_gone_on_with(checkpoint, world, whole, tmp_path):
     for different in (("--mode", "single"), ("--max-new-tokens", 5), ("--no-options",)):
         with pytest.raises(SystemExit, match="name another folder"):
             evaluation.main(command(checkpoint, world, out, *different))
-    os.utime(next(checkpoint.glob("*.safetensors")), (1, 1))  # trained anew
-    with pytest.raises(SystemExit, match="name another folder"):
-        evaluation.main(command(checkpoint, world, out))
+    questions = world / "bench_q.json"
+    for changed in (next(checkpoint.glob("*.safetensors")), questions):  # trained anew; edited
+        times = changed.stat()
+        os.utime(changed, (1, 1))
+        with pytest.raises(SystemExit, match="name another folder"):
+            evaluation.main(command(checkpoint, world, out))
+        os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    evaluation.main(command(checkpoint, world, out))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "ideas.txt").write_text("mine")
     with pytest.raises(SystemExit, match="name another folder"):
@@ -526,8 +567,8 @@ def test_only_the_same_run_is_gone_on_with(checkpoint, world, whole, tmp_path):
 
 
 def test_a_question_answered_twice_is_not_scored(checkpoint, world, tmp_path):
-    """Two runs at once into one folder, as when ranks outlive a killed torchrun: they may do the same work, but whatever they disagree
-    on, nobody gets to choose."""
+    """Two runs at once into one folder, as when ranks outlive a killed torchrun, may do the same work twice.
+    Where their answers differ, neither may be scored."""
     out = tmp_path / "out"
     evaluation.main(command(checkpoint, world, out))
     predictions = lines(out / "predictions.jsonl")
@@ -535,11 +576,21 @@ def test_a_question_answered_twice_is_not_scored(checkpoint, world, tmp_path):
     (out / "parts" / "none-1-1.jsonl").write_bytes(part.read_bytes())
     evaluation.main(command(checkpoint, world, out))
     assert lines(out / "predictions.jsonl") == predictions
+    answers = lines(part)
+    answers[3]["answer"] += "?"
+    (out / "parts" / "none-1-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    for name in ("predictions.jsonl", "scores.json"):
+        (out / name).unlink()
+    with pytest.raises(
+        data.DataError, match=f"expected one answer to question {answers[3]['question']}, found"
+    ):
+        evaluation.main(command(checkpoint, world, out))
+    assert not (out / "predictions.jsonl").exists() and not (out / "scores.json").exists()
 
 
 def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, monkeypatch):
-    """--no-options puts the very tensors before the model that --data does, and counts alike: equal masks, equal accuracy. The
-    model is a stand-in whose answer hangs on every number of the batch."""
+    """--no-options gives the model the same tensors that --data does, and counts alike. The model is
+    a stand-in whose answer depends on every number of the batch."""
     tests = [s for s in json.loads((world / "test.json").read_text()) if s["type"] != "background"]
     bench = json.loads((world / "bench_q.json").read_text())
     for name, content in (("test", tests), ("bench_q", bench)):
@@ -578,20 +629,110 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     assert same == [p["exact"] for p in lines(tmp_path / "data" / "predictions.jsonl")]
 
 
-# ------------------------------------------------------------------------------------------------ the judge
+def test_an_answer_ends_at_any_end_token_of_the_checkpoint(loaded, world, monkeypatch):
+    """Published checkpoints list several in generation_config.json; the tokenizer names one of them."""
+    model, processor = loaded
+    passed = []
+    monkeypatch.setattr(model.backbone.generation_config, "eos_token_id", [7, 8])
+    monkeypatch.setattr(
+        model, "generate", lambda batch, end_token_ids, *_: passed.append(end_token_ids) or [[5]]
+    )
+    evaluation.ask(model, processor, world / "videos" / "test0000.mp4", "What is this?")
+    assert {7, 8, processor.tokenizer.eos_token_id} == set(passed[0])
 
-GOOD = "1. Subject Correspondence: {}\nExplanation: yes.\n2. Appearance Description: {}\nExplanation: Temporal Description: 2 of 5 are.\n"
-GOOD += "3. Temporal Description: {}\nExplanation: no.\n4. Hallucination Detection: {}\nExplanation: none."
+
+@pytest.fixture
+def says_its_coverage(checkpoint, monkeypatch):
+    """A stand-in for the model. It answers with the share of the picture that the masks cover, or "none"."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    def generate(model, batch, *_):
+        assert len(batch["ids"]) == 1
+        coverage = batch["coverage"]
+        return [tokenizer(f"{coverage.mean():.2f}" if len(coverage) else "none")["input_ids"]]
+
+    monkeypatch.setattr(models.ReferringVideoLLM, "generate", generate)
+
+
+def test_controls_replace_the_masks_of_all_questions_about_regions(
+    checkpoint, world, tmp_path, says_its_coverage
+):
+    """Worked by hand. The object of the first clip fills half of the picture, that of the second a quarter.
+    A control asks only about regions. The last turn of the first sample is about a region as well, because an
+    earlier turn has the `<region>`."""
+    half = [{"3": {"segmentation": evaluation.box(0, 0, 48, 96)}}]
+    quarter = [{"3": {"segmentation": evaluation.box(0, 0, 24, 96)}}]
+    turns = [("<video>\nWhere is this?", "none"), ("How large is <region>?", "0.50"), ("Is it?", "0.25")]
+
+    def sample(clip, turns, objects):
+        texts = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]
+        return {
+            "video": f"videos/test000{clip}.mp4",
+            "conversations": texts,
+            "annotation": objects,
+            "type": "x",
+        }
+
+    samples = [
+        sample(0, turns, half),
+        sample(1, [("<video>\nHow large is <region>?", "0.50")], quarter),
+        sample(1, turns[:1], []),
+    ]
+    (world / "uneven.json").write_text(json.dumps(samples))
+    options = ("--batch-size", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "runs" / "1")
+    arguments = (
+        "--model",
+        checkpoint,
+        "--data",
+        world / "uneven.json",
+        "--control",
+        "full",
+        "shuffle",
+        *options,
+    )
+    evaluation.main([str(a) for a in arguments])
+    predictions = lines(tmp_path / "runs" / "1" / "predictions.jsonl")
+    said = [[p.get(name) for p in predictions] for name in ("exact", "full", "shuffle")]
+    assert said[0] == ["none", "0.50", "0.50", "0.25", "none"]
+    assert said[1] == [None, "1.00", "1.00", "1.00", None]
+    assert said[2] == [None, "0.25", "0.25", "0.50", None]
+    # The constant answer is chosen apart for questions of a type with regions ("0.50") and without ("none").
+    rows = json.loads((tmp_path / "runs" / "1" / "scores.json").read_text())["rows"]
+    right = {
+        row: [counts[name]["right"] for name in ("exact", "full", "shuffle", "constant")]
+        for row, counts in rows.items()
+    }
+    asked = {row: [counts["questions"], counts["full"]["asked"]] for row, counts in rows.items()}
+    assert right == {"x": [3, 0, 2, 4], "about regions": [1, 0, 2, 2], "all": [3, 0, 2, 4]}
+    assert asked == {"x": [5, 3], "about regions": [3, 3], "all": [5, 3]}
+
+
+# ---------------------------------------------------------------------- the judge
+
+GOOD = """1. Subject Correspondence: {}
+Explanation: yes.
+2. Appearance Description: {}
+Explanation: Temporal Description: 2 of 5 are.
+3. Temporal Description: {}
+Explanation: no.
+4. Hallucination Detection: {}
+Explanation: none."""
+MARKDOWN = """**Subject Correspondence**: 5
+- Appearance Description: 4/5
+## temporal description: **1**
+4. Hallucination Detection: 2
+Explanation: none."""
 
 
 @pytest.mark.parametrize(
     "reply, marks",
     [
-        (GOOD.format(5, 4, 0, 3), [5, 4, 0, 3]),
-        ("**Subject Correspondence**: 5\n- Appearance Description: 4/5\n## temporal description: **1**\n" + GOOD[-46:].format(2), [5, 4, 1, 2]),
-        ("", None), ("I cannot say.", None), (GOOD.format(5, 4, 0, 6), None), (GOOD.format(5, 4, 0, 4.5), None),
-        (GOOD.format(5, 4, 0, -1), None), (GOOD.format(5, 4, 0, "four"), None), (GOOD.format(5, 4, 0, 35), None),
-        (GOOD.format(5, 4, 0, "4/10"), None), (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None),
+        (GOOD.format(5, 4, 0, 3), [5, 4, 0, 3]), (MARKDOWN, [5, 4, 1, 2]),
+        ("", None), ("I cannot say.", None), (GOOD.format(5, 4, 0, 6), None),
+        (GOOD.format(5, 4, 0, 4.5), None), (GOOD.format(5, 4, 0, -1), None),
+        (GOOD.format(5, 4, 0, "four"), None), (GOOD.format(5, 4, 0, 35), None),
+        (GOOD.format(5, 4, 0, "4/10"), None),
+        (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None),
         ("1. Subject Correspondence: 5\n2. Appearance Description: 4\n3. Temporal Description: 5", None),
     ],
 )  # fmt: skip
@@ -600,7 +741,8 @@ def test_marks_are_read_strictly(reply, marks):
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
-    """Does what the server's script says next: a text to reply, a status, "hang", "cut" or "garbage"; 4, 4, 4, 4 at its end."""
+    """Does what the server's script says next: a text to reply, a status, "hang", "cut" or "garbage".
+    At the end of the script it replies with four fours."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -677,6 +819,7 @@ def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
     )
     path, key, body = server.asked[1]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "some-judge")
+    assert body["temperature"] == 0, "otherwise two runs of the same judge give different scores"
     assert body["messages"][1]["content"] == "##Correct answer: It runs 1.\n##Predicted answer: It sits 1.\n"
     output = capsys.readouterr().out
     assert (
@@ -716,7 +859,7 @@ def test_none_of_the_replies_readable(described, server, capsys):
     assert set(judged(described[0], server)["means"].values()) == {None}
 
 
-@pytest.mark.parametrize("fault", [500, 429, "hang", "garbage", "empty", "cut"])
+@pytest.mark.parametrize("fault", [500, 408, 409, 429, "hang", "garbage", "empty", "cut"])
 def test_a_judge_that_falters_is_asked_again(described, server, fault):
     folder, waits = described
     server.script = [fault, fault, GOOD.format(5, 4, 3, 2)]
@@ -729,7 +872,7 @@ def test_a_judge_that_is_gone_ends_the_run_and_the_next_goes_on(described, serve
     server.script = [GOOD.format(5, 4, 3, 2)] + [503] * 6
     with pytest.raises(SystemExit, match="no answer in 6 tries, the last: HTTP 503") as error:
         judged(folder, server)
-    assert waits == [2, 4, 8, 16, 30] and "goes on from here" in str(error.value)
+    assert waits == [2, 4, 8, 16, 30] and "resumes from here" in str(error.value)
     with open(folder / "out" / "judged.jsonl", "a") as file:
         file.write('{"id": 1, "capt')  # and a kill tore a line
     server.asked.clear()
@@ -751,6 +894,15 @@ def test_a_wrong_key_is_not_tried_twice(described, server):
     assert len(server.asked) == 1
 
 
+def test_marks_that_two_runs_at_once_gave_are_not_mixed(described, server):
+    folder, _ = described
+    judged(folder, server)
+    path = folder / "out" / "judged.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(data.DataError, match="each once, found {'id': 1"):
+        judged(folder, server)
+
+
 def test_marks_of_another_judge_prompt_or_prediction_are_not_mixed_in(described, server):
     folder, _ = described
     judged(folder, server)
@@ -763,12 +915,17 @@ def test_marks_of_another_judge_prompt_or_prediction_are_not_mixed_in(described,
         judged(folder, server)
 
 
-# ------------------------------------------------------------------------------------------------ a question of your own
+# ---------------------------------------------------------------------- a question of your own
 
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint):
     return evaluation.load(checkpoint, "cpu")
+
+
+def rle(mask):
+    encoded = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    return encoded | {"counts": encoded["counts"].decode()}
 
 
 def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
@@ -794,19 +951,33 @@ def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
     objects = [{3: evaluation.box(10, 20, 30, 40), 0: [10, 20, 50, 20, 50, 60]}, {3: mask}]
     answer = evaluation.ask(*loaded, video, "Is <region> near <region>?", objects, max_new_tokens=6)
     assert answer and output.rstrip().endswith(answer)
-    picture, (first, second) = np.asarray(Image.open(tmp_path / "p.png")), data.read_frames(video, [0, 3])
-    title = 18  # rows of pixels above each frame, for its number
-    assert picture.shape == (2 * (title + 96), 96, 3)
-    tops = [picture[top : top + title] for top in (0, title + 96)]
-    assert (
-        all((top == 0).any() and (top[:, 80:] == 255).all() for top in tops)
-        and not (tops[0] == tops[1]).all()
-    ), "frame 0, frame 3"
-    same = (picture[2 * title + 96 :] == second).all(-1)
-    assert same[45:48, 20:30].sum() == 0 and same[55:65, 65:85].sum() == 0 and same[75:].all(), (
-        "both objects on frame 3"
+    # The preview shows what python data.py shows of the same objects in a data file.
+    turns = [{"from": "human", "value": question[1]}, {"from": "gpt", "value": "-"}]
+    masks = [
+        {str(f): {"segmentation": m} for f, m in frames.items()} for frames in (objects[0], {3: rle(mask)})
+    ]
+    entry = {"video": str(video), "conversations": turns, "annotation": masks}
+    (tmp_path / "one.json").write_text(json.dumps([entry]))
+    samples = data.read_samples(tmp_path / "one.json", outside_paths=True)
+    dataset = data.ReferringDataset(samples, loaded[1])
+    expected = np.asarray(data.preview(dataset, [0], frames_shown=2, panel_height=96))
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    assert picture.shape == expected.shape and (picture[:, :204] == expected[:, :204]).all(), (
+        "two frames of 96 pixels"
     )
-    assert not (picture[title : title + 96] == first).all() and same[:, :8].all()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_preview_without_regions_shows_the_first_frame(
+    checkpoint, loaded, world, tmp_path, monkeypatch, says_its_coverage
+):
+    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
+    video = world / "videos" / "test0000.mp4"
+    arguments = ("--model", checkpoint, "--video", video, "--ask", "What is this?", "--device", "cpu")
+    evaluation.main([str(a) for a in (*arguments, "--preview", tmp_path / "p.png")])
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    left, top = 6, 17  # the margin, and the frame's number
+    assert (picture[top : top + 96, left : left + 96] == data.read_frames(video, [0])[0]).all()
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):
@@ -823,9 +994,40 @@ def test_ask_about_an_image_and_without_a_region(loaded, world):
 def test_an_array_becomes_the_mask_it_was():
     rng = np.random.default_rng(0)
     for mask in (rng.random((5, 7)) < 0.5, np.ones((3, 4)), np.eye(4), np.eye(4)[::-1] * 7):
-        assert (data.decode_mask(evaluation._segmentation(mask), *mask.shape) == (mask != 0)).all()
+        assert (data.decode_mask(evaluation.to_segmentation(mask), *mask.shape) == (mask != 0)).all()
     with pytest.raises(data.DataError, match=r"a mask \(H, W\)"):
-        evaluation._segmentation(np.ones((3, 4, 1)))
+        evaluation.to_segmentation(np.ones((3, 4, 1)))
+
+
+def test_a_soft_mask_is_the_object_wherever_it_is_not_0(loaded, world, says_its_coverage):
+    soft = np.zeros((96, 96), np.float32)
+    soft[:, :48] = 0.2
+    assert (
+        evaluation.ask(*loaded, world / "videos" / "test0000.mp4", "What is <region>?", [{3: soft}]) == "0.50"
+    )
+
+
+def test_a_box_is_inside_a_picture_that_is_wider_than_high(
+    loaded, checkpoint, tmp_path, monkeypatch, capsys, says_its_coverage
+):
+    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
+    Image.new("RGB", (128, 64)).save(tmp_path / "wide.png")
+    common = (
+        "--model",
+        checkpoint,
+        "--image",
+        tmp_path / "wide.png",
+        "--ask",
+        "What is <region>?",
+        "--device",
+        "cpu",
+    )
+    for pointed in (("--box", "96,0,32,64"), ("--polygon", "96,0,128,0,128,64,96,64")):
+        evaluation.main([str(a) for a in (*common, *pointed)])
+        assert capsys.readouterr().out == "0.25\n"
+    for pointed in (("--box", "0,40,32,32"), ("--polygon", "0,0,32,0,32,72"), ("--box", "100,0,32,64")):
+        with pytest.raises(data.DataError, match="inside the picture, 128x64"):
+            evaluation.main([str(a) for a in (*common, *pointed)])
 
 
 def test_a_mask_that_is_no_picture_is_named():
@@ -882,6 +1084,11 @@ def test_what_is_wrong_with_a_question_gets_one_error(
             ]
         )
     assert complaint in str(error.value)
+
+
+def test_a_model_of_random_weights_is_not_evaluated():
+    with pytest.raises(data.DataError, match="--model: a trained or pretrained model, found 'tiny'"):
+        evaluation.load("tiny")
 
 
 @pytest.mark.parametrize(

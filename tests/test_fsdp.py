@@ -1,6 +1,8 @@
-"""--fsdp and --grad-checkpoint change where things lie and when they are computed, never what: two gloo processes against one."""
+"""Two gloo processes. --fsdp and --grad-checkpoint change where things lie and when they are computed, never
+what; and whatever happens on one rank alone, all ranks continue or stop together."""
 
 import contextlib
+import gc
 import json
 import queue
 import signal
@@ -13,15 +15,18 @@ import torch
 import torch.distributed as dist
 from checkpoints import make_checkpoint
 from safetensors.torch import load_file
-from test_train import COMMON, metrics, mixed, toy  # noqa: F401 (fixtures)
+from test_train import COMMON, metrics, mixed, toy, write_texts  # noqa: F401 (fixtures)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 
 MLPS = {"Qwen3VLTextMLP", "Qwen3VLVisionMLP"}  # one inside each layer that is sharded and recomputed
 
 
-def observe(arguments):
-    """Trains in this process; -> what a rank can tell: weights kept by it, gradient exchanges, forward passes of the layers' insides."""
+def observe(arguments, sigterm=False):
+    """Trains in this process. Returns what a rank can tell: the share of the weights that it keeps, its
+    gradient exchanges, forward passes of the layers' insides, and how training exited if it did. sigterm:
+    this process gets one during its first step."""
     seen = {"reduce_scatters": 0, "forwards": 0}
 
     def count(name, function):
@@ -39,7 +44,12 @@ def observe(arguments):
         seen["share"] = sum(numbers) / sum(p.numel() for p in model.parameters())
         return choose_parameters(model, config)
 
+    def send_sigterm(*_):
+        if sigterm:
+            signal.raise_signal(signal.SIGTERM)
+
     hook = torch.nn.modules.module.register_module_forward_pre_hook(count_forward)
+    step_hook = register_optimizer_step_post_hook(send_sigterm)
     before, choose_parameters = signal.getsignal(signal.SIGTERM), train.choose_parameters
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "choose_parameters", choose)
@@ -47,9 +57,16 @@ def observe(arguments):
             "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
         )  # torch 2.13 renamed it
         patch.setattr(dist, name, count("reduce_scatters", getattr(dist, name)))
-        train.train(train.parse([str(a) for a in arguments]))
+        try:
+            train.train(train.parse([str(a) for a in arguments]))
+        except SystemExit as error:
+            seen["exit"] = error.code
+    if dist.is_initialized():  # not in the except block, where the error still holds DDP, and DDP the group
+        gc.collect()
+        dist.destroy_process_group()
     signal.signal(signal.SIGTERM, before)
     hook.remove()
+    step_hook.remove()
     return seen
 
 
@@ -65,11 +82,12 @@ def rank_main(rank, jobs, meeting, results):
                 dist, "init_process_group", partial(initialise, init_method=place, rank=rank, world_size=2)
             )
             patch.setenv("RANK", str(rank))
-            results.put((name, rank, observe(arguments)))
+            results.put((name, rank, observe(arguments, sigterm=name == f"sigterm-to-{rank}")))
 
 
 def two_ranks(jobs, meeting, patience=180):
-    """jobs: {name: arguments of train.py}, run one after another. -> {(name, rank): what observe tells}. A hang fails the test."""
+    """jobs: {name: arguments of train.py}, which two ranks run one after another. Returns {(name, rank): what
+    observe tells}. A hang fails the test."""
     context, found = get_context("spawn"), {}
     results = context.Queue()
     ranks = [context.Process(target=rank_main, args=(rank, jobs, meeting, results)) for rank in range(2)]
@@ -91,8 +109,8 @@ def two_ranks(jobs, meeting, patience=180):
 
 @pytest.fixture(scope="module")
 def runs(mixed, tmp_path_factory):  # noqa: F811
-    """Every run of this file -> (folder with one OUT a run, {(name, rank): what observe tells}). With micro-batches of one sample, a
-    rank computes on text alone while the other has pictures."""
+    """Makes every run of this file. Returns a folder with an OUT for each, and {(name, rank): what observe
+    tells}. With micro-batches of one sample, a rank computes on text alone while the other has pictures."""
     top = tmp_path_factory.mktemp("fsdp")
     samples = json.loads(mixed.read_text())
     samples[3]["video"] = "absent.mp4"
@@ -107,16 +125,13 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
     parts["bad"] = ["--data", one_bad, "--max-bad", 0.5]
     parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3]
     parts["qwen2_5_vl"] += ["--frame-pixels", 3136, "--region-pixels", 3136]
-    job = lambda name, *arguments: [
-        "--data",
-        mixed,
-        *COMMON,
-        *parts.get(name.split("/")[0], []),
-        "--out",
-        top / name,
-        *arguments,
-    ]
-    resume = lambda name: ["--resume", top / name / "step-000001"]
+
+    def job(name, *arguments):
+        part = parts.get(name.split("/")[0], [])
+        return ["--data", mixed, *COMMON, *part, "--out", top / name, *arguments]
+
+    def resume(name):
+        return ["--resume", top / name / "step-000001"]
 
     save = ["--save-every", 1, "--keep", 3]
     seen = {
@@ -131,6 +146,14 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
         "fsdp-recomputed": job("fsdp-recomputed", "--fsdp", "--grad-checkpoint"),
         "one-to-fsdp": job("one-to-fsdp", "--fsdp", *resume("one")),
         "fsdp-to-fsdp": job("fsdp-to-fsdp", "--fsdp", *resume("fsdp")),
+    }
+    five = write_texts(top / "five.json", 5)
+    (_, bad), *_ = next(iter(train.Order(5, 4, 1, seed=0, rank=1, world_size=2)))
+    jobs |= {
+        "sigterm-to-1": job("sigterm-to-1"),
+        "bad-on-1": job("bad-on-1", "--data", write_texts(top / "bad.json", 5, bad=[bad]), "--max-bad", 0),
+        "batch-of-3": job("batch-of-3", "--data", five, "--batch-size", 3),
+        "default-batch": ["--data", five, "--out", top / "default-batch", "--workers", 0, "--steps", 2],
     }
     jobs |= {f"{name}/fsdp": job(f"{name}/fsdp", "--fsdp", "--micro-batch", 1) for name in parts}
     seen |= two_ranks(jobs, tmp_path_factory.mktemp("meeting"))
@@ -155,7 +178,7 @@ def test_so_they_are_with_frozen_parts_a_rank_that_has_nothing_and_weights_that_
 
 @pytest.mark.parametrize("name", ["one-to-fsdp", "fsdp-to-one", "fsdp-to-fsdp"])
 def test_a_checkpoint_goes_on_with_and_without_fsdp(runs, name):
-    """Two steps of three: the last one's loss depends on the moments that the first of them took from the checkpoint."""
+    """Two steps of three. The last loss depends on the moments that were taken from the checkpoint."""
     agree(metrics(runs[0] / name), metrics(runs[0] / "one")[1:])
 
 
@@ -177,12 +200,11 @@ def test_the_files_do_not_tell_that_the_model_was_sharded(runs):
 def test_fsdp_keeps_half_of_the_weights_on_each_of_two_ranks_and_never_a_whole_gradient(runs):
     _, seen = runs
     for rank in range(2):
-        assert (
-            seen["fsdp", rank]["share"] == pytest.approx(0.5, abs=0.01)
-            and seen["ddp-recomputed", rank]["share"] == 1
-        )
-        # 3 steps of 2 micro-batches; units: 2 blocks of the vision tower, 3 layers of the LLM, and what is left.
-        assert seen["fsdp", rank]["reduce_scatters"] == 3 * 2 * 6  # each unit's gradient is cut up at once
+        assert seen["fsdp", rank]["share"] == pytest.approx(0.5, abs=0.01)
+        assert seen["ddp-recomputed", rank]["share"] == 1
+        # 3 steps of 2 micro-batches. A unit's gradient is cut up at once; the units are 2 blocks of the
+        # vision tower, 3 layers of the LLM, and what is left.
+        assert seen["fsdp", rank]["reduce_scatters"] == 3 * 2 * 6
 
 
 def test_grad_checkpoint_computes_each_layer_twice(runs):
@@ -195,6 +217,28 @@ def test_grad_checkpoint_computes_each_layer_twice(runs):
         assert seen["fsdp", rank]["forwards"] == 3 * 2 * layers  # two micro-batches
         assert seen["fsdp-recomputed", rank]["forwards"] == 3 * 2 * layers  # one
         assert seen["ddp-recomputed", rank]["forwards"] == 3 * 2 * 2 * layers
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step(runs):
+    """Only rank 1 gets it, during step 0; all hear of it in step 1, finish that and save."""
+    top, seen = runs
+    assert seen["sigterm-to-1", 0]["exit"] == seen["sigterm-to-1", 1]["exit"] == 128 + signal.SIGTERM
+    assert list(train.checkpoints(top / "sigterm-to-1")) == [2]
+
+
+def test_a_bad_sample_of_one_rank_stops_all(runs):
+    top, seen = runs
+    for rank in range(2):
+        assert "stopped: 1 samples cannot be used, --max-bad allows 0" in seen["bad-on-1", rank]["exit"]
+    assert len(train.read_jsonl(top / "bad-on-1" / "bad_samples.jsonl")) == 1
+
+
+def test_the_batch_is_a_multiple_of_the_ranks(runs):
+    """5 samples: by default, 2 ranks take 4 of them in a step. A batch of 3 cannot be shared out."""
+    top, seen = runs
+    for rank in range(2):
+        assert seen["batch-of-3", rank]["exit"] == "--batch-size: expected a multiple of the 2 ranks, found 3"
+    assert [m["epoch"] for m in metrics(top / "default-batch")] == pytest.approx([0, 4 / 5])
 
 
 def test_fsdp_without_ranks_is_refused(mixed, tmp_path):  # noqa: F811

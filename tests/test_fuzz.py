@@ -54,7 +54,7 @@ def is_a(kind, *values):
 
 
 def spec_sample(entry, place, media, position, outside_paths=False):
-    """What DESIGN.md ("The data file") makes of a JSON value."""
+    """What the README's data format makes of a JSON value."""
     need(is_a(dict, entry))
     given = {key: value for key, value in entry.items() if value is not None}  # null is absent, but as an id
     path = turns = size = None

@@ -1,4 +1,5 @@
-"""The fused pooling against a float64 closed form, in plain loops. Without a GPU the same kernels run under Triton's interpreter."""
+"""The pooling kernels against a float64 closed form in plain loops. Without a GPU they run in Triton's
+interpreter."""
 
 import os
 import re
@@ -6,12 +7,12 @@ import subprocess
 import sys
 import warnings
 
+import bench_kernels
 import numpy as np
 import pytest
 import torch
 
 import kernels
-import model as models
 from kernels import FusedMaskedAveragePool, masked_average_pool, masked_average_pool_reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here, so there are no kernels to test")
@@ -20,8 +21,8 @@ DEVICE = "cuda" if GPU else "cpu"
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 interpreted = pytest.mark.skipif(GPU, reason="looks inside the interpreter, which only runs without a GPU")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# float32 differs by the order of the sum; the others by the one rounding at the end, half a unit in the last place, and no more.
-# (The interpreter cuts bfloat16 off instead of rounding it: a whole unit.)
+# float32 differs by the order of the sum; the others by the one rounding at the end, half a unit in the last
+# place, and no more. (The interpreter cuts bfloat16 off instead of rounding it: a whole unit.)
 RELATIVE = {
     torch.float32: 1e-5,
     torch.float16: 0.55 * 2**-10,
@@ -99,11 +100,13 @@ def test_odd_shapes(grid, D, monkeypatch):
     compare(cells_of(2 * cells, D), tensors([0, cells, cells], [cells] * 3, weights))
 
 
+@pytest.mark.parametrize("choice", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(4))
-def test_ragged_batches(seed, dtype):
-    """Frames of different sizes, in no order, shared, empty, and with frames that no region names. What is not finite in cells of
-    weight 0 stays out."""
+def test_ragged_batches(seed, dtype, choice, monkeypatch):
+    """Frames of different sizes, in no order, shared, empty, and with frames that no region names. What is
+    not finite in cells of weight 0 stays out, and sums are made in float32: in the reference too."""
+    monkeypatch.setenv("NANOREFER_POOL", choice)
     rng = np.random.default_rng(seed)
     frames = rng.integers(1, 60, size=6)
     first = np.cumsum(frames) - frames
@@ -153,8 +156,7 @@ def test_random_overlaps(monkeypatch):
         compare(cells_of(50, 17, seed=seed), tensors(starts, lengths, weights), seed)
 
 
-def test_more_regions_than_are_looked_at_at_a_time(monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK_R", 8)
+def test_many_small_regions():
     rng = np.random.default_rng(0)
     starts, lengths = rng.integers(0, 30, size=35), rng.integers(0, 4, size=35)
     compare(cells_of(33, 5), tensors(starts, lengths, rng.random(lengths.sum())))
@@ -162,19 +164,24 @@ def test_more_regions_than_are_looked_at_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("which", range(8))
 def test_every_choice_of_blocks(which, monkeypatch):
-    """What the tuner may choose from: each config gives the right result, and those of the backward the same one to the bit."""
+    """What the tuner may choose from: each config gives the right result, and those of the backward the same
+    one to the bit."""
     regions = tensors([0, 3, 40], [80, 77, 30], np.random.default_rng(0).random(187))
     features, grad = cells_of(90, 600), cells_of(3, 600, seed=1)
-    monkeypatch.setattr(kernels.pool_forward, "configs", [kernels.FORWARD[which]])
+    monkeypatch.setattr(kernels.pool_forward, "configs", [kernels.FORWARD_CONFIGS[which]])
     gradients = []
-    for config in (kernels.BACKWARD[0], kernels.BACKWARD[which % len(kernels.BACKWARD)]):
+    for config in (
+        kernels.BACKWARD_CONFIGS[0],
+        kernels.BACKWARD_CONFIGS[which % len(kernels.BACKWARD_CONFIGS)],
+    ):
         monkeypatch.setattr(kernels.pool_backward, "configs", [config])
         gradients.append(run(features, regions, grad)[1])
     compare(features, regions)
     assert torch.equal(*gradients)
-    assert len(kernels.FORWARD) == 8  # the parametrization above
+    assert len(kernels.FORWARD_CONFIGS) == 8  # the parametrization above
 
 
+@on_gpu  # the interpreter runs one program after another, always in the same order
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_runs_are_equal(dtype):
     rng = np.random.default_rng(0)
@@ -247,7 +254,8 @@ def test_any_scale_of_the_weights(scale):
 
 
 def test_starts_that_lie_outside_give_nan():
-    """A kernel cannot raise: it does not read there, the region becomes NaN, and other regions and all gradients stay right."""
+    """A kernel cannot raise: it does not read there, the region becomes NaN, and other regions and all
+    gradients stay right."""
     weights, frame_start, _ = tensors([0, 98, -3, 0, 2], [4, 4, 4, 4, 4], np.ones(20))
     weight_start = torch.tensor(
         [0, 4, 8, 12, 99, 20], device=DEVICE
@@ -261,9 +269,20 @@ def test_starts_that_lie_outside_give_nan():
     assert run(features, (weights, frame_start, weight_start), grad)[0][:3].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "frame_start, weight_start", [([-3], [0, 4]), ([97], [0, 4]), ([0], [0, 9]), ([0, 0], [0, 5, 4])]
+)
+def test_the_reference_raises_where_starts_lie_outside(frame_start, weight_start):
+    """A negative row once counted from the end of features, as an index in Python does."""
+    indices = [torch.tensor(x, device="cpu") for x in (frame_start, weight_start)]
+    with pytest.raises((IndexError, RuntimeError)):
+        masked_average_pool_reference(torch.zeros(100, 3), torch.ones(4), *indices)
+
+
 @interpreted
 def test_only_weighted_rows_are_read(monkeypatch):
-    """Watches the interpreter's loads: each row of weight > 0 is read once for its region, other rows never."""
+    """Watches the interpreter's loads: each row of weight > 0 is read once for its region, other rows
+    never."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     features = cells_of(60, 40)
@@ -327,25 +346,34 @@ def test_offsets_of_64_bits_on_the_gpu():
 
 
 COMPILE = """
+import re
+
 import kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-index = dict(frame_start="*i64", weight_start="*i64", order="*i32", reach="*i64", N="i32", M="i32", R="i32", D="i32")
+TYPES = dict.fromkeys(("frame_start", "weight_start", "order"), "*i64")
+TYPES |= dict(first="*i32", last="*i32", N="i32", M="i32", D="i32", weights="*fp32", area="*fp32")
 for dtype, one_column in (("bf16", {}), ("fp32", {"D": 1})):  # Triton makes an argument of 1 a constant
-    types = index | dict.fromkeys(("features", "out", "grad", "grad_features"), "*" + dtype) | dict(weights="*fp32", area="*fp32")
-    jobs = [(kernels.pool_forward.fn, config.kwargs | one_column) for config in kernels.FORWARD[:2]]
-    jobs += [(kernels.pool_backward.fn, config.kwargs | one_column | {"BLOCK_R": 512}) for config in kernels.BACKWARD[:1]]
-    for kernel, constants in jobs + [(kernels.sort_regions, {"BLOCK_R": 512})]:
+    types = TYPES | dict.fromkeys(("features", "out", "grad", "grad_features"), "*" + dtype)
+    jobs = [(kernels.pool_forward.fn, config.kwargs) for config in kernels.FORWARD_CONFIGS[:2]]
+    jobs += [(kernels.pool_backward.fn, config.kwargs) for config in kernels.BACKWARD_CONFIGS[:1]]
+    for kernel, blocks in jobs:
+        constants = blocks | one_column
         signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-        assert "ld.global" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, values)
+        ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "ld.global" in ptx
+        assert not re.search(r"\\b(atom|red)\\.", ptx), "atomics add in an order that changes from run to run"
 print("compiled")
 """
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter forgives what the compiler refuses, such as a variable that changes its type in a loop. No GPU is needed."""
+    """The interpreter forgives what the compiler refuses, such as a variable that changes its type in a loop.
+    No GPU is needed. The instructions show as well that nothing is added up in an order that a GPU may
+    change."""
     environment = os.environ | {
         "PYTHONPATH": os.path.dirname(kernels.__file__),
         "TRITON_INTERPRET": "0",
@@ -355,45 +383,52 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     assert result.stdout == "compiled\n", result.stderr
 
 
-# ------------------------------------------------------------------------------------------------ arguments and the switch
+# ---- arguments and the switch
 
 
 @pytest.mark.parametrize("choice", ["triton", "reference"])
 @pytest.mark.parametrize(
-    "change, found",
+    "name, wrong, message",
     [
-        (dict(features=torch.zeros(8, 4, dtype=torch.float64)), "features float64 (8, 4)"),
-        (dict(features=torch.zeros(8)), "features float32 (8,)"),
-        (dict(features=torch.zeros(4, 8).T), "features float32 (8, 4) on {} (not contiguous)"),
-        (dict(weights=torch.ones(8, dtype=torch.float16)), "weights float16 (8,)"),
-        (dict(weights=torch.ones(2, 4)), "weights float32 (2, 4)"),
-        (dict(weights=torch.ones(16)[::2]), "weights float32 (8,) on {} (not contiguous)"),
-        (dict(weights=torch.ones(8, requires_grad=True)), "weights float32 (8,) on {} (requires grad)"),
-        (dict(weights=torch.ones(8, device="meta")), "weights float32 (8,) on meta"),
-        (dict(frame_start=torch.zeros(2, dtype=torch.int32)), "frame_start int32 (2,)"),
-        (dict(frame_start=torch.zeros((), dtype=torch.int64)), "frame_start int64 ()"),
-        (dict(weight_start=torch.tensor([0, 8])), "weight_start int64 (2,)"),
-        (dict(weight_start=torch.tensor([0.0, 4, 8])), "weight_start float32 (3,)"),
+        (
+            "features",
+            torch.zeros(8, 4, dtype=torch.float64),
+            "features: expected one of .*, found torch.float64",
+        ),
+        ("features", torch.zeros(8), "features: expected 2 dimensions, found shape .8,.$"),
+        ("features", torch.zeros(4, 8).T, "features: expected contiguous memory, found strides .1, 8.$"),
+        ("weights", torch.ones(8).half(), "weights: expected torch.float32, found torch.float16$"),
+        ("weights", torch.ones(2, 4), "weights: expected 1 dimensions, found shape .2, 4.$"),
+        ("weights", torch.ones(16)[::2], "weights: expected contiguous memory, found strides .2,.$"),
+        ("weights", torch.ones(8, requires_grad=True), "weights: expected requires_grad False, found True$"),
+        ("weights", torch.ones(8, device="meta"), "weights: expected c.*, found meta$"),
+        ("frame_start", torch.zeros(2).int(), "frame_start: expected torch.int64, found torch.int32$"),
+        ("frame_start", torch.tensor(0), "frame_start: expected 1 dimensions, found shape ..$"),
+        ("weight_start", torch.tensor([0, 8]), "weight_start: expected 3 entries, found 2$"),
+        (
+            "weight_start",
+            torch.tensor([0.0, 4, 8]),
+            "weight_start: expected torch.int64, found torch.float32$",
+        ),
     ],
 )
-def test_wrong_arguments(change, found, choice, monkeypatch):
+def test_wrong_arguments(name, wrong, message, choice, monkeypatch):
     monkeypatch.setenv("NANOREFER_POOL", choice)
-    right = dict(
+    arguments = dict(
         features=torch.zeros(8, 4),
         weights=torch.ones(8),
         frame_start=torch.tensor([0, 4]),
         weight_start=torch.tensor([0, 4, 8]),
     )
-    arguments = {
-        name: x if x.is_meta else x.detach().to(DEVICE).requires_grad_(x.requires_grad)
-        for name, x in (right | change).items()
-    }
-    if "weights" in change and not change["weights"].is_contiguous():
-        arguments["weights"] = torch.ones(16, device=DEVICE)[::2]
-    found = re.escape(found.format(arguments["features"].device))
-    with pytest.raises(
-        ValueError, match="^masked_average_pool expected contiguous tensors.*found .*" + found
-    ):
+    for key, tensor in (arguments | {name: wrong}).items():
+        moved = tensor
+        if (
+            not tensor.is_meta and DEVICE != "cpu"
+        ):  # a copy to a GPU keeps the strides of a transposed tensor only
+            moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+            moved = moved.zero_().requires_grad_(tensor.requires_grad)
+        arguments[key] = moved
+    with pytest.raises(AssertionError, match="^" + message):
         masked_average_pool(**arguments)
 
 
@@ -414,10 +449,10 @@ def test_the_switch(monkeypatch):
         masked_average_pool(*arguments)
     monkeypatch.setenv("NANOREFER_POOL", "triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(RuntimeError, match="found tensors on cpu, without TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match="expected a CUDA device, found cpu"):
         masked_average_pool(*(x.cpu() for x in arguments))
     monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(RuntimeError, match="found no Triton"):
+    with pytest.raises(RuntimeError, match="expected an installed Triton, found none"):
         masked_average_pool(*arguments)
 
 
@@ -430,10 +465,9 @@ class OnGPU(torch.Tensor):
 def test_a_gpu_without_triton_is_told_once(monkeypatch):
     monkeypatch.setenv("NANOREFER_POOL", "auto")
     monkeypatch.setattr(kernels, "triton", None)
-    kernels._warn_without_triton.cache_clear()
     features = cells_of(4, 2).as_subclass(OnGPU)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")
         for _ in range(3):
             out = masked_average_pool(features, *tensors([0], [4], np.ones(4)))
     assert [str(w.message).split(":")[0] for w in caught] == ["Triton cannot be imported"]
@@ -441,61 +475,46 @@ def test_a_gpu_without_triton_is_told_once(monkeypatch):
 
 
 def test_kernels_import_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import kernels, torch; i = torch.tensor; " + (
-        "print(kernels.triton, kernels.masked_average_pool(torch.ones(2, 1), torch.ones(2), i([0]), i([0, 2])).tolist())"
+    code = (
+        "import sys; sys.modules['triton'] = None; import kernels, torch; i = torch.tensor; "
+        "out = kernels.masked_average_pool(torch.ones(2, 1), torch.ones(2), i([0]), i([0, 2])); "
+        "print(kernels.triton, out.tolist())"
     )
     environment = os.environ | {"PYTHONPATH": os.path.dirname(kernels.__file__), "NANOREFER_POOL": "auto"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout == "None [[1.0]]\n", result.stderr
 
 
-def test_temporal_merge_on_the_kernels(monkeypatch):
-    """The model's other use: rows of one object joined in time, all weights 1."""
-    counts, keep = torch.tensor([7, 1, 3], device=DEVICE), torch.tensor([4, 1, 2], device=DEVICE)
-    results = []
-    for choice in ("triton", "reference"):
-        monkeypatch.setenv("NANOREFER_POOL", choice)
-        pooled, where = cells_of(11, 24).requires_grad_(), cells_of(11, 5, seed=1)
-        merged, places = models.temporal_merge(pooled, where, counts, keep)
-        (gradient,) = torch.autograd.grad(merged.square().sum(), pooled)
-        results.append((merged, places, gradient))
-    for fused, reference in zip(*results):
-        torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ the benchmark
+# ---- the benchmark
 
 
 def test_versions_that_are_timed_agree(monkeypatch):
     """A benchmark of something else than the average, or of its gradient, would be worthless."""
-    monkeypatch.setitem(kernels.CASES, "tiny", (8, 6, 10, 2, False))
-    (features, other), versions = kernels.make_versions("tiny", DEVICE, torch.float32, 2)
+    monkeypatch.setitem(bench_kernels.CASES, "tiny", (8, 6, 10, 2, False))
+    (features, other), versions = bench_kernels.make_versions("tiny", DEVICE, torch.float32, 2)
     assert not torch.equal(features, other)
     grad = cells_of(16, 10)
-    regions = tensors(
-        [36 * (r // 2) for r in range(16)], [36] * 16, kernels.make_masks(8, 6, 2, False).flatten()
-    )
-    wanted = masked_average_pool_reference(features, *regions)
-    (wanted_gradient,) = torch.autograd.grad(wanted, features, grad)
+    masks = bench_kernels.make_masks(8, 6, 2, False)
+    regions = tensors([36 * (r // 2) for r in range(16)], [36] * 16, masks.flatten())
+    wanted, wanted_gradient = closed_form(features, *regions, grad)
     for version in versions.values():
         out = version(features)
-        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            torch.autograd.grad(out, features, grad)[0], wanted_gradient, rtol=1e-4, atol=1e-5
-        )
-    assert set(versions) | {"compiled"} == set(kernels.bytes_moved("tiny", 2))
-    assert kernels.median_ms(lambda i: versions["eager"]((features, other)[i]), 2, DEVICE) > 0
+        (gradient,) = torch.autograd.grad(out, features, grad)
+        torch.testing.assert_close(out.detach().cpu().double(), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient.cpu().double(), wanted_gradient, rtol=1e-4, atol=1e-5)
+    assert set(versions) | {"compiled"} == set(bench_kernels.bytes_moved("tiny", 2))
+    assert bench_kernels.median_ms(lambda i: versions["eager"]((features, other)[i]), 2, DEVICE) > 0
 
 
-def test_bytes_that_the_comment_names():
-    with open(kernels.__file__) as file:
-        named = dict(re.findall(r"^#    (\w+) .*?((?: +\d+){2})$", file.read(), re.M))
-    counted = {
-        name: tuple(round(n / 1e6) for n in both) for name, both in kernels.bytes_moved("b", 2).items()
-    }
-    assert {name: tuple(map(int, numbers.split())) for name, numbers in named.items()} == counted
+def test_bytes_that_the_docstring_names():
+    named = dict(re.findall(r"^    (\w+) .*?((?: +\d+){2})$", bench_kernels.__doc__, re.M))
+    counted = bench_kernels.bytes_moved("batch", 2)
+    expected = {name: [round(count / 1e6) for count in both] for name, both in counted.items()}
+    assert {name: [int(n) for n in numbers.split()] for name, numbers in named.items()} == expected
 
 
-def test_the_check_of_the_command(capsys):
+def test_the_benchmark_and_the_check_of_the_command_run(capsys):
     kernels.check(DEVICE)
-    assert "agree" in capsys.readouterr().out
+    bench_kernels.bench("small", DEVICE, torch.float32)
+    printed = capsys.readouterr().out
+    assert "agree" in printed and len(re.findall("^small +bmm ", printed, re.M)) == 2

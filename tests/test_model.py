@@ -1,7 +1,10 @@
-"""The model against transformers itself: the same pixels, tokens and logits where there is no region; and what regions add."""
+"""The model against transformers itself: the same pixels, tokens and logits where there is no region; and
+what regions add."""
 
 import json
 import re
+import shutil
+from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -32,13 +35,14 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture
 def loaded(checkpoint):
-    processor = data.Processor.from_pretrained(checkpoint, SETTINGS)
-    return models.ReferringVideoLLM.from_pretrained(checkpoint, processor.region_token_id).eval(), processor
+    processor = models.load_processor(checkpoint, **asdict(SETTINGS))
+    return models.load_model(checkpoint, processor).eval(), processor
 
 
 @pytest.fixture
 def world(tmp_path):
-    """Media, and a data file with each kind of sample: text, image, video, and regions on one frame and on several."""
+    """Media, and a data file with each kind of sample: text, image, video, and regions on one frame and on
+    several."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "clip").mkdir()
@@ -46,7 +50,9 @@ def world(tmp_path):
         Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(
             tmp_path / "clip" / f"{i}.png"
         )
-    box = lambda x, y: [x, y, x + 30, y, x + 30, y + 25, x, y + 25]
+
+    def box(x, y):
+        return [x, y, x + 30, y, x + 30, y + 25, x, y + 25]
 
     def talk(*turns):
         return {
@@ -87,11 +93,12 @@ def batch_of(world, processor, numbers, **options):
     )
 
 
-# ------------------------------------------------------------------------------------------------ transformers' own inputs
+# ---- transformers' own inputs
 
 
 def theirs(checkpoint, world, number):
-    """The inputs that transformers' own classes make for a sample without regions: dict for the plain backbone."""
+    """The inputs that transformers' own classes make for a sample without regions: dict for the plain
+    backbone."""
     sample, folder = world[0][number], world[1]
     tokenizer, images = (
         AutoTokenizer.from_pretrained(checkpoint),
@@ -127,7 +134,8 @@ def theirs(checkpoint, world, number):
         replacements["images_replacements"] = ["<|image_pad|>" * cells]
     if kind == "video":
         frames = np.stack([np.asarray(Image.open(folder / "clip" / f"{i}.png")) for i in (0, 2, 4, 6, 8)])
-        # Each frame resized and normalised as an image of the same budget; then transformers' own video patches.
+        # Each frame resized and normalised as an image of the same budget; then transformers' own video
+        # patches.
         size = {"shortest_edge": (images.patch_size * 2) ** 2, "longest_edge": SETTINGS.frame_pixels}
         singles = images(list(frames), size=size, return_tensors="pt", patch_size=images.patch_size)
         _, gh, gw = singles["image_grid_thw"][0].tolist()
@@ -148,10 +156,12 @@ def theirs(checkpoint, world, number):
             ]
         else:
             replacements["videos_replacements"] = ["<|video_pad|>" * (3 * cells)]
-            # transformers' VideoMetadata.sampled_fps: sampled frames / all frames * fps; two frames a step of the grid.
+            # transformers' VideoMetadata.sampled_fps: sampled frames / all frames * fps; two frames a step of
+            # the grid.
             inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 9 * 24.0)])
     (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
-    # transformers 4.57, with which Qwen3-VL was published, had no pair of vision tokens around all timestamps.
+    # transformers 4.57, with which Qwen3-VL was published, had no pair of vision tokens around all
+    # timestamps.
     outer_pair = (
         r"<\|vision_start\|>((?:<[\d.]+ seconds><\|vision_start\|>.*?<\|vision_end\|>)+)<\|vision_end\|>"
     )
@@ -186,7 +196,8 @@ def test_pixels_tokens_and_logits_equal_those_of_transformers(checkpoint, loaded
 
 @pytest.mark.parametrize("indices", [[0, 37, 74, 111, 149], [0, 50, 100, 149], [7]])
 def test_timestamps_of_a_longer_video_are_those_of_transformers(tmp_path, indices):
-    """The pairs' mean times, an odd last frame paired with itself: far enough apart that one decimal tells them from the first."""
+    """The pairs' mean times, an odd last frame paired with itself: far enough apart that one decimal tells
+    them from the first."""
     folder = make_checkpoint(tmp_path, "qwen3_vl")
     namespace = SimpleNamespace(
         video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>"
@@ -274,7 +285,7 @@ def test_a_sample_that_is_too_long_is_refused_not_cut(checkpoint, world):
     assert f"at most --max-length {limit} tokens, found {length}" in str(found) and "sample 4" in str(found)
 
 
-# ------------------------------------------------------------------------------------------------ regions
+# ---- regions
 
 
 def test_a_region_token_starts_as_the_average_of_its_cells(loaded, world):
@@ -297,13 +308,43 @@ def test_a_region_token_starts_as_the_average_of_its_cells(loaded, world):
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights_in_bfloat16", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_position_code_is_pinned_to_numbers_worked_by_hand(autocast, weights_in_bfloat16):
+    """A saved encoder is useful only as long as its input means the same: (2x - 1), (2x - 1) * (2t - 1), then
+    sin and cos of pi * x * (1, 2, 4, 8), for each x of (cx, cy, w, h, t). With 50 columns the two layers
+    behind it can be made the identity: far from 0 the GELU between them is one too. Next to 64, numbers in
+    bfloat16 would be off by up to 0.25: under autocast, and with the weights in bfloat16 as FSDP has them,
+    everything must be computed in float32. It once was not."""
+    encoder = models.RegionEncoder(50)
+    first, _, last = encoder.position
+    torch.nn.init.eye_(first.weight)
+    torch.nn.init.eye_(last.weight)
+    torch.nn.init.constant_(first.bias, 64.0)
+    torch.nn.init.constant_(last.bias, -64.0)
+    if weights_in_bfloat16:
+        encoder = encoder.to(torch.bfloat16)
+    cells = torch.zeros(1, 50, dtype=torch.bfloat16 if autocast or weights_in_bfloat16 else torch.float32)
+    box = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
+    one = torch.tensor([1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = encoder(cells, torch.tensor([0]), torch.ones(1), torch.tensor([0, 1]), box, one, one)
+    s = 0.5**0.5
+    raw = [0, -0.5, -1, 1, 0.5]
+    times_t = [0, -0.25, -0.5, 0.5, 0.25]
+    sin = [[1, 0, 0, 0], [s, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [s, -1, 0, 0]]
+    cos = [[0, -1, 1, 1], [s, 0, -1, 1], [1, 1, 1, 1], [-1, 1, 1, 1], [-s, 0, -1, 1]]
+    expected = torch.tensor([raw + times_t + sum(sin, []) + sum(cos, [])], dtype=torch.float32)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
 def test_each_placeholder_gets_its_own_object(loaded, world):
     """Swapping the two objects of a sample swaps their tokens and touches nothing else."""
     model, processor = loaded
     ds = dataset(world, processor)
     sample = ds.samples[4]
-    encode = lambda objects: ds.encode(data.replace(sample, objects=objects), np.random.default_rng(0))
-    one, two = encode(sample.objects), encode(sample.objects[::-1])
+    swapped = data.replace(sample, objects=sample.objects[::-1])
+    one, two = (ds.encode(s, np.random.default_rng(0)) for s in (sample, swapped))
     assert one["region_tokens"] == [2, 1] and two["region_tokens"] == [1, 2]
     region = processor.region_token_id
     tokens = {}
@@ -316,7 +357,8 @@ def test_each_placeholder_gets_its_own_object(loaded, world):
 
 
 def test_a_faulty_neighbour_never_shifts_regions(loaded, world):
-    """In the reference code, too few tags hand the rest of a sample's features to the next sample of the batch."""
+    """In the reference code, too few tags hand the rest of a sample's features to the next sample of the
+    batch."""
     model, processor = loaded
     ds = dataset(world, processor)
     broken = data.replace(ds.samples[4], turns=[("<video>\nIs <region> left?", "Yes.")])
@@ -325,11 +367,12 @@ def test_a_faulty_neighbour_never_shifts_regions(loaded, world):
         model(data.collate([encoded, ds[0, 3]], processor.tokenizer.pad_token_id))
 
 
-def merged_by_hand(pooled, where, counts, keep):
-    """VideoRefer section 3.2.2 in plain Python and float64: join the n - u most similar adjacent pairs, average each run."""
-    rows, places, start = [], [], 0
+def merged_by_hand(pooled, boxes, counts, keep):
+    """VideoRefer section 3.2.2 in plain Python and float64: join the n - u most similar adjacent pairs,
+    average each run."""
+    rows, merged_boxes, start = [], [], 0
     for n, u in zip(counts, keep):
-        x, w = pooled[start : start + n].astype(np.float64), where[start : start + n].astype(np.float64)
+        x, b = pooled[start : start + n].astype(np.float64), boxes[start : start + n].astype(np.float64)
         start += n
         cosine = [x[i] @ x[i + 1] / (np.linalg.norm(x[i]) * np.linalg.norm(x[i + 1])) for i in range(n - 1)]
         joined = set(sorted(range(n - 1), key=lambda i: (-round(cosine[i], 6), i))[: n - u])
@@ -339,9 +382,9 @@ def merged_by_hand(pooled, where, counts, keep):
                 run.append(i)
                 continue
             rows.append(x[run].mean(axis=0))
-            places.append(w[run].mean(axis=0))
+            merged_boxes.append(b[run].mean(axis=0))
             run = [i]
-    return np.array(rows), np.array(places)
+    return np.array(rows), np.array(merged_boxes)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -352,11 +395,23 @@ def test_temporal_merge_equals_the_rule_written_out(seed):
     pooled = rng.normal(size=(counts.sum(), 6)).astype(np.float32)
     if seed % 2:  # ties: a few distinct vectors, so that many cosines are equal
         pooled = np.eye(6, dtype=np.float32)[rng.integers(0, 2, size=counts.sum())]
-    where = rng.random((counts.sum(), 5)).astype(np.float32)
-    expected = merged_by_hand(pooled, where, counts, keep)
-    found = models.temporal_merge(*(torch.tensor(x) for x in (pooled, where, counts, keep)))
+    boxes = rng.random((counts.sum(), 5)).astype(np.float32)
+    expected = merged_by_hand(pooled, boxes, counts, keep)
+    found = models.temporal_merge(*(torch.tensor(x) for x in (pooled, boxes, counts, keep)))
     for a, b in zip(found, expected):
         np.testing.assert_allclose(a.numpy(), b, atol=1e-5)
+
+
+def test_the_gradient_of_merged_rows_is_shared_by_the_rows_that_were_joined():
+    """Two objects: rows 0 and 1 are alike and joined, row 2 stays; of the other, all three rows become
+    one."""
+    pooled = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [5, 1], [1, 5], [0, 3]], requires_grad=True)
+    boxes = torch.arange(30.0).view(6, 5).requires_grad_()
+    merged, merged_boxes = models.temporal_merge(pooled, boxes, torch.tensor([3, 3]), torch.tensor([2, 1]))
+    torch.testing.assert_close(merged, torch.tensor([[1, 0.05], [0, 1], [2, 3]]))
+    assert merged_boxes[:, 0].tolist() == [2.5, 10, 20]
+    (merged * torch.tensor([[6.0], [7], [9]])).sum().backward()
+    assert pooled.grad[:, 0].tolist() == [3, 3, 7, 3, 3, 3]
 
 
 def test_frames_are_merged_in_order_of_time_whatever_the_order_in_the_file(loaded, world):
@@ -413,7 +468,7 @@ def test_a_wrong_sample_lends_no_masks_and_is_not_blamed_on_the_one_that_is_aske
     assert "sample 0" in str(error) and "other media to take masks from" in str(error)
 
 
-# ------------------------------------------------------------------------------------------------ answers, files, gradients
+# ---- answers, files, gradients
 
 
 def give_regions_weight(model):
@@ -426,11 +481,18 @@ def give_regions_weight(model):
 def test_generate_equals_argmax_step_by_step_without_a_cache(loaded, world):
     model, processor = loaded
     give_regions_weight(model)
+    # Random weights may answer with a vision placeholder, which the second way of this test could not feed
+    # back without media.
+    config = model.backbone.config
+    vision_tokens = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+    model.backbone.lm_head.register_forward_hook(
+        lambda module, inputs, scores: scores.index_fill(-1, torch.tensor(vision_tokens), -torch.inf)
+    )
     ds = dataset(world, processor)
     turns = [(4, 0), (1, 0), (0, 0), (2, 1), (5, 0), (3, 0)]
     questions = [ds.question(*turn) for turn in turns]
     end = processor.tokenizer.eos_token_id
-    together = model.generate(data.collate(questions, 0, pad_left=True), end, max_new_tokens=12)
+    together = model.generate(data.collate(questions, 0, pad_left=True), [end], max_new_tokens=12)
     for question, found in zip(questions, together):
         batch = data.collate([question], 0)
         expected = []
@@ -448,13 +510,67 @@ def test_generate_equals_argmax_step_by_step_without_a_cache(loaded, world):
     assert any(together) and len({tuple(answer) for answer in together}) > 1
 
 
-def test_generate_stops_at_the_end_token(loaded, world):
+def test_generate_stops_at_any_end_token(loaded, world):
+    """Published checkpoints list several end tokens; only the tokenizer's was heeded."""
     model, processor = loaded
     question = dataset(world, processor).question(0, 0)
     batch = data.collate([question], 0, pad_left=True)
-    free = model.generate(batch, end_token_id=-1, max_new_tokens=8)[0]
-    end = free[3]
-    assert model.generate(batch, end, max_new_tokens=8)[0] == free[: free.index(end)]
+    free = model.generate(batch, [-1], max_new_tokens=8)[0]
+    assert len(free) == 8
+    unused = next(token for token in range(1000) if token not in free)
+    for end in set(free):
+        for ends in ([end], [unused, end], [end, unused]):
+            assert model.generate(batch, ends, max_new_tokens=8)[0] == free[: free.index(end)]
+
+
+@pytest.mark.parametrize("listed, others", [(None, []), (7, [7]), ([3, 9], [3, 9])])
+def test_end_tokens_are_those_of_tokenizer_and_generation_config(loaded, tmp_path, listed, others):
+    model, processor = loaded
+    model.backbone.generation_config.eos_token_id = listed
+    model.save_pretrained(tmp_path, asdict(processor.settings))
+    processor.save_pretrained(tmp_path)
+    again = models.load_model(
+        tmp_path, processor
+    )  # from generation_config.json, as in a published checkpoint
+    expected = {processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), *others}
+    assert again.end_token_ids(processor.tokenizer) == sorted(expected)
+
+
+class ScriptedHead(torch.nn.Module):
+    """In place of lm_head: at its step k, row b of the batch scores the tokens script[b][k] highest, best
+    first."""
+
+    def __init__(self, script, vocab_size):
+        super().__init__()
+        self.script, self.vocab_size, self.step = script, vocab_size, 0
+
+    def forward(self, hidden):
+        scores = torch.zeros(len(hidden), self.vocab_size)
+        for row, tokens in enumerate(self.script):
+            for place, token in enumerate(tokens[self.step]):
+                scores[row, token] = 10.0 - place
+        self.step += 1
+        return scores
+
+
+def test_an_answer_ends_at_its_end_token_while_others_of_the_batch_go_on(loaded, world):
+    """Slip: a row that had ended was taken up again when the model went on with text behind its end token."""
+    model, processor = loaded
+    end = processor.tokenizer.eos_token_id
+    questions = [dataset(world, processor).question(0, 0)] * 3
+    script = [[[5], [end], [7], [8], [9]], [[5], [6], [7], [end], [9]], [[end], [6], [end], [8], [9]]]
+    model.backbone.lm_head = ScriptedHead(script, model.backbone.lm_head.out_features)
+    answers = model.generate(data.collate(questions, 0, pad_left=True), [end], max_new_tokens=5)
+    assert answers == [[5], [5, 6, 7], []]
+
+
+def test_a_region_placeholder_is_never_generated(loaded, world):
+    model, processor = loaded
+    end, region = processor.tokenizer.eos_token_id, processor.region_token_id
+    script = [[[region, 5], [6, region], [region, end]]]
+    model.backbone.lm_head = ScriptedHead(script, model.backbone.lm_head.out_features)
+    batch = data.collate([dataset(world, processor).question(0, 0)], 0, pad_left=True)
+    assert model.generate(batch, [end], max_new_tokens=3) == [[5, 6]]
 
 
 def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transformers_alone(
@@ -462,11 +578,11 @@ def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transform
 ):
     model, processor = loaded
     give_regions_weight(model)
-    model.save_pretrained(tmp_path / "saved", {"num_frames": 5})
+    model.save_pretrained(tmp_path / "saved", asdict(processor.settings))
     processor.save_pretrained(tmp_path / "saved")
-    again = data.Processor.from_pretrained(tmp_path / "saved", SETTINGS)
+    again = models.load_processor(tmp_path / "saved")
     assert again.region_token_id == processor.region_token_id
-    other = models.ReferringVideoLLM.from_pretrained(tmp_path / "saved", again.region_token_id).eval()
+    other = models.load_model(tmp_path / "saved", again).eval()
     numbers = range(6)
     with torch.no_grad():
         assert torch.equal(
@@ -477,31 +593,93 @@ def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transform
         assert torch.equal(plain(input_ids=ids).logits, model.logits(batch_of(world, processor, [0])))
 
 
-@pytest.mark.parametrize("fault", ["missing", "left over", "region"])
-def test_loading_is_strict(loaded, tmp_path, fault):
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("model.safetensors", "missing", "missing_keys.*norm"),
+        ("model.safetensors", "left over", "unexpected_keys.*extra"),
+        ("model.safetensors", "shape", "mismatched_keys.*norm"),
+        ("region_encoder.safetensors", "missing", "[Mm]issing.*mlp.0"),
+        ("region_encoder.safetensors", "left over", "[Uu]nexpected.*extra"),
+        ("region_encoder.safetensors", "shape", "mismatch.*mlp.0"),
+    ],
+)
+def test_loading_is_strict(loaded, tmp_path, file, change, message):
     model, processor = loaded
     model.save_pretrained(tmp_path, {})
     processor.save_pretrained(tmp_path)
-    file = tmp_path / ("region_encoder.safetensors" if fault == "region" else "model.safetensors")
-    weights = load_file(file)
-    name = next(n for n in weights if "norm" in n or "mlp" in n)
-    if fault == "left over":
-        weights["model.language_model.extra.weight"] = torch.zeros(3)
+    weights = load_file(tmp_path / file)
+    name = next(n for n in sorted(weights) if "norm" in n or "mlp.0" in n)
+    if change == "left over":
+        weights["extra.weight"] = torch.zeros(3)
+    elif change == "shape":
+        weights[name] = torch.zeros(7)
     else:
         del weights[name]
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(
-        (ValueError, RuntimeError), match="extra" if fault == "left over" else name.split(".")[-2]
-    ):
-        models.ReferringVideoLLM.from_pretrained(tmp_path, processor.region_token_id)
+    save_file(weights, tmp_path / file, metadata={"format": "pt"})
+    with pytest.raises(data.DataError, match=message) as caught:
+        models.load_model(tmp_path, processor)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_folder_without_its_region_weights_is_refused(loaded, tmp_path):
+    """Otherwise a trained model would come back with a region encoder that adds nothing."""
+    model, processor = loaded
+    model.save_pretrained(tmp_path, {})
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "region_encoder.safetensors").unlink()
+    with pytest.raises(data.DataError, match="region_encoder.safetensors"):
+        models.load_model(tmp_path, processor)
+
+
+def test_a_model_that_does_not_exist_is_named_in_one_line(checkpoint, tmp_path):
+    """It ended in a traceback of 40 lines."""
+    (tmp_path / "empty").mkdir()
+    without_tokenizer, without_weights, cut_short = (tmp_path / name for name in ("a", "b", "c"))
+    for folder in (without_tokenizer, without_weights, cut_short):
+        shutil.copytree(checkpoint, folder)
+    (without_tokenizer / "tokenizer.json").unlink()
+    (without_weights / "model.safetensors").unlink()
+    with open(cut_short / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    paths = ["Nobody/Nothing", "tiny-model", "out/final", str(tmp_path / "missing"), str(tmp_path / "empty")]
+    for path in [*paths, str(without_tokenizer), str(without_weights), str(cut_short)]:
+        with pytest.raises(data.DataError) as caught:
+            models.load_model(path, models.load_processor(path))
+        message = str(caught.value)
+        assert message.startswith(f"--model {path}: expected ") and "\n" not in message and len(message) < 600
+        assert all(word in message for word in ('"tiny"', "a Hugging Face name", "config.json"))
+        if path.endswith("empty"):
+            assert "config.json" in message.partition("found: ")[2]
+
+
+def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
+    """Stage 2 of a training once dropped the settings of stage 1, without a word."""
+    model, processor = loaded
+    model.save_pretrained(tmp_path, asdict(processor.settings))
+    processor.save_pretrained(tmp_path)
+    assert models.load_processor(tmp_path).settings == SETTINGS
+    changed = models.load_processor(tmp_path, num_frames=3, region_tokens=None)
+    assert changed.settings == data.replace(SETTINGS, num_frames=3)
+    (tmp_path / "nanorefer.json").unlink()
+    plain = models.load_processor(tmp_path, num_frames=3).settings
+    assert plain == data.Settings(num_frames=3, **data.PRETRAINED_PIXELS)
+    assert models.load_processor("tiny", ["word"], num_frames=3).settings == data.Settings(num_frames=3)
+
+
+def test_the_settings_are_saved_beside_the_weights(loaded, tmp_path):
+    model, processor = loaded
+    model.save_pretrained(tmp_path, asdict(processor.settings))
+    saved = json.loads((tmp_path / "nanorefer.json").read_text())
+    assert saved["frame_pixels"] == 10000 and saved["region_pixels"] == 22500 and saved["num_frames"] == 5
+    assert data.Settings(**saved) == SETTINGS
 
 
 def test_embeddings_grow_only_where_the_tokenizer_leaves_no_row(tmp_path):
     for spare, rows in [(8, 0), (0, 1)]:
         folder = make_checkpoint(tmp_path / str(spare), "qwen3_vl", spare_rows=spare)
-        processor = data.Processor.from_pretrained(folder, SETTINGS)
         before = AutoModelForImageTextToText.from_pretrained(folder).get_input_embeddings().num_embeddings
-        model = models.ReferringVideoLLM.from_pretrained(folder, processor.region_token_id)
+        model = models.load_model(folder, models.load_processor(folder))
         assert model.backbone.get_input_embeddings().num_embeddings == before + rows
         assert model.backbone.lm_head.out_features == before + rows
 
