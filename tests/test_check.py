@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clips
 import numpy as np
 import pytest
 import shapes
@@ -164,7 +165,7 @@ def test_masks_are_checked_on_frames_that_training_might_not_choose(folder, opti
 
 
 def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
-    """A white picture, 2 : 1, a box over its left half: the cells of that half are bright, the others dark."""
+    """A white picture, 2 : 1, a box over its left half: the cells there are bright, the others dark."""
     sample = {"image": "white.png", "conversations": TURNS, "annotation": [{"0": box(0, 0, 32, 32)}]}
     status, _ = check(folder, [sample], "--preview", tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
@@ -206,3 +207,12 @@ def test_outlined_objects_keep_their_pixels_and_the_rest_is_dimmed():
     assert (drawn[60, 160] == data.COLOURS[2]).all() and (drawn[70, 140] == data.COLOURS[2]).all()
     assert (drawn[90, 100] == picture[90, 100] // 2).all()
     assert (data.draw_regions(picture, [None]) == picture).all()
+
+
+def test_a_video_that_an_edit_list_cut_is_counted(folder):
+    """30 of its frames lie before time 0: some of them are stored, decoded, and never shown."""
+    clips.write_video(folder / "cut.mp4", options={"x264-params": "keyint=12:bframes=2"}, pts=range(-30, 42))
+    cut = {"video": "cut.mp4", "conversations": PLAIN}
+    status, output = check(folder, [cut, cut, RIGHT[0]])
+    assert status == 0 and f"1 videos, such as {folder}/cut.mp4, were cut by an edit list" in output
+    assert "edit list" not in check(folder, RIGHT)[1]

@@ -103,3 +103,14 @@ def test_bench_q_entries_ask_what_the_test_file_asks(world):
             len(question["annotation"]) == question["Question"].count("<region>") == len(entry["annotation"])
         )
         assert question["frame_idx"] in question["annotation"][0]
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path):
+    """x264's macroblock tree gave other bytes, and other pixels, in about every second clip."""
+    digests = []
+    for name in ("one", "two"):
+        shapes.write_world(tmp_path / name, train_clips=8, test_clips=4)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents = [(path.relative_to(tmp_path / name), path.read_bytes()) for path in files]
+        digests.append(contents)
+    assert digests[0] == digests[1] and len(digests[0]) == 12 * 3 + 3
