@@ -1,8 +1,9 @@
-"""Test clips whose every frame carries its own number, so that a test can tell which frame a reader really returned.
+"""Test clips whose every frame shows its own number, so that a test can tell which frame a reader returned.
 
-The number's 8 bits are a row of black and white blocks, the complement of each bit stands below it: a picture that is
-blurred, smeared or mixed from two frames breaks the complement rule instead of passing for another number. A texture
-that drifts lies over the blocks, so that the encoders have motion to predict and P and B frames are worth something.
+The number's 8 bits are a row of black and white blocks, and the complement of each bit stands below it: a
+picture that is blurred, smeared or mixed from two frames breaks the complement rule instead of passing for
+another number. A texture drifts over the blocks, so that the encoders have motion to predict and make use of
+P and B frames.
 """
 
 import json
@@ -31,7 +32,8 @@ def draw_number(number, height=HEIGHT, width=WIDTH):
 
 
 def read_number(frame):
-    """Inverse of draw_number for a decoded frame, uint8 (H, W, 3) RGB of any size. ValueError where there is no number."""
+    """Inverse of draw_number for a decoded frame, uint8 (H, W, 3) RGB of any size; ValueError without a
+    number."""
     height, width, _ = frame.shape
     y, x = (np.arange(2) * 2 + 1) * height // 4, (np.arange(BITS) * 2 + 1) * width // (2 * BITS)
     blocks = np.array(
@@ -58,7 +60,8 @@ def write_video(
     """Encode frames 0 .. num_frames - 1 to `path`; its suffix chooses the container.
 
     pts: presentation times in 1 / rate s, default 0, 1, 2, ...; uneven ones make a variable frame rate.
-    pictures: uint8 (num_frames, H, W, 3) RGB in place of numbers. color_range: 1 = limited (16-235), 2 = full (0-255).
+    pictures: uint8 (num_frames, H, W, 3) RGB in place of numbers. color_range: 1 is limited (16-235), 2 is
+    full (0-255).
     """
     pictures = [draw_number(k) for k in range(num_frames)] if pictures is None else pictures
     pts = range(len(pictures)) if pts is None else pts
@@ -188,7 +191,8 @@ def remux(source, target, change):
 
 
 def write_bench(folder):
-    """For `train.py --bench`: 10 s of 720p video, a textured scene that the camera pans over, with one disc annotated on 8 frames."""
+    """For the benchmarks: 10 s of 720p video, a textured scene that the camera pans over, and a disc with 8
+    masks."""
     rng, (height, width), num_frames = np.random.default_rng(0), (720, 1280), 300
     layers = [
         Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)).resize((2000, 2000))

@@ -201,8 +201,9 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypat
     assert len(data.read_samples(path)) == 3
 
 
-def test_an_edit_of_equal_length_is_noticed(folder):
+def test_an_edit_of_equal_length_is_noticed(folder, monkeypatch):
     """A file's size alone does not tell that it has changed: the samples may begin elsewhere now."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     path = write(folder, '[{"id": 1}, {"id": 22}]')
     before = data.read_samples(path)
     assert [before.read(i)[0] for i in range(2)] == [{"id": 1}, {"id": 22}]
@@ -211,6 +212,7 @@ def test_an_edit_of_equal_length_is_noticed(folder):
     os.utime(path, ns=(made, made + 1_000_000_000))
     after = data.read_samples(path)
     assert [after.read(i)[0] for i in range(2)] == [{"id": 33}, {"id": 4}]
+    assert len(os.listdir(folder / "cache/nanorefer")) == 1  # indices do not pile up in the cache
     with pytest.raises(DataError, match="sample 0: .*found that it has changed"):
         before.read(0)
 

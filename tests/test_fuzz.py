@@ -1,10 +1,11 @@
-"""Hostile input: mutated samples, masks and files are read as an independent specification says, or raise DataError; nothing else.
+"""Hostile input: mutated samples, masks and files are read as an independent specification says, or refused.
 
-    python tests/test_fuzz.py --seed 1 --cases 200000     more than the 10,000 of the test (there: FUZZ_SEED, FUZZ_CASES)
-    python tests/test_fuzz.py --seed 1 --case 4711        one case again, in this process, its input printed: what a failure names
+    python tests/test_fuzz.py --seed 1 --cases 200000   # the test: 10,000, or FUZZ_SEED and FUZZ_CASES
+    python tests/test_fuzz.py --seed 1 --case 4711      # what a failure names: one case, its input printed
 
-A case is a function of (seed, number): a valid input, then none to several mutations. Cases run in a child process, which notes the
-number of each before it starts: a hang or a segmentation fault, which ends the child, has a name, and a new child goes on.
+A case is a function of (seed, number): a valid input, then none to several mutations. The only error that
+may come is a DataError. Cases run in a child process, which notes the number of each before it starts, so
+that a hang or a segmentation fault, which ends the child, has a name; a new child goes on.
 """
 
 import argparse
@@ -33,9 +34,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import data  # noqa: E402
 
 PATIENCE = 20  # seconds that a case may take; the slowest takes a few tenths of one
-MEMORY = (
-    32 << 30
-)  # bytes of address space, most of it libraries: what wants more gets a MemoryError, and leaves the machine alone
+# Bytes of address space, most of it libraries. What wants more gets a MemoryError, and leaves the machine
+# alone.
+MEMORY = 32 << 30
 
 # ---- the specification -------------------------------------------------------------------------------------
 
@@ -132,7 +133,8 @@ def spec_object(frames, key, is_image):
 
 
 def spec_mask(segmentation, height, width):
-    """-> bool (H, W). RLE is decoded here; each polygon by pycocotools, alone, once its numbers are known to be harmless."""
+    """-> bool (H, W). RLE is decoded here, each polygon by pycocotools, once its numbers are known to be
+    harmless."""
     need(segmentation and type(segmentation) in (list, dict))
     if is_a(dict, segmentation):
         size, runs = segmentation.get("size"), segmentation.get("counts")
@@ -150,7 +152,8 @@ def spec_mask(segmentation, height, width):
             and min(runs, default=0) >= 0
             and sum(runs) == math.prod(size)
         )
-        # The frame's shape: scaled to the height or width of the larger picture, the smaller one is right to a pixel of its own.
+        # The frame's shape: scaled to a side of the larger picture, the smaller one is right to a pixel of
+        # its own.
         (h, w), (big_h, big_w) = sorted([size, [height, width]], key=math.prod)
         need(abs(w - Fraction(h * big_w, big_h)) <= 1 or abs(h - Fraction(w * big_h, big_w)) <= 1)
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[1], size[0]).T
@@ -173,7 +176,8 @@ def spec_mask(segmentation, height, width):
 
 
 def spec_runs(text):
-    """COCO's compressed counts as a regular expression: groups of 5 bits, lowest first, '0'..'O' the last, in two's complement."""
+    """COCO's compressed counts: groups of 5 bits, the lowest first, '0'..'O' being the last, in two's
+    complement."""
     need(re.fullmatch("([P-o]{0,5}[0-O])*", text))  # at most 30 bits: pycocotools reads more of them wrongly
     runs = []
     for word in re.findall("[P-o]*[0-O]", text):
@@ -183,7 +187,8 @@ def spec_runs(text):
 
 
 def shares(rows, cells):
-    """(L, M) -> float64 (cells, M): the mean over equal stretches of axis 0, from the integral, which is linear inside each pixel."""
+    """(L, M) -> float64 (cells, M): means over equal stretches of axis 0, from the integral, linear in each
+    pixel."""
     edges, borders = np.linspace(0, len(rows), cells + 1), np.arange(len(rows) + 1)
     below = [np.interp(edges, borders, np.cumsum([0, *column])) for column in rows.T]
     return np.diff(below).T * cells / len(rows)
@@ -193,7 +198,8 @@ def shares(rows, cells):
 
 
 def make_sample(rng):
-    """Every kind: video referring on one frame or many, image referring, image and video understanding, text only."""
+    """Every kind: video referring on one frame or many, image referring, image or video understanding,
+    text."""
     media, key = rng.choice([None, "video", "video", "image"]), rng.choice(["annotation", "masks"])
     objects = rng.randint(0, 3) if media else 0
     questions = [rng.choice(["What is it?", "Qu'est-ce que c'était? 🐈"]) for _ in range(rng.randint(1, 3))]
@@ -227,7 +233,8 @@ def make_object(rng, key, image):
 
 
 def make_mask(rng):
-    """-> (segmentation, height, width of a frame). One in three, say, is a little wrong: what comes later changes more."""
+    """-> (segmentation, height, width of a frame). About one in three is a little wrong; mutations change
+    more."""
     h, w, k = rng.randint(1, 24), rng.randint(1, 24), rng.choice([2, 3, 7])
     other = rng.choice(
         [(h * k, w * k), (h * k + 1, w * k - 1), (-(-h // k), -(-w // k)), (w, h), (720, 1280)]
@@ -269,7 +276,8 @@ def make_mask(rng):
 
 
 def compress(runs, longer):
-    """COCO's compressed counts, each number `longer` characters longer than it need be: read alike up to a limit."""
+    """COCO's compressed counts, each number `longer` characters longer than need be: read alike up to a
+    limit."""
     text = ""
     for number, run in enumerate(runs):
         value = run - (runs[number - 2] if number > 2 else 0)
@@ -448,8 +456,8 @@ def agree(specification, function, *arguments, longest=1000):
 
 
 def parts(sample):
-    """A sample to compare: its fields as a list, whose equality takes an object to equal itself, NaN too. In both samples of a case ids
-    and masks are the same objects."""
+    """A sample's fields as a list, whose equality takes an object to equal itself, NaN too: in both samples
+    of a case, ids and masks are the same objects."""
     return sample and list(vars(sample).values())
 
 
@@ -497,7 +505,7 @@ BAD_NUMBER = (
 
 
 def spec_file(path):
-    """-> the values in a JSON array or, else, in lines, by JSON's own decoder; BAD_NUMBER in a sample's place."""
+    """-> the values in a JSON array or else in lines, by JSON's own decoder, BAD_NUMBER being one of them."""
     with open(path, "rb") as file:
         raw = file.read()
     try:
@@ -599,7 +607,8 @@ def run_case(seed, number, folder, show=lambda value: value):
 
 
 def child(seed, first, last, folder):
-    """Runs cases; prints a line of JSON for each failure, then one with the counts. If it dies, the file `now` names the case."""
+    """Prints a line of JSON for each failure, then one with the counts. If it dies, the file `now` names the
+    case."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     counts, failures, now = Counter(), 0, os.open(os.path.join(folder, "now"), os.O_WRONLY | os.O_CREAT)
     for number in range(first, last):
@@ -620,7 +629,8 @@ def child(seed, first, last, folder):
 
 
 def fuzz(seed, cases, start="child"):
-    """-> (Counter of what was accepted and refused, the failures as text), from as many child processes as it takes."""
+    """-> (Counter of what was accepted and refused, failures as text), from as many child processes as it
+    takes."""
     counts, failures, first = Counter(), [], 0
     environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
     while first < cases and len(failures) < 10:
