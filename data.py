@@ -941,7 +941,7 @@ def atomic_write(path):
     It is renamed to path once all of it is on disk, so that path appears whole or not at all. An exception
     leaves nothing behind; a kill leaves the temporary path, whose name ends in .tmp.
     """
-    path = os.fspath(path)
+    path = os.path.abspath(path)  # also without a slash at its end
     temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         yield temporary
@@ -951,7 +951,7 @@ def atomic_write(path):
             _flush_to_disk(folder)
         _flush_to_disk(temporary)
         os.replace(temporary, path)
-        _flush_to_disk(os.path.dirname(os.path.abspath(path)))
+        _flush_to_disk(os.path.dirname(path))
     finally:
         if os.path.isdir(temporary):
             shutil.rmtree(temporary)

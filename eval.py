@@ -388,7 +388,8 @@ def question_dataset(processor, media, question, objects):
     annotation = []
     for frames in objects:
         annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in frames.items()})
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # a sample needs an answer
+    # A sample needs an answer, though this one is not read.
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
     entry = {"video": os.fspath(media), "conversations": turns, "annotation": annotation}
     return Questions([data.parse_sample(entry, (os.fspath(media),), "", 0, outside_paths=True)], processor)
 
