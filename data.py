@@ -27,15 +27,16 @@ import os
 import queue
 import re
 import shutil
+import struct
 import textwrap
 import threading
 import uuid
 from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 
 import av
@@ -105,12 +106,10 @@ class Sample:
     place: tuple[str, str]  # (file, sample name): how an error names this sample
     id: object
     media: str | None  # path of a video, image or folder of frames; None: text only
-    turns: list[
-        tuple[str, str]
-    ]  # (question, answer); the first question holds the media tag if there are media
-    objects: list[
-        dict[int, object]
-    ]  # per `<region>` tag of all questions, in order: {frame index: segmentation}
+    # (question, answer) pairs. The first question holds the media tag if there are media.
+    turns: list[tuple[str, str]]
+    # {frame index: segmentation} for each `<region>` tag of all questions, in order.
+    objects: list[dict[int, object]]
     size: tuple[int, int] | None  # (height, width) that polygons are drawn on; None: the frame's own
     type: str  # the row of eval.py's table
 
@@ -132,7 +131,7 @@ def read_samples(paths, media=None, outside_paths=False):
 def parse_sample(entry, place, media_folder, position, outside_paths=False):
     """Checks one JSON value and returns its Sample, or raises DataError.
 
-    place: (file, sample name). position: the sample's id if the entry has none.
+    place: (file, sample name). position: the sample's id if the entry has no "id".
     """
     expect(isinstance(entry, dict), "a JSON object", entry)
     media = _parse_media(entry, media_folder, outside_paths)
@@ -142,14 +141,13 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
-    if objects and media is None:
-        raise DataError("expected a video or image for the annotated objects, found neither key")
-    size = entry.get("height"), entry.get("width")
-    if size == (None, None):
-        size = None
-    else:
-        valid = all(type(side) is int and side > 0 for side in size) and math.prod(size) <= MAX_MASK_PIXELS
-        expect(valid, "height and width: two positive integers", size)
+    expect(media is not None or not objects, "a video or image for the annotated objects", "neither key")
+    height, width = entry.get("height"), entry.get("width")
+    size = None
+    if height is not None or width is not None:
+        size = height, width
+        valid = all(type(side) is int and side > 0 for side in size) and height * width <= MAX_MASK_PIXELS
+        expect(valid, f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels", size)
     question_type = "" if entry.get("type") is None else entry["type"]
     expect(isinstance(question_type, str), "type: a string", question_type)
     return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
@@ -228,21 +226,23 @@ class Settings:
     """How media become tokens. Saved beside a trained model, so that evaluation sees what training saw."""
 
     num_frames: int = 8  # frames sampled evenly from a video
-    frame_pixels: int = 32 * 32  # the most pixels that each of them has after resizing
-    region_pixels: int = (
-        96 * 96
-    )  # the same for stills: images, and annotated frames that regions are pooled from
+    frame_pixels: int = 32 * 32  # about the most pixels that each of them has after resizing
+    region_pixels: int = 96 * 96  # the same for stills, which are images and annotated frames
     region_frames: int = 8  # the most annotated frames used of one object, evenly spread
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            valid = type(value) is int and value > 0
+            expect(valid, f"--{name.replace('_', '-')}: a whole number from 1", value)
 
 
 # The pixels for a pretrained backbone, in place of those for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
 # What the backbone families do differently in the prompt; the rest is read from the checkpoint's own files.
-# timestamps: Qwen3-VL announces each pair of frames as "<1.5 seconds>"; Qwen2.5-VL has time in its position
-# ids.
+# Qwen3-VL writes the time in front of each pair of frames. Qwen2.5-VL has it in its position ids.
 FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False}}
 
 
@@ -254,10 +254,8 @@ class Processor:
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
-        if config.model_type not in FAMILIES:
-            raise DataError(
-                f"expected a model of a family in {sorted(FAMILIES)}, found {config.model_type!r}"
-            )
+        known = config.model_type in FAMILIES
+        expect(known, f"a model of one of the families {sorted(FAMILIES)}", config.model_type)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
         self.settings = settings
         self.timestamps = FAMILIES[config.model_type]["timestamps"]
@@ -267,11 +265,10 @@ class Processor:
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
         self.min_pixels = image_processor.size["shortest_edge"]  # these names notwithstanding, both are areas
         self.max_pixels = image_processor.size["longest_edge"]
-        ids = [config.image_token_id, config.video_token_id]
-        ids += [config.vision_start_token_id, config.vision_end_token_id]
-        self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokenizer.convert_ids_to_tokens(
-            ids
-        )
+        self.image_pad = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        self.video_pad = tokenizer.convert_ids_to_tokens(config.video_token_id)
+        self.vision_start = tokenizer.convert_ids_to_tokens(config.vision_start_token_id)
+        self.vision_end = tokenizer.convert_ids_to_tokens(config.vision_end_token_id)
         tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -282,7 +279,7 @@ class Processor:
         """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # Older checkpoints keep the template that knows images and videos in a file of its own.
+        # Older checkpoints keep the chat template for images and videos in a separate file.
         template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
         if template:
             with open(template) as file:
@@ -305,36 +302,37 @@ class Processor:
         return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
 
     def _smart_resize(self, height, width, min_pixels, max_pixels):
-        fits = max(height, width) <= 200 * min(
-            height, width
-        )  # beyond it, transformers raises a plain ValueError
+        # Beyond this ratio, transformers' smart_resize raises a plain ValueError.
+        fits = max(height, width) <= 200 * min(height, width)
         expect(fits, "a picture at most 200 times as long as wide", (height, width))
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
     def still_patches(self, picture):
         """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
-        sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
-        return rearrange(picture, "(gh m ph) (gw n pw) c -> (gh gw m n) (c ph pw)", **sizes)
+        return self._patches(picture[None], 1)
 
     def video_patches(self, frames):
         """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch), an odd last frame being repeated."""
         missing = -len(frames) % self.temporal_patch_size
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        sizes = dict(m=self.merge_size, n=self.merge_size, ph=self.patch_size, pw=self.patch_size)
+        return self._patches(frames, self.temporal_patch_size)
+
+    def _patches(self, frames, temporal_patch_size):
+        """The patches of a cell stand side by side, as the vision tower's patch merger expects them."""
+        sizes = dict(a=temporal_patch_size, m=self.merge_size, n=self.merge_size)
         pattern = "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)"
-        return rearrange(frames, pattern, a=self.temporal_patch_size, **sizes)
+        return rearrange(frames, pattern, ph=self.patch_size, pw=self.patch_size, **sizes)
 
     def image_prompt(self, cells):
         """The text that stands for an image of so many cells."""
         return self.vision_start + self.image_pad * cells + self.vision_end
 
     def video_prompt(self, frames, fps, cells):
-        """The text that stands for a video. frames: indices of the sampled frames; cells: of one pair of
-        frames.
+        """The text that stands for a video.
 
-        With timestamps, each pair of frames stands between vision_start and vision_end, and there is no such
-        pair around the whole: so did transformers 4.57, the release that Qwen3-VL was published with. (From
-        5.10 on, transformers leaves the chat template's own pair around the timestamps.)
+        frames: indices of the sampled frames. cells: how many one pair of frames has. With timestamps,
+        vision_start and vision_end enclose each pair of frames but not the whole video, as in transformers
+        4.57, with which Qwen3-VL was published. (From 5.10 on, transformers encloses the whole video, too.)
         """
         pair = self.temporal_patch_size
         frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
@@ -356,35 +354,32 @@ class Processor:
         for text in chain.from_iterable(turns):
             found = self.control_tokens.search(text)
             expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        # The template is rendered once with a mark for each answer; what stands between the marks is the
-        # prompt.
+        # Render the template once, with a mark in place of each answer. Prompts are what stands between.
         messages = []
         for question, _ in turns:
             messages.append({"role": "user", "content": self._message_parts(question, media)})
             messages.append({"role": "assistant", "content": ANSWER_MARK})
         prompts = self.tokenizer.apply_chat_template(messages, tokenize=False).split(ANSWER_MARK)
         end = self.tokenizer.eos_token
-        if len(prompts) != len(turns) + 1 or not all(prompt.startswith(end) for prompt in prompts[1:]):
-            raise DataError(f"expected a chat template that ends each answer with {end}, found {prompts}")
+        valid = len(prompts) == len(turns) + 1 and all(prompt.startswith(end) for prompt in prompts[1:])
+        expect(valid, f"a chat template that shows each answer once and ends it with {end}", prompts)
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             placeholder = self.vision_start + pad + self.vision_end
-            if placeholder not in prompts[0]:
-                raise DataError(
-                    f"expected a chat template that writes {placeholder} for media, found {prompts[0]}"
-                )
+            expect(
+                placeholder in prompts[0], f"a chat template that writes {placeholder} for media", prompts[0]
+            )
             prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
         token_counts = iter(region_tokens)
         texts, supervised = [], []
         for prompt, (_, answer) in zip(prompts, turns):
-            prompt = prompt.removeprefix(
-                end
-            )  # the end token of the answer before, which is supervised with it
+            prompt = prompt.removeprefix(end)  # it belongs to the answer before, with which it is supervised
             texts.append(re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt))
             texts.append(answer + end)
             supervised += [False, True]
         if for_generation:
             texts.pop()
+            supervised.pop()
         else:
             texts.append(prompts[-1].removeprefix(end))
             supervised.append(False)
@@ -393,7 +388,7 @@ class Processor:
             input_ids += ids
             labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
-            visual = sum(id in (self.config.image_token_id, self.config.video_token_id) for id in input_ids)
+            visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
             expected = f"expected at most --max-length {self.settings.max_length} tokens"
             raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
@@ -411,18 +406,25 @@ class Processor:
 
 # ---- encoded samples ----
 
+NO_MEDIA = {
+    "still_frames": [],
+    "still_patches": [],
+    "still_grid": (0, 0),
+    "video_patches": None,
+}  # the part of an encoded sample that stays so for text
+
 
 class ReferringDataset(Dataset):
     """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
 
-    dataset[epoch, i] is a function of (seed, epoch, i) alone, whatever the worker or the number of ranks;
-    except after time-outs, which depend on load. A sample that cannot be used comes back as its DataError. It
-    is not raised, because an exception would end the worker: the caller decides.
+    dataset[epoch, i] depends on (seed, epoch, i) alone, except after time-outs, which depend on load. A
+    sample that cannot be used comes back as its DataError. It is not raised, because an exception would end
+    the worker: the caller decides.
 
-    single_frame: the probability that an object with several annotated frames is cut to one random frame (the
-    paper trains on a mix of both modes). control: "none"; "full" replaces every mask by the whole frame;
-    "shuffle" by the masks of a random object on other media. cache_bytes: memory for decoded frames. timeout:
-    seconds that reading a media file may take.
+    single_frame: the probability that an object is cut to one random annotated frame (the paper trains on a
+    mix of both modes). control: "none"; "full" replaces every mask by the whole frame; "shuffle" by the masks
+    of a random object on other media. cache_bytes: memory for decoded frames. timeout: seconds that opening a
+    media file may take, and reading frames from it.
     """
 
     def __init__(
@@ -460,7 +462,7 @@ class ReferringDataset(Dataset):
     def encode(self, sample, rng, for_generation=False):
         """Returns a dict of what collate joins. Raises DataError with the sample's place."""
         with within(*sample.place):
-            media = self.open_media(sample) if sample.media else None
+            media = self.media_of(sample) if sample.media else None
             objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
             if self.control != "none":
                 objects = [self.replace_masks(masks, sample, rng) for masks in objects]
@@ -472,7 +474,7 @@ class ReferringDataset(Dataset):
             )
         return encoded
 
-    def open_media(self, sample):
+    def media_of(self, sample):
         media = self.cache.get(sample.media)
         if media is None:
             media = self.cache.put(sample.media, self.reader.run(sample.media, open_media, sample.media))
@@ -483,23 +485,23 @@ class ReferringDataset(Dataset):
     def choose_masks(self, sample, object_index, info, rng):
         """The masks used of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
 
-        A mask without a pixel says that the object is hidden there. Finding one means decoding all masks of
-        the object and choosing anew among those that are left.
+        A mask without a pixel says that the object is hidden there. If one is found, all masks of the object
+        are decoded, and frames are chosen anew among those where it is visible.
         """
-        segmentations = sample.objects[object_index]
+        segmentations, size = sample.objects[object_index], sample.size or (info.height, info.width)
+        is_single = rng.random() < self.single_frame
         with within(f"object {object_index}"):
-            size = sample.size or (info.height, info.width)
-            frames = self._choose_frames(sorted(segmentations), rng)
+            frames = self._choose_frames(sorted(segmentations), is_single, rng)
             masks = _decode_masks(segmentations, frames, size, info)
             if all(mask.any() for mask in masks.values()):
                 return masks
             masks = _decode_masks(segmentations, sorted(segmentations), size, info)
             visible = [frame for frame, mask in masks.items() if mask.any()]
             expect(visible, "a mask that is not empty on at least one frame", sorted(segmentations))
-            return {frame: masks[frame] for frame in self._choose_frames(visible, rng)}
+            return {frame: masks[frame] for frame in self._choose_frames(visible, is_single, rng)}
 
-    def _choose_frames(self, frames, rng):
-        if rng.random() < self.single_frame:
+    def _choose_frames(self, frames, is_single, rng):
+        if is_single:
             return [frames[rng.integers(len(frames))]]
         return evenly(frames, self.settings.region_frames)
 
@@ -509,12 +511,12 @@ class ReferringDataset(Dataset):
             return {frame: np.ones((1, 1), np.uint8) for frame in masks}
         for i in rng.permutation(len(self.samples)).tolist():
             with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
-                other = self.samples[i]
-                if not other.objects or other.media == sample.media:
+                donor = self.samples[i]
+                if not donor.objects or os.path.normpath(donor.media) == os.path.normpath(sample.media):
                     continue
-                object_index = int(rng.integers(len(other.objects)))
-                lent = list(self.choose_masks(other, object_index, self.open_media(other).info, rng).values())
-                return {frame: lent[j % len(lent)] for j, frame in enumerate(masks)}
+                object_index = int(rng.integers(len(donor.objects)))
+                donor_masks = self.choose_masks(donor, object_index, self.media_of(donor).info, rng)
+                return dict(zip(masks, cycle(donor_masks.values())))
         raise DataError("expected a sample with regions on other media to take masks from, found none")
 
     def _add_media(self, encoded, path, media, objects):
@@ -545,16 +547,19 @@ class ReferringDataset(Dataset):
         return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
 
     def _read_pictures(self, path, media, wanted):
-        """[(frame, (height, width))] -> list of uint8 (height, width, 3). A frame that the cache lacks is
-        decoded once, however many sizes of it are wanted."""
+        """Returns uint8 (height, width, 3) for each of the wanted (frame, (height, width)).
+
+        A frame that the cache lacks is decoded once, however many sizes of it are wanted.
+        """
         pictures = {key: self.cache.get((path, key)) for key in wanted}
-        missing = {frame for (frame, _), picture in pictures.items() if picture is None}
-        frames = self.reader.run(path, media.read, sorted(missing)) if missing else {}
-        for (frame, (height, width)), picture in pictures.items():
-            if picture is None:
-                resized = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
-                key = frame, (height, width)
-                pictures[key] = self.cache.put((path, key), np.asarray(resized))
+        missing = [key for key in pictures if pictures[key] is None]
+        frames = {}
+        if missing:
+            frames = self.reader.run(path, media.read, sorted({frame for frame, _ in missing}))
+        for key in missing:
+            frame, (height, width) = key
+            resized = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
+            pictures[key] = self.cache.put((path, key), np.asarray(resized))
         return [pictures[key] for key in wanted]
 
     def _add_regions(self, encoded, media, objects):
@@ -570,8 +575,6 @@ class ReferringDataset(Dataset):
             encoded["object_frames"].append(len(masks))
             encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
 
-
-NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
 
 # What a rank computes on if none of its samples can be used: a single token, and nothing to learn.
 EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
@@ -624,15 +627,17 @@ def collate(samples, pad_token_id, pad_left=False):
         labels[row, columns] = sample["labels"]
         attention_mask[row, columns] = 1
 
-    stills, still_grids, region_still = [], [], {}
-    is_image = [sample["kind"] == "image" for sample in samples]
-    for row in sorted(
-        range(len(samples)), key=lambda row: not is_image[row]
-    ):  # stable: prompt images come first
+    image_rows = [row for row, sample in enumerate(samples) if sample["kind"] == "image"]
+    other_rows = [row for row, sample in enumerate(samples) if sample["kind"] != "image"]
+    stills, still_grids, stills_of_row = [], [], {}
+    for row in image_rows + other_rows:  # the images that stand in prompts come first
         sample = samples[row]
-        region_still[row] = [len(stills) + i for i in sample["region_still"]]
+        stills_of_row[row] = [len(stills) + i for i in sample["region_still"]]
         stills += sample["still_patches"]
         still_grids += [(1, *sample["still_grid"])] * len(sample["still_patches"])
+    region_still = []
+    for row in range(len(samples)):
+        region_still += stills_of_row[row]
     videos = [sample for sample in samples if sample["video_patches"] is not None]
     coverages = list(chain.from_iterable(sample["coverage"] for sample in samples))
     joined = {}
@@ -648,7 +653,7 @@ def collate(samples, pad_token_id, pad_left=False):
         "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
         "still_patches": _concatenate(stills, np.uint8),
         "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
-        "prompt_images": sum(is_image),
+        "prompt_images": len(image_rows),
         "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
         "video_grid_thw": torch.tensor([video["video_grid"] for video in videos], dtype=torch.long).view(
             -1, 3
@@ -658,9 +663,7 @@ def collate(samples, pad_token_id, pad_left=False):
         ),
         "coverage": _concatenate(coverages, np.float32),
         "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in coverages])),
-        "region_still": torch.tensor(
-            list(chain(*map(region_still.get, range(len(samples))))), dtype=torch.long
-        ),
+        "region_still": torch.tensor(region_still, dtype=torch.long),
         "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
         "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
         "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
@@ -902,7 +905,7 @@ class FrameCache:
 
 
 class TimedReader:
-    """Runs functions that read a media file, for at most timeout seconds each (None: without a limit).
+    """Runs functions that read a media file, for at most timeout seconds each.
 
     A thread that hangs in a decoder cannot be ended. It is left behind, and its file is never tried again.
     """
@@ -921,7 +924,7 @@ class TimedReader:
         except queue.Empty:
             self.hung_paths.add(path)
             expected = f"expected to be read within {self.timeout:g} s (--timeout)"
-            raise DataError(f"{path}: {expected}, found that it was not") from None
+            raise DataError(f"{expected}, found that it was not", path) from None
         if error is not None:
             raise error
         return value
@@ -975,6 +978,8 @@ def sample_texts(samples, limit=10_000):
 
 # ---- the index of a data file ----
 
+FILE_CHANGED = "expected the file as it was when it was opened, found that it has changed"
+
 
 class Samples:
     """The sequence that read_samples returns.
@@ -983,16 +988,19 @@ class Samples:
     is. So it may be handed to worker processes, and all processes of a machine share the memory of the index.
     """
 
-    def __init__(self, files, outside_paths=False):
+    def __init__(self, files, outside_paths=False, versions=None):
         self.files, self.outside_paths = files, outside_paths  # files: (path, media folder) of each
         self.indices = [_open_index(path) for path, _ in files]
+        self.versions = [version for version, _ in self.indices]
+        if versions is not None and versions != self.versions:
+            raise DataError(FILE_CHANGED, ", ".join(path for path, _ in files))
         self.first = np.cumsum(
             [0] + [len(spans) for _, spans in self.indices]
         )  # of each file, its first sample
 
     def __reduce__(self):
         # A spawned process opens the index itself, because a pickled memory map would become a copy.
-        return type(self), (self.files, self.outside_paths)
+        return type(self), (self.files, self.outside_paths, self.versions)
 
     def __len__(self):
         return int(self.first[-1])
@@ -1021,7 +1029,7 @@ class Samples:
             except OSError as error:
                 raise DataError(f"expected a readable file, found: {error.strerror}") from None
             if changed:
-                raise DataError("expected the file as it was when it was opened, found that it has changed")
+                raise DataError(FILE_CHANGED)
             try:
                 entry = _parse(text.decode(), parse_constant=_refuse_constant)
             except DataError:
@@ -1074,6 +1082,7 @@ def _open_index(path):
     Finding the samples of a file of gigabytes takes minutes, so the index is saved in the user's cache folder
     (data folders are often read-only). It is memory-mapped, so that all processes of a machine share it. Its
     name tells the version of the data file that it was made for: a file that has changed gets a new index.
+    Old ones stay, because another machine that shares the folder may still have them mapped.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:24]
@@ -1090,8 +1099,6 @@ def _open_index(path):
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
     try:
         index_path.parent.mkdir(parents=True, exist_ok=True)
-        for outdated in index_path.parent.glob(f"{name}-*.npy"):
-            outdated.unlink(missing_ok=True)
         with atomic_write(index_path) as temporary, open(temporary, "wb") as file:
             np.save(file, spans)
     except OSError as error:
@@ -1237,14 +1244,15 @@ def open_media(path):
 
 def _natural_order(name):
     """Sort key that puts img2 before img10; the name itself decides between img2 and img02."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)], name
+    parts = re.split(r"([0-9]+)", name)  # texts and numbers in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def _check_indices(indices, num_frames):
     """Returns the indices as a rising list of int, each once, or raises DataError."""
     for k in indices:
         valid = isinstance(k, (int, np.integer)) and not isinstance(k, bool) and 0 <= k < num_frames
-        expect(valid, f"frame numbers from 0 to {num_frames - 1}, it has {num_frames}", k)
+        expect(valid, f"a frame index from 0 to {num_frames - 1}", k)
     return sorted({int(k) for k in indices})
 
 
@@ -1282,7 +1290,7 @@ def _open_image(file):
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         reason = f"expected an image, found one that does not decode: {error}"
         raise DataError(reason, str(file)) from error
 
@@ -1428,8 +1436,9 @@ def _ebml_size(head, position):
 @contextmanager
 def _open_video(path):
     """Yields PyAV's container and its first video stream that is no cover art."""
-    # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
-    with av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS}) as container:
+    # "file:" keeps FFmpeg from taking a colon in the name for a protocol. Titles need not be valid UTF-8.
+    options = {"format_whitelist": VIDEO_FORMATS}
+    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
@@ -1556,14 +1565,14 @@ def _draw_frames(dataset, sample, frames_shown, panel_height):
     """[(frame index, uint8 picture)]: the frame, and below it the same frame with its cells lit."""
     if sample.media is None:
         return []
-    media, rng = dataset.open_media(sample), np.random.default_rng(0)
+    media, rng = dataset.media_of(sample), np.random.default_rng(0)
     objects = [dataset.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
     frames = evenly(sorted(set(chain.from_iterable(objects))) or [0], frames_shown)
     height, width = media.info.height, media.info.width
     gh, gw = (side // dataset.processor.factor for side in dataset.processor.still_size(height, width))
     panel_size = max(1, round(panel_height * width / height)), panel_height
     panels = []
-    for frame, picture in media.read(frames).items():
+    for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
         masks = [masks.get(frame) for masks in objects]
         small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
         covered = np.zeros((gh, gw), np.float32)
@@ -1586,28 +1595,29 @@ def draw_regions(picture, masks):
     numbers.
     """
     height, width, _ = picture.shape
-    outlined = []  # [where it is, its numbers, its box]
+    outlined = []  # pairs of where an object is, bool (H, W), and its indices
     for i, mask in enumerate(masks):
         if mask is None or not mask.any():
             continue
-        box = mask_box(mask)
-        same = [entry for entry in outlined if np.allclose(box, entry[2], atol=0.03)]
-        if same:
-            same[0][1].append(i)
+        share = coverage(mask, height, width)
+        # Where the picture is smaller than the mask, an object may cover less than half of every pixel.
+        inside = share >= min(0.5, share.max())
+        for other, indices in outlined:
+            if (inside & other).sum() > 0.8 * (inside | other).sum():  # the same object, asked about again
+                indices.append(i)
+                break
         else:
-            share = coverage(mask, height, width)
-            # Where the picture is smaller than the mask, an object may cover less than half of every pixel.
-            outlined.append([share >= min(0.5, share.max()), [i], box])
-    objects = np.any([inside for inside, _, _ in outlined] or [np.ones((height, width), bool)], axis=0)
+            outlined.append((inside, [i]))
+    objects = np.any([inside for inside, _ in outlined] or [np.ones((height, width), bool)], axis=0)
     drawn = np.where(objects[:, :, None], picture, picture // 2)
-    for inside, (first, *_), _ in outlined:
+    for inside, indices in outlined:
         contour_width = max(1, round(max(height, width) / 300))  # pixels, outside of the object
         grown = Image.fromarray(np.uint8(inside)).filter(ImageFilter.MaxFilter(2 * contour_width + 1))
-        drawn[(np.asarray(grown) > 0) & ~objects] = COLOURS[first % len(COLOURS)]
+        drawn[(np.asarray(grown) > 0) & ~objects] = COLOURS[indices[0] % len(COLOURS)]
     image = Image.fromarray(drawn)
     pen, size = ImageDraw.Draw(image), max(12, min(height, width) // 16)
     font = ImageFont.load_default(size)
-    for inside, indices, _ in outlined:
+    for inside, indices in outlined:
         top, bottom, left, _ = mask_bounds(inside)
         text = ",".join(str(i + 1) for i in indices)
         style = dict(fill=COLOURS[indices[0] % len(COLOURS)], font=font, stroke_width=2, stroke_fill="black")
@@ -1659,35 +1669,41 @@ class CheckedDataset(ReferringDataset):
     def __getitem__(self, i):
         try:
             sample = self.samples[i]
-            facts = [("frames per object", len(masks)) for masks in sample.objects]
-            for object_index, masks in enumerate(
-                sample.objects
-            ):  # all, also those that training might not choose
-                for frame, segmentation in masks.items():
-                    with within(*sample.place, f"object {object_index}", f"frame {frame}"):
-                        check_segmentation(segmentation)
-                    facts.append(("mask forms", mask_form(segmentation)))
-            kind = "media" if sample.media else None
-            if not self.structure_only:
-                encoded = self.encode(sample, np.random.default_rng(0))
-                kind = encoded["kind"]
-                facts.append(("tokens", len(encoded["input_ids"])))
-                if kind:
-                    facts += self._media_facts(sample)
-            frames = max((len(masks) for masks in sample.objects), default=0)
-            regions = ("no regions", "regions on one frame", "regions on several frames")[min(frames, 2)]
-            facts.append(("kinds", f"{kind}, {regions}" if kind else "text only"))
-            return facts, None
+            with within(*sample.place):
+                return self._facts(sample), None
         except DataError as error:
             return None, error
 
-    def _media_facts(self, sample):
-        info = self.open_media(sample).info
-        facts = [("sizes", f"{info.width}x{info.height}")]
-        if not info.is_image:
-            facts.append(("frames per video", info.num_frames))
-        if info.hidden_packets:
-            facts.append(("edit lists", sample.media))
+    def _facts(self, sample):
+        info = None
+        if sample.media is not None and not self.structure_only:
+            info = self.media_of(sample).info
+        facts, most_frames = [], 0
+        for i, segmentations in enumerate(sample.objects):
+            with within(f"object {i}"):
+                # All of them, because training chooses among them at random.
+                for frame, segmentation in segmentations.items():
+                    with within(f"frame {frame}"):
+                        check_segmentation(segmentation)
+                    facts.append(("mask forms", mask_form(segmentation)))
+                if info is not None:
+                    size = sample.size or (info.height, info.width)
+                    _decode_masks(segmentations, sorted(segmentations), size, info)
+            facts.append(("frames per object", len(segmentations)))
+            most_frames = max(most_frames, len(segmentations))
+        kind = "media" if sample.media else None
+        if not self.structure_only:
+            encoded = self.encode(replace(sample, place=()), np.random.default_rng(0))
+            kind = encoded["kind"]
+            facts.append(("tokens", len(encoded["input_ids"])))
+        regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
+        facts.append(("kinds", f"{kind}, {regions}" if kind else "text only"))
+        if info is not None:
+            facts.append(("sizes", f"{info.width}x{info.height}"))
+            if not info.is_image:
+                facts.append(("frames per video", info.num_frames))
+            if info.hidden_packets:
+                facts.append(("edit lists", sample.media))
         return facts
 
 
@@ -1698,10 +1714,17 @@ def mask_form(segmentation):
     return "one polygon" if len(_as_polygons(segmentation)) == 1 else "several polygons"
 
 
-class Findings:
-    """What a check found, in numbers that do not grow with the data; its problems are grouped by reason."""
+NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|\S+\.\w+|\d+")
 
-    def __init__(self):
+
+class Findings:
+    """What a check found: statistics, and problems, grouped by reason.
+
+    It does not grow with the data, except for the names of videos with an edit list.
+    """
+
+    def __init__(self, file):
+        self.file = file  # gets one JSON line for each problem
         self.statistics = defaultdict(Counter)  # name -> how often each value occurs
         self.problems = {}  # kind of problem -> [how many, the first three errors]
 
@@ -1712,25 +1735,26 @@ class Findings:
     def add_problem(self, error):
         reason, *places = error.args
         # Problems are of one kind if they are alike up to numbers, file names and what was found.
-        kind = re.sub(r"\S*/\S*|\S+\.\w+|\d+", "#", ": ".join((*places[2:], reason.split(", found")[0])))
+        kind = NAMES_AND_NUMBERS.sub("#", ": ".join((*places[2:], reason.split(", found")[0])))
         group = self.problems.setdefault(kind, [0, []])
         group[0] += 1
         if len(group[1]) < 3:
             group[1].append(error)
+        self.file.write(json.dumps({"places": places, "reason": reason}) + "\n")
 
-    def report(self, samples, wrong):
-        print(f"{samples} samples, {samples - wrong} of them right")
+    def report(self, num_samples, num_bad):
+        print(f"{num_samples} samples, {num_samples - num_bad} of them right")
         print(f"{self.statistics['frames per object'].total()} objects")
-        for name in ("kinds", "mask forms", "sizes", "frames per object", "frames per video", "tokens"):
+        for name in ("kinds", "mask forms", "sizes"):
             counter = self.statistics[name]
-            if not counter:
-                continue
-            if name in ("kinds", "mask forms", "sizes"):
-                shown = [f"{value} {count}" for value, count in counter.most_common(8)]
-                more = [f"{len(counter) - 8} more"] if len(counter) > 8 else []
-                print(f"{name}: " + "; ".join(shown + more))
-            else:
-                values, counts = list(counter), list(counter.values())
+            shown = [f"{value} {count}" for value, count in counter.most_common(8)]
+            if len(counter) > 8:
+                shown.append(f"{len(counter) - 8} more")
+            if shown:
+                print(f"{name}: " + "; ".join(shown))
+        for name in ("frames per object", "frames per video", "tokens"):
+            values, counts = list(self.statistics[name]), list(self.statistics[name].values())
+            if values:
                 spread = np.quantile(values, [0, 0.5, 1], weights=counts, method="inverted_cdf")
                 print(f"{name}: min {spread[0]}, median {spread[1]}, max {spread[2]}")
         clips = self.statistics["edit lists"]
@@ -1742,65 +1766,45 @@ class Findings:
         for count, errors in sorted(self.problems.values(), key=lambda group: -group[0]):
             print(f"\n{count} x {errors[0].args[0]}")
             for error in errors:
-                print("    " + ": ".join(error.args[2:]))
+                print("    " + ": ".join(error.args[1:]))
             if count > len(errors):
                 print(f"    and {count - len(errors)} more")
 
 
-def read_all(dataset, workers):
-    """Yields what the dataset gives for each sample, in order, though some may crash the process that reads
-    them.
-
-    After a crash it goes on behind the samples that the workers had in hand, each of which gets a DataError.
-    """
-    done = 0
-    while done < len(dataset):
-        rest = range(done, len(dataset))
-        loader = DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers)
-        try:
-            for result in loader:
-                yield result
-                done += 1
-        except RuntimeError as error:
-            if not str(error).startswith(
-                "DataLoader worker"
-            ):  # what it says of a worker that died, and of nothing else
-                raise
-            in_hand = range(
-                done, min(done + 2 * workers, len(dataset))
-            )  # a worker has at most two samples in hand
-            for _ in in_hand:
-                place = f"one of {in_hand[0]} to {in_hand[-1]}"
-                yield (
-                    None,
-                    DataError(
-                        f"expected to be read, found that its process ended: {error}", "samples", place
-                    ),
-                )
-            done = in_hand[-1] + 1
-
-
 def check(dataset, workers, problems_path=None):
-    """Reads all samples. Returns (Findings, which samples are right: bool (samples,)).
+    """Reads all samples. Returns (Findings, which samples are usable: bool (samples,)).
 
-    problems_path: a file that gets one JSON line for each problem.
+    problems_path: a file that gets one JSON line for each problem, as soon as it is found. If a sample
+    crashes the worker that reads it, the samples that the workers had in hand become problems, and the check
+    continues behind them.
     """
-    findings, right = Findings(), np.zeros(len(dataset), bool)
-    with (
-        atomic_write(problems_path) if problems_path else nullcontext(os.devnull) as path,
-        open(path, "w") as file,
-    ):
-        results = tqdm(
-            read_all(dataset, workers), total=len(dataset), unit="sample", leave=False, mininterval=0.5
-        )
-        for i, (facts, error) in enumerate(results):
-            if error is None:
-                right[i] = True
-                findings.add_facts(facts)
-            else:
-                findings.add_problem(error)
-                file.write(json.dumps({"places": error.args[1:], "reason": error.args[0]}) + "\n")
-    return findings, right
+    usable, num_read = np.zeros(len(dataset), bool), 0
+    progress = tqdm(total=len(dataset), unit="sample", leave=False, mininterval=0.5)
+    with open(problems_path or os.devnull, "w", buffering=1) as file, progress:
+        findings = Findings(file)
+        while num_read < len(dataset):
+            rest = range(num_read, len(dataset))
+            loader = DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers)
+            try:
+                for facts, error in loader:
+                    if error is None:
+                        usable[num_read] = True
+                        findings.add_facts(facts)
+                    else:
+                        findings.add_problem(error)
+                    num_read += 1
+                    progress.update()
+            except RuntimeError as crash:
+                if not str(crash).startswith("DataLoader worker"):  # what it says of a worker that died
+                    raise
+                reason = f"expected to be read, found that its process ended: {crash}"
+                in_hand = range(num_read, min(num_read + 2 * workers, len(dataset)))  # two a worker at most
+                for _ in in_hand:
+                    place = f"one of {in_hand[0]} to {in_hand[-1]}"
+                    findings.add_problem(DataError(reason, "samples", place))
+                    num_read += 1
+                    progress.update()
+    return findings, usable
 
 
 def main(argv=None):
@@ -1822,6 +1826,12 @@ def main(argv=None):
     for field in fields(Settings):
         add("--" + field.name.replace("_", "-"), type=int, help="as for train.py")
     options = parser.parse_args(argv)
+    expect(options.workers >= 0, "--workers: a number from 0", options.workers)
+    expect(options.timeout > 0, "--timeout: a number above 0", options.timeout)
+    if options.preview:
+        expect(not options.structure_only, "--preview without --structure-only, since it opens media", "both")
+        folder = os.path.dirname(os.path.abspath(options.preview))
+        expect(os.path.isdir(folder), "--preview: a file in a folder that exists", options.preview)
 
     import model  # not at the top, because everything else in this module does without it
 
@@ -1829,13 +1839,13 @@ def main(argv=None):
     settings = {field.name: getattr(options, field.name) for field in fields(Settings)}
     processor = model.load_processor(options.model, sample_texts(samples), **settings)
     dataset = CheckedDataset(samples, processor, options.structure_only, options.timeout)
-    findings, right = check(dataset, options.workers, options.problems)
-    findings.report(len(samples), int((~right).sum()))
-    if options.preview and right.any():
-        candidates = evenly(np.flatnonzero(right), 200)
+    findings, usable = check(dataset, options.workers, options.problems)
+    findings.report(len(samples), int((~usable).sum()))
+    if options.preview and usable.any():
+        candidates = evenly(np.flatnonzero(usable), 200)
         with_objects = [i for i in candidates if samples[int(i)].objects]
         save_picture(preview(dataset, evenly(with_objects or candidates, 5)), options.preview)
-    return int(not right.all())
+    return int(not usable.all())
 
 
 if __name__ == "__main__":
@@ -1843,5 +1853,5 @@ if __name__ == "__main__":
 
     try:
         raise SystemExit(data.main())
-    except data.DataError as error:
-        raise SystemExit(f"data error: {error}") from None
+    except (data.DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -216,3 +216,61 @@ def test_a_video_that_an_edit_list_cut_is_counted(folder):
     status, output = check(folder, [cut, cut, RIGHT[0]])
     assert status == 0 and f"1 videos, such as {folder}/cut.mp4, were cut by an edit list" in output
     assert "edit list" not in check(folder, RIGHT)[1]
+
+
+def test_frames_that_training_might_choose_are_checked_against_the_video(folder):
+    """Of 20 annotated frames training shows 8 at most, or one at random, and the checker saw only these 8."""
+    masks = {str(k): box(10, 10, 40, 40) for k in range(8)}
+    wrong_shape = {"segmentation": {"size": [10, 40], "counts": [100, 300]}}
+    far = {"segmentation": [[1, 1, 900, 1, 9, 9]]}
+    for frame, mask in (("1", wrong_shape), ("2", far)):
+        sample = {"video": "a.mp4", "conversations": TURNS, "annotation": [masks | {frame: mask}]}
+        status, output = check(folder, [sample], "--region-frames", 2)
+        assert status == 1 and f"object 0: frame {frame}" in output
+    late = {"video": "a.mp4", "conversations": TURNS, "annotation": [masks | {"8": box(1, 1, 9, 9)}]}
+    assert "a frame index below 8" in check(folder, [late], "--region-frames", 2)[1]
+
+
+def test_objects_side_by_side_are_drawn_apart_and_one_asked_about_again_is_not():
+    """Small objects with similar boxes were taken for one, and the second was never drawn."""
+    picture, masks = np.full((400, 400, 3), 90, np.uint8), np.zeros((3, 400, 400), np.uint8)
+    masks[0, 200:206, 200:206], masks[1, 200:206, 208:214], masks[2, 300:350, 300:350] = 1, 1, 1
+    drawn = data.draw_regions(picture, [*masks, masks[2]])
+    colours = {tuple(pixel) for pixel in drawn.reshape(-1, 3).tolist()}
+    assert {*data.COLOURS[:3]} <= colours and data.COLOURS[3] not in colours
+
+
+def test_a_problem_names_its_file(folder):
+    (folder / "other.json").write_text(
+        json.dumps([RIGHT[0], {"video": "absent.mp4", "conversations": PLAIN}])
+    )
+    _, output = check(folder, [RIGHT[0]], folder / "other.json")
+    assert f"{folder}/other.json: sample 1" in output
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--workers", -1], "--workers: a number from 0, found -1"),
+        (["--timeout", 0], "--timeout: a number above 0, found 0"),
+        (["--num-frames", 0], "--num-frames: a whole number from 1, found 0"),
+        (["--region-frames", -2], "--region-frames: a whole number from 1, found -2"),
+        (["--structure-only", "--preview", "p.png"], "--preview without --structure-only"),
+        (["--preview", "absent/p.png"], "a file in a folder that exists, found 'absent/p.png'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_one_line(folder, options, message):
+    with pytest.raises(data.DataError, match=message):
+        check(folder, RIGHT, *options)
+
+
+def test_problems_are_written_as_they_are_found(folder, tmp_path):
+    class Interrupted(Faulty):
+        def __getitem__(self, i):
+            if i == 3:
+                raise KeyboardInterrupt
+            return None, data.DataError("expected a, found b", "file", f"sample {i}")
+
+    with pytest.raises(KeyboardInterrupt):
+        data.check(Interrupted(), 0, tmp_path / "problems.jsonl")
+    assert len((tmp_path / "problems.jsonl").read_text().splitlines()) == 3

@@ -437,7 +437,7 @@ def test_workers(videos, start):
 
 @pytest.mark.parametrize("k", [-1, 72, 10**12, 1.0, "3", None, True])
 def test_bad_index(clip, k):
-    with pytest.raises(DataError, match=r"a.mp4: expected frame numbers from 0 to 71.*found"):
+    with pytest.raises(DataError, match=r"a.mp4: expected a frame index from 0 to 71, found"):
         read_frames(clip, [0, k])
 
 
@@ -547,3 +547,32 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match="a.png: expected an image.*exceeds limit"):
         read_frames(tmp_path / "a.png", [0])
+
+
+def test_titles_need_not_be_utf_8(tmp_path):
+    """PyAV decodes metadata while it opens a file, and a UnicodeDecodeError ended the worker."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        container.metadata["title"] = "TITLE"
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(draw_number(5), format="rgb24")))
+        container.mux(stream.encode())
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert content.count(b"TITLE") == 1
+    (tmp_path / "a.mkv").write_bytes(content.replace(b"TITLE", b"\xe9\xff\xfe\xe9\xff"))
+    assert read_number(read_frames(tmp_path / "a.mkv", [0])[0]) == 5
+
+
+def test_an_exif_header_that_is_cut_short_is_a_data_error(tmp_path):
+    """PIL raises struct.error, which is neither an OSError nor a ValueError."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", exif=b"II*\0")
+    with pytest.raises(DataError, match="a.png: expected an image, found one that does not decode"):
+        read_frames(tmp_path / "a.png", [0])
+
+
+def test_digits_of_other_scripts_do_not_end_the_natural_order(tmp_path):
+    """ "²".isdigit() is true, int("²") an error; and a number cannot be compared with a letter."""
+    for name in ("1²2.png", "1a2.png", "1٣2.png", "10.png", "9.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert media_info(tmp_path).num_frames == 5
+    assert open_media(tmp_path).names[-2:] == ["9.png", "10.png"]
