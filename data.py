@@ -1370,12 +1370,14 @@ class Video:
             index_of = {} if self.times is None else {pts: k for k, pts in enumerate(self.times.tolist())}
             for keyframe, group in _plan(wanted, keyframes):
                 start = self.times[keyframe] if keyframe else None
-                previous = None
+                previous, is_damaged = None, False
                 for count, frame in enumerate(_frames_from(container, stream, start, needed)):
                     k = count if self.times is None else index_of.get(frame.pts)
                     is_gap = not skip and previous is not None and k != previous + 1
-                    if k is None or is_gap or frame.is_corrupt and k in asked:
-                        break  # here packets and frames do not match one to one
+                    # FFmpeg does not flag the frames that are predicted from a damaged one.
+                    is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+                    if k is None or is_gap or (is_damaged and k in asked):
+                        break  # packets and frames do not match one to one, or the frame is not as it was
                     if k in asked:
                         pictures[k] = _to_rgb(frame, reformatter)
                     if k >= group[-1]:

@@ -576,3 +576,24 @@ def test_digits_of_other_scripts_do_not_end_the_natural_order(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert media_info(tmp_path).num_frames == 5
     assert open_media(tmp_path).names[-2:] == ["9.png", "10.png"]
+
+
+@pytest.mark.parametrize("place", [22, 30, 44, 52])
+def test_what_is_predicted_from_a_damaged_frame_is_not_returned(tmp_path, place):
+    """FFmpeg flags the frame that it could not decode, but not those that refer to it, up to a keyframe.
+
+    A single bit is changed, where FFmpeg notices it. (It cannot notice all: another stream may be valid, too.)
+    """
+    path = write_video(tmp_path / "a.mp4", options={"x264-params": X264 + "keyint=24:bframes=0"})
+    truth = read_frames(path, range(72))
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat")
+    content[start + (len(content) - start) * place // 80] ^= 0x10
+    path.write_bytes(content)
+    media, refused = open_media(path), 0
+    for k in range(72):
+        try:
+            assert (media.read([k])[k] == truth[k]).all(), k
+        except DataError:
+            refused += 1
+    assert 1 < refused <= 24  # the rest of one group of pictures
