@@ -697,9 +697,8 @@ def _parse_media(entry, media_folder, outside_paths):
     valid = isinstance(name, str) and name and "\0" not in name and not LONE_SURROGATE.search(name)
     expect(valid, f"{key}: one path", name)
     # An image may stand under "video", as in the published format's own example, but not the other way round.
-    expect(
-        key == "video" or _is_image_path(name), f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name
-    )
+    valid = key == "video" or _is_image_path(name)
+    expect(valid, f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name)
     inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
     expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
     return os.path.join(media_folder, name)
@@ -712,36 +711,29 @@ def _is_image_path(path):
 def _parse_turns(conversations, has_media):
     """The turns as (question, answer) pairs; the first question gets a media tag if it has none."""
     expect(isinstance(conversations, list) and conversations, "a list of turns", conversations)
-    turns = []
+    questions, answers = [], []
     for i, turn in enumerate(conversations):
         with within(f"turn {i}"):
             expect(isinstance(turn, dict), "an object with from and value", turn)
             speaker, value = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
-            expect(
-                not LONE_SURROGATE.search(value), "value: characters, not halves of surrogate pairs", value
-            )
-            turns.append((i, speaker, value))
-    while turns and turns[0][1] == "gpt":  # an answer without a question teaches nothing
-        turns.pop(0)
-    expect(
-        len(turns) >= 2,
-        "a human turn with its gpt answer, so that there is a supervised token",
-        conversations,
-    )
-    questions, answers = [], []
-    for position, (i, speaker, value) in enumerate(turns):
-        expected_speaker, texts = ("gpt", answers) if position % 2 else ("human", questions)
-        expect(speaker == expected_speaker, f"human and gpt in turn, {expected_speaker} as turn {i}", speaker)
-        expect(
-            position == 0 or not MEDIA_TAG.search(value), "a media tag only in the first human turn", value
-        )
-        if speaker == "gpt":
-            expect(
-                REGION_TAG not in value, f"no {REGION_TAG} in an answer, as a model cannot write one", value
-            )
-        texts.append(value)
+            halves = LONE_SURROGATE.search(value)
+            expect(not halves, "value: characters, not halves of surrogate pairs", value)
+            if speaker == "gpt" and not questions:
+                continue  # an answer without a question teaches nothing
+            expected = "gpt" if len(questions) > len(answers) else "human"
+            expect(speaker == expected, f"human and gpt in turn, {expected} as turn {i}", speaker)
+            has_tag = MEDIA_TAG.search(value)
+            expect(not questions or not has_tag, "a media tag only in the first human turn", value)
+            if speaker == "human":
+                questions.append(value)
+            else:
+                has_region = REGION_TAG in value
+                expect(not has_region, f"no {REGION_TAG} in an answer, as a model cannot write one", value)
+                answers.append(value)
+    answered = "a human turn with its gpt answer, so that there is a supervised token"
+    expect(answers, answered, conversations)
     expect(len(questions) == len(answers), "a gpt answer to the last human turn", questions[-1])
     tags = len(MEDIA_TAG.findall(questions[0]))
     expect(tags <= 1, "one media tag", questions[0])
@@ -811,10 +803,8 @@ def check_segmentation(segmentation):
     """
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
-        valid = (
-            isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-        )
-        valid = valid and math.prod(size) <= MAX_MASK_PIXELS
+        is_pair = isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)
+        valid = is_pair and math.prod(size) <= MAX_MASK_PIXELS
         expect(valid, f"size: [height, width] of at most {MAX_MASK_PIXELS} pixels", size)
         expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
         runs = _rle_runs(counts) if isinstance(counts, str) else counts
@@ -827,11 +817,8 @@ def check_segmentation(segmentation):
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
     for polygon in _as_polygons(segmentation):
         expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
-        expect(
-            len(polygon) >= 6 and len(polygon) % 2 == 0,
-            "at least 3 points, an even count of numbers",
-            polygon,
-        )
+        is_even = len(polygon) >= 6 and len(polygon) % 2 == 0
+        expect(is_even, "at least 3 points, an even count of numbers", polygon)
         numbers = all(type(x) in (int, float) for x in polygon)
         # The comparison is also False for NaN.
         expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)
@@ -1312,22 +1299,17 @@ def _load_image(file):
 class Video:
     """A video file or GIF, read with PyAV.
 
-    decord 0.6.0 returns wrong frames without an error: after a seek, in open-GOP H.264/HEVC and in MPEG-4
-    AVI; and even forward from 0, in MPEG-TS (it loses the first GOP) and past an edit list (it repeats the
-    last frame). It does not open AV1, hangs in workers forked after it was used, and reading forward it pays
-    for every frame.
+    Frames are found by their pts (presentation time), because they are not stored in the order in which they
+    are shown, and a seek leads to a time, not to a number. The packets are listed once, without decoding:
+    their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last keyframe
+    that is shown at or before k, and continues until a frame with the pts of k comes out. If a seek fails or
+    leads elsewhere, or if other frames come out than the packets announced, everything is decoded from the
+    first packet on. (decord 0.6.0 returns wrong frames without an error: after a seek in open-GOP H.264 and
+    HEVC and in MPEG-4 AVI, and even without one in MPEG-TS and past an edit list.)
 
-    A frame is known by its pts (presentation time), because the order in which frames are stored is not the
-    one in which they are shown, and a seek leads to a time, not to a number. The packets are listed once,
-    without decoding: their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at
-    the last keyframe that is shown at or before k, and goes on until a frame with the pts of k comes out. In
-    an open GOP some frames are stored after a keyframe but shown before it, and need the previous GOP to be
-    decoded: by this rule they start there. If a seek fails or leads elsewhere, or if the frames that come out
-    are not those that the packets announced, everything is decoded from the first packet on.
-
-    path: the file. times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not
-    tell them, and frames are decoded from the first packet and counted. keyframes: int64, the frames where
-    decoding may start, rising; the first is 0.
+    times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not tell them, so
+    that frames are decoded from the first packet on and counted. keyframes: int64, the frames where decoding
+    may start, rising; the first is 0.
     """
 
     def __init__(self, path):
@@ -1360,8 +1342,8 @@ class Video:
     def _decode(self, wanted, keyframes, skip):
         """Returns {frame index: uint8 (H, W, 3) RGB}; fewer than the wanted frames if anything is odd.
 
-        skip: leave out H.264 frames that are not wanted and that, by the standard, no other frame refers to
-        (most B-frames). Frames without times are counted, so there none may be left out.
+        skip: leave out H.264 frames that are not wanted and that no other frame refers to (most B-frames).
+        Where frames are counted, none may be left out.
         """
         asked, pictures, reformatter = set(wanted), {}, VideoReformatter()
         with _open_video(self.path) as (container, stream):

@@ -582,7 +582,7 @@ def test_digits_of_other_scripts_do_not_end_the_natural_order(tmp_path):
 def test_what_is_predicted_from_a_damaged_frame_is_not_returned(tmp_path, place):
     """FFmpeg flags the frame that it could not decode, but not those that refer to it, up to a keyframe.
 
-    A single bit is changed, where FFmpeg notices it. (It cannot notice all: another stream may be valid, too.)
+    A single bit is changed, where FFmpeg notices it. (It cannot always: another stream may be valid, too.)
     """
     path = write_video(tmp_path / "a.mp4", options={"x264-params": X264 + "keyint=24:bframes=0"})
     truth = read_frames(path, range(72))
