@@ -432,6 +432,14 @@ def sum_over_ranks(values, device):
     return total.tolist()
 
 
+def gather_over_ranks(value):
+    """Returns the values of all ranks, on every rank. Every rank must call it."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def ignore_sigterm(worker_id):
     """For the workers of the DataLoader. torchrun and batch systems send SIGTERM to all processes; if the
     workers died of it, so would the run, before it has saved."""
@@ -448,11 +456,7 @@ class BadSamples:
 
     def add(self, errors):
         """errors: the DataErrors of this rank. Every rank must call it, so that all ranks stop together."""
-        errors_by_rank = [errors]
-        if world_size() > 1:
-            errors_by_rank = [None] * world_size()
-            dist.all_gather_object(errors_by_rank, errors)
-        for error in sum(errors_by_rank, []):
+        for error in sum(gather_over_ranks(errors), []):
             if str(error) in self.seen:
                 continue
             self.seen.add(str(error))
@@ -494,7 +498,7 @@ def shard(model, device):
         fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
-def gather(tensor):
+def gather_to_rank0(tensor):
     """Returns a sharded tensor whole, in CPU memory, on rank 0, and None on the other ranks. Every rank must
     call it. A tensor that is not sharded comes back as it is."""
     if not isinstance(tensor, DTensor):
@@ -520,6 +524,13 @@ def read_jsonl(path):
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
+def write_jsonl(path, lines):
+    """Replaces a file. A kill leaves the old lines or the new ones, and none that is cut short."""
+    with data.atomic_write(path) as temporary, open(temporary, "w") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+
+
 def prepare_out(out, first_step):
     """Removes from OUT what a killed run left unfinished, or logged for steps that will be done again."""
     os.makedirs(out, exist_ok=True)
@@ -533,13 +544,12 @@ def prepare_out(out, first_step):
         path = os.path.join(out, name)
         if os.path.exists(path):
             lines = [line for line in read_jsonl(path) if line.get("step", -1) < first_step]
-            with data.atomic_write(path) as temporary, open(temporary, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            write_jsonl(path, lines)
 
 
 def save(model, processor, path, training=None):
     """Writes the model, and `training` as training.pt if given, to a folder. Every rank must call it."""
-    weights = {name: gather(p) for name, p in model.named_parameters()}
+    weights = {name: gather_to_rank0(p) for name, p in model.named_parameters()}
     if rank() > 0:
         return
     with data.atomic_write(path) as folder:
@@ -572,7 +582,7 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, done):
     state = optimizer.state_dict()
     moments = {}
     for i, tensors in state["state"].items():
-        moments[i] = {name: gather(tensor) for name, tensor in tensors.items()}
+        moments[i] = {name: gather_to_rank0(tensor) for name, tensor in tensors.items()}
     training = {
         "done": done,
         "samples": num_samples,
