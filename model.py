@@ -65,9 +65,9 @@ class ReferringVideoLLM(nn.Module):
         if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
             backbone.resize_token_embeddings(self.region_token_id + 1)
         self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
-        for name in ("image_mean", "image_std"):
-            values = torch.tensor(getattr(processor.image_processor, name)).view(1, 3, 1)
-            self.register_buffer(name, values, persistent=False)
+        images = processor.image_processor
+        self.register_buffer("image_mean", torch.tensor(images.image_mean).view(1, 3, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(images.image_std).view(1, 3, 1), persistent=False)
 
     def forward(self, batch):
         """Returns the cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
@@ -95,8 +95,8 @@ class ReferringVideoLLM(nn.Module):
         return output.last_hidden_state
 
     def _inputs(self, batch):
-        """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), how far these run ahead of
-        the number of tokens (B, 1), and the keyword arguments for Qwen3-VL's deepstack features.
+        """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), how far these run ahead
+        of the number of tokens (B, 1), and the keyword arguments for Qwen3-VL's deepstack features.
         """
         ids = batch["input_ids"]
         config = self.backbone.config
