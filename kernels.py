@@ -7,12 +7,15 @@
     weights (M,)       the coverage grids of all regions, one grid after another
     out (R, D)         one row for each region
 
+In this file a region is one object on one frame, which data.py and model.py call a region frame. What is
+called weights and weight_start here is `coverage` and `coverage_start` there.
+
 model.py calls `masked_average_pool`. On a CUDA device it runs the Triton kernels of this file, elsewhere the
 plain torch version, which is also their reference. NANOREFER_POOL in the environment chooses one of them:
 "triton" (on a CPU it needs TRITON_INTERPRET=1), "reference", or "auto", the default.
 
-    python kernels.py                            # compare the kernels with the reference, then time both
-    python tests/bench_kernels.py                # time them against other ways to compute the same
+    python kernels.py                            # compare the kernels with the reference
+    python tests/bench_kernels.py                # time both, and other ways to compute the same
     python -m pytest -q tests/test_kernels.py
 
 To learn Triton, first read its tutorials 01 (vector add) and 02 (softmax). A kernel describes one *program*,
@@ -21,8 +24,6 @@ arrays.
 """
 
 import os
-import statistics
-import time
 import warnings
 
 import torch
@@ -37,6 +38,9 @@ except ImportError:  # there is no Triton package for macOS and Windows
     triton = None
 
 
+# ---- The function, and its definition in plain torch ----
+
+
 def masked_average_pool(features, weights, frame_start, weight_start):
     """Returns (R, D) in the dtype of features: the average of each region's cells, weighted by coverage.
 
@@ -47,8 +51,8 @@ def masked_average_pool(features, weights, frame_start, weight_start):
 
     Regions may share a frame, and may overlap in any other way. Sums are made in float32. A region without
     weight gives zeros and passes no gradient on. A cell of weight 0 is not read, so a NaN in it does no harm.
-    Where frame_start or weight_start point outside of their arrays, the reference raises an error and the
-    kernels return NaN. Raises AssertionError for other shapes, dtypes and devices.
+    Where frame_start or weight_start point outside of features or weights, the reference raises an error and
+    the kernels return NaN. Raises AssertionError for other shapes, dtypes and devices.
     """
     check_arguments(features, weights, frame_start, weight_start)
     if choose_implementation(features) == "triton":
@@ -59,6 +63,8 @@ def masked_average_pool(features, weights, frame_start, weight_start):
 def masked_average_pool_reference(features, weights, frame_start, weight_start):
     """The definition in plain torch; arguments as for masked_average_pool. Autograd makes its gradient."""
     R, D = len(frame_start), features.shape[1]
+    ends = weight_start[[0, -1]].tolist()
+    assert ends == [0, len(weights)], f"weight_start: expected to run from 0 to {len(weights)}, found {ends}"
     # For each weight: the region that it belongs to, and the row of features that it belongs to.
     region = torch.repeat_interleave(torch.arange(R, device=weights.device), weight_start.diff())
     row = frame_start[region] + torch.arange(len(weights), device=weights.device) - weight_start[region]
@@ -166,8 +172,8 @@ if triton:
         weight_start,  # (R + 1,) int64
         area,  # (R,) float32, from pool_forward
         order,  # (R,) int64: the regions, sorted by frame_start
-        first,  # (N,) int32: the regions over row n are among
-        last,  # (N,) int32: order[first[n]], ..., order[last[n] - 1]
+        first,  # (N,) int32: position in order of the first region that may cover row n
+        last,  # (N,) int32: position behind the last one
         grad_features,  # (N, D), dtype of features; written
         N,  # rows of features
         D,  # columns of features
@@ -250,14 +256,15 @@ class FusedMaskedAveragePool(torch.autograd.Function):
         grad = grad.contiguous()  # the gradient of a sum, for one, is a single number with strides of 0
         grad_features = torch.empty(N, D, dtype=grad.dtype, device=grad.device)
         order, first, last = regions_over_rows(frame_start, weight_start, N)
+        # Autograd already runs this on the GPU of grad, so no device has to be chosen.
         pool_backward[lambda config: (triton.cdiv(N, config["BLOCK_N"]),)](
             grad, weights, frame_start, weight_start, area, order, first, last, grad_features, N, D
         )
         return grad_features, None, None, None
 
 
-# ---- A first reading may end here. What follows is armour: checks of arguments, the choice between the two
-# versions, and the program that compares and times them. ----
+# ---- A first reading may end here. Below stand checks of arguments, the choice between the two versions, and
+# the program that compares them. ----
 
 
 def check_arguments(features, weights, frame_start, weight_start):
@@ -275,10 +282,8 @@ def check_arguments(features, weights, frame_start, weight_start):
     assert features.dtype in floats, f"features: expected one of {floats}, found {features.dtype}"
     assert weights.dtype == torch.float32, f"weights: expected torch.float32, found {weights.dtype}"
     assert not weights.requires_grad, "weights: expected requires_grad False, found True"
-    assert frame_start.dtype == torch.int64, f"frame_start: expected torch.int64, found {frame_start.dtype}"
-    assert weight_start.dtype == torch.int64, (
-        f"weight_start: expected torch.int64, found {weight_start.dtype}"
-    )
+    for name, tensor in (("frame_start", frame_start), ("weight_start", weight_start)):
+        assert tensor.dtype == torch.int64, f"{name}: expected torch.int64, found {tensor.dtype}"
     R = len(frame_start)
     assert len(weight_start) == R + 1, f"weight_start: expected {R + 1} entries, found {len(weight_start)}"
 
@@ -292,14 +297,15 @@ def choose_implementation(features):
     choice = os.environ.get("NANOREFER_POOL", "auto")
     if choice not in ("auto", "triton", "reference"):
         raise ValueError(f"expected NANOREFER_POOL to be auto, triton or reference, found {choice!r}")
-    if choice == "auto" and features.is_cuda and triton is None:
-        warnings.warn("Triton cannot be imported: pooling runs as plain torch, which is slower", stacklevel=3)
     if choice == "auto":
+        if features.is_cuda and triton is None:
+            message = "Triton cannot be imported: pooling runs as plain torch, which is slower"
+            warnings.warn(message, stacklevel=3)
         return "triton" if features.is_cuda and triton is not None else "reference"
-    if choice == "triton" and triton is None:
-        raise RuntimeError("NANOREFER_POOL=triton: expected an installed Triton, found none")
-    if choice == "triton" and not features.is_cuda and not triton.knobs.runtime.interpret:
-        raise RuntimeError(f"NANOREFER_POOL=triton: expected a CUDA device, found {features.device}")
+    can_run = triton is not None and (features.is_cuda or triton.knobs.runtime.interpret)
+    if choice == "triton" and not can_run:
+        found = "no Triton" if triton is None else features.device
+        raise RuntimeError(f"NANOREFER_POOL=triton: expected Triton and a CUDA device, found {found}")
     return choice
 
 
@@ -326,39 +332,11 @@ def check(device):
     print(f"Kernels and reference agree {place}: output and gradient, 3 dtypes, D of 1, 63 and 200.")
 
 
-def print_times(device):
-    """Prints how long a forward and backward pass takes: of both versions on a GPU, else of the reference."""
-    frames, cells, D, dtype = 64, 27 * 27, 3584, torch.bfloat16
-    if device == "cpu":
-        frames, D, dtype = 8, 512, torch.float32
-    R = 2 * frames  # two regions on each frame, each over 40 % of its cells
-    features = torch.randn(frames * cells, D, device=device, dtype=dtype, requires_grad=True)
-    weights = (torch.rand(R * cells, device=device) - 0.6).clamp(min=0)
-    frame_start = cells * torch.arange(frames, device=device).repeat_interleave(2)
-    weight_start = cells * torch.arange(R + 1, device=device)
-    versions = {"reference": masked_average_pool_reference}
-    if device == "cuda" and triton is not None:
-        versions["kernels"] = FusedMaskedAveragePool.apply
-    print(f"{frames} frames of {cells} cells, {R} regions, D {D}, {dtype}, on the {device}:")
-    for name, pool in versions.items():
-        times = []
-        for _ in range(15):  # the first calls compile and tune, which the median leaves out
-            start = time.perf_counter()
-            out = pool(features, weights, frame_start, weight_start)
-            torch.autograd.grad(out.sum(), features)
-            if device == "cuda":
-                torch.cuda.synchronize()  # the calls above return before the GPU is done
-            times.append(time.perf_counter() - start)
-        print(f"    {name:10} {1000 * statistics.median(times):8.2f} ms, forward and backward")
-
-
 def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if triton is None:
         print("Triton cannot be imported, so there are no kernels to check.")
     else:
-        check(device)
-    print_times(device)
+        check("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ logits equal those of the plain backbone, bit for bit.
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,12 @@ from transformers.utils import cached_file
 import data
 from kernels import masked_average_pool
 
+SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
+REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
+
+
+# ---- The video LLM with regions ----
+
 
 class ReferringVideoLLM(nn.Module):
     """A Qwen3-VL or Qwen2.5-VL of transformers, in which nothing is changed, and a RegionEncoder.
@@ -50,16 +57,17 @@ class ReferringVideoLLM(nn.Module):
     Shapes: B samples of L tokens (padded), width D of the LLM, vocabulary V.
     """
 
-    def __init__(self, backbone, region_token_id, image_mean, image_std):
+    def __init__(self, backbone, processor):
         super().__init__()
         self.backbone = backbone
-        self.region_token_id = region_token_id
+        self.region_token_id = processor.region_token_id
         # Published checkpoints have more embedding rows than tokens, so most of them need not grow.
-        if region_token_id >= backbone.get_input_embeddings().num_embeddings:
-            backbone.resize_token_embeddings(region_token_id + 1)
+        if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
+            backbone.resize_token_embeddings(self.region_token_id + 1)
         self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
-        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1), persistent=False)
+        images = processor.image_processor
+        self.register_buffer("image_mean", torch.tensor(images.image_mean).view(1, 3, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(images.image_std).view(1, 3, 1), persistent=False)
 
     def forward(self, batch):
         """Returns the cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
@@ -87,9 +95,8 @@ class ReferringVideoLLM(nn.Module):
         return output.last_hidden_state
 
     def _inputs(self, batch):
-        """Returns what the LLM reads: embeddings (B, L, D), with cells and region tokens in their places;
-        position ids (3, B, L); how far positions run ahead of the number of tokens (B, 1); and a dict of the
-        arguments that carry Qwen3-VL's deepstack features, which its first layers add to the visual tokens.
+        """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), how far these run ahead
+        of the number of tokens (B, 1), and the keyword arguments for Qwen3-VL's deepstack features.
         """
         ids = batch["input_ids"]
         config = self.backbone.config
@@ -97,9 +104,9 @@ class ReferringVideoLLM(nn.Module):
         is_video = ids == config.video_token_id
         is_region = ids == self.region_token_id
         embeddings = self.backbone.get_input_embeddings()(ids)
-        deepstack = {}
 
-        # The tower's cells are those of prompt images, then of annotated frames, then of videos.
+        # The tower's rows: prompt images, annotated frames, videos, and in a batch without media one black
+        # cell, which no token reads.
         patches_per_cell = config.vision_config.spatial_merge_size**2
         still_cells = batch["still_grid_thw"].prod(1) // patches_per_cell  # (S,), cells of each still
         videos_begin = len(batch["still_patches"]) // patches_per_cell
@@ -107,26 +114,26 @@ class ReferringVideoLLM(nn.Module):
         of_images = slice(0, int(still_cells[: batch["prompt_images"]].sum()))
         of_videos = slice(videos_begin, videos_end)
         vision = self._encode_media(batch)
-        if vision is not None:
-            cells = vision.pooler_output
-            embeddings = place(embeddings, is_image, cells[of_images])
-            embeddings = place(embeddings, is_video, cells[of_videos])
-            is_visual = is_image | is_video
-            added = []  # for each of the LLM's first layers, what it adds to the visual tokens
-            for features in getattr(vision, "deepstack_features", []):  # Qwen2.5-VL has none
-                rows = place(torch.zeros_like(embeddings), is_image, features[of_images])
-                rows = place(rows, is_video, features[of_videos])
-                added.append(rows[is_visual])
-            if added:
-                deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added}
+        cells = vision.pooler_output
+        embeddings = place(embeddings, is_image, cells[of_images])
+        embeddings = place(embeddings, is_video, cells[of_videos])
+
+        # Qwen3-VL's deepstack features: what each of the LLM's first layers adds to the visual tokens.
+        is_visual = is_image | is_video
+        added = []
+        for features in getattr(vision, "deepstack_features", []):  # Qwen2.5-VL has none
+            rows = place(torch.zeros_like(embeddings), is_image, features[of_images])
+            rows = place(rows, is_video, features[of_videos])
+            added.append(rows[is_visual])
+        deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added} if added else {}
 
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
             names = ("coverage", "coverage_start", "boxes", "object_frames", "region_tokens")
-            tokens = self.region_encoder(cells, frame_start, *[batch[name] for name in names])
+            tokens = self.region_encoder(cells, frame_start, **{name: batch[name] for name in names})
             embeddings = place(embeddings, is_region, tokens)
         elif self.training:
-            # This adds 0, so that every parameter gets a gradient of 0: _encode_media says why it must.
+            # No regions here: add 0 times each parameter, so that DDP finds its gradient on this rank, too.
             embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())
 
         images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
@@ -141,26 +148,23 @@ class ReferringVideoLLM(nn.Module):
         return embeddings, positions, ahead, deepstack
 
     def _encode_media(self, batch):
-        """Returns the vision tower's output for all stills, then all videos; None for a batch without media.
+        """Returns the vision tower's output for all stills, then all videos.
 
-        While training, every batch runs through the tower once: ranks wait for each other's gradients of
-        every parameter (under FSDP also for its weights), whatever is in their own batches. Without media,
-        the tower encodes a black picture of a single cell. No token reads that cell, so the gradients are 0.
+        Without media, it encodes a black still of one cell: in training, ranks wait for each other's
+        gradients of every parameter, and under FSDP also for its weights.
         """
-        pixels = []
-        if len(batch["still_patches"]):
-            pixels.append(self._pixels(batch["still_patches"], repeat=True))
-        if len(batch["video_patches"]):
-            pixels.append(self._pixels(batch["video_patches"]))
+        stills, videos = batch["still_patches"], batch["video_patches"]
         grids = torch.cat([batch["still_grid_thw"], batch["video_grid_thw"]])
-        if not pixels and self.training:
+        if not len(grids):
             config = self.backbone.config.vision_config
             side = config.spatial_merge_size
-            black = batch["still_patches"].new_zeros(side**2, 3 * config.patch_size**2)
-            pixels.append(self._pixels(black, repeat=True))
+            stills = stills.new_zeros(side**2, 3 * config.patch_size**2)
             grids = grids.new_tensor([[1, side, side]])
-        if not pixels:
-            return None
+        pixels = []
+        if len(stills):
+            pixels.append(self._pixels(stills, repeat=True))
+        if len(videos):
+            pixels.append(self._pixels(videos))
         return self.backbone.model.visual(torch.cat(pixels), grid_thw=grids)
 
     def _pixels(self, patches, repeat=False):
@@ -254,6 +258,9 @@ class ReferringVideoLLM(nn.Module):
             json.dump(settings, file, indent=2)
 
 
+# ---- The region encoder ----
+
+
 class RegionEncoder(nn.Module):
     """Cells and coverage -> region tokens: token = merged + MLP(merged) + P(box).
 
@@ -274,7 +281,7 @@ class RegionEncoder(nn.Module):
     def forward(self, cells, frame_start, coverage, coverage_start, boxes, object_frames, region_tokens):
         """Returns the region tokens, (T, D), where T is the sum of region_tokens.
 
-        cells: (N, D), of all frames. frame_start: int64 (R,), the row of cells where a region frame's picture
+        cells: (N, D), of all frames. frame_start: int64 (R,), the row of cells where a region frame's still
         begins. The others are as data.collate makes them.
         """
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
@@ -284,14 +291,15 @@ class RegionEncoder(nn.Module):
     def _position(self, boxes):
         """Returns P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
 
-        P sees each number raw, multiplied by t, and as sinusoids: from sinusoids alone, the direction of a
-        motion takes several times as long to learn. All of it is computed in float32, also under autocast and
-        where FSDP or freezing keep weights in bfloat16, because t in steps of 1/256 would be too coarse.
+        P sees each number scaled to [-1, 1], the same times t (scaled too), and sinusoids: from these alone,
+        the direction of a motion takes several times as long to learn. All of it is in float32, also where
+        autocast or FSDP would take bfloat16, because t in steps of 1/256 would be too coarse.
         """
-        raw = 2 * boxes - 1
-        angles = torch.pi * boxes[:, :, None] * 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
-        code = [raw, raw * raw[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)]
-        first, _, last = self.position
+        scaled = 2 * boxes - 1
+        frequencies = 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
+        angles = torch.pi * boxes[:, :, None] * frequencies  # (T, 5, 4)
+        code = [scaled, scaled * scaled[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)]
+        first, last = self.position[0], self.position[2]
         with torch.autocast(boxes.device.type, enabled=False):
             hidden = F.gelu(F.linear(torch.cat(code, dim=1), first.weight.float(), first.bias.float()))
             return F.linear(hidden, last.weight.float(), last.bias.float())
@@ -316,9 +324,9 @@ def temporal_merge(pooled, boxes, object_frames, region_tokens):
     for n, u in zip(frame_counts, token_counts):
         pairs = range(start, start + n - 1)
         most_similar = sorted(pairs, key=lambda i: similarity[i], reverse=True)  # leaves ties in order
-        joined = most_similar[: n - u]
-        for i in range(start, start + n):
-            if i - 1 in joined:
+        joined = set(most_similar[: n - u])
+        for row in range(start, start + n):
+            if row - 1 in joined:  # the pair (row - 1, row)
                 run_lengths[-1] += 1
             else:
                 run_lengths.append(1)
@@ -335,10 +343,7 @@ def place(embeddings, is_placeholder, rows):
     return embeddings.masked_scatter(is_placeholder[:, :, None], rows.to(embeddings.dtype))
 
 
-# ---- A first reading may end here. What follows is armour: the files of models, and the tiny model. ----
-
-SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
-REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
+# ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
 
 
 def load_processor(path, texts=(), **settings):
@@ -360,6 +365,9 @@ def load_processor(path, texts=(), **settings):
         if os.path.exists(settings_file):
             with open(settings_file) as file:
                 saved = json.load(file)
+            known = [f.name for f in fields(data.Settings)]
+            fits = isinstance(saved, dict) and set(saved) <= set(known)
+            data.expect(fits, f"{SETTINGS_FILE} with settings out of {', '.join(known)}", saved)
         return data.Processor.from_pretrained(path, data.Settings(**saved | given))
 
 
@@ -369,11 +377,8 @@ def load_model(path, processor):
     The tiny one has random weights, from torch's global seed. Others are loaded strictly: raises
     data.DataError when weights are missing, left over, or of another shape.
     """
-    images = processor.image_processor
-    region_token_id, mean, std = processor.region_token_id, images.image_mean, images.image_std
     if path == "tiny":
-        backbone = Qwen3VLForConditionalGeneration(processor.config)
-        return ReferringVideoLLM(backbone, region_token_id, mean, std)
+        return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
     with model_errors_in_one_line(path):
         backbone, report = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -383,9 +388,13 @@ def load_model(path, processor):
         )
         problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
         data.expect(not problems, "weights that fit the model exactly", problems)
-        model = ReferringVideoLLM(backbone, region_token_id, mean, std)
+        model = ReferringVideoLLM(backbone, processor)
         if os.path.exists(os.path.join(path, SETTINGS_FILE)):  # train.py wrote this folder
-            model.region_encoder.load_state_dict(load_file(os.path.join(path, REGION_WEIGHTS)))
+            weights = load_file(os.path.join(path, REGION_WEIGHTS))
+            try:
+                model.region_encoder.load_state_dict(weights)
+            except RuntimeError as error:  # names or shapes that do not fit
+                raise ValueError(error) from None
     return model
 
 
@@ -395,15 +404,15 @@ def model_errors_in_one_line(path):
     try:
         with data.within(f"--model {path}"):
             yield
-    except data.DataError:
+    except data.DataError:  # is a ValueError, so it must pass before the next line
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         expected = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
         found = " ".join(str(error).split())[:300]
         raise data.DataError(f"expected {expected}, found: {found}", f"--model {path}") from error
 
 
-# ---- --model tiny ----
+# ---- The tiny model ----
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -423,18 +432,22 @@ def build_tiny(texts):
     words become one token each, and any other text still has its bytes.
     """
     words = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    names = [f"<|{word}|>" for word in words]
+    control_tokens = [f"<|{word}|>" for word in words]
     byte_level = Tokenizer(tokenizer_models.BPE())
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     byte_level.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token=names[2], pad_token=names[0])
-    tokenizer.add_tokens(names, special_tokens=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_tokens(control_tokens, special_tokens=True)
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
-    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names)))
+    ids = dict(zip(control_tokens, tokenizer.convert_tokens_to_ids(control_tokens)))
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True}
+    rope["mrope_section"] = [6, 5, 5]  # frequencies for time, height and width
     text = {
         "vocab_size": 512,  # at most 500 for the texts, 7 control tokens, 3 words, and the region placeholder
         "hidden_size": 128,
@@ -444,9 +457,8 @@ def build_tiny(texts):
         "num_key_value_heads": 4,
         "head_dim": 32,
         "initializer_range": 0.16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True},
+        "rope_parameters": rope,
     }
-    text["rope_parameters"]["mrope_section"] = [6, 5, 5]  # frequencies for time, height and width
     vision = {
         "depth": 2,
         "hidden_size": 64,

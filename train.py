@@ -13,8 +13,9 @@ used, and why), OUT/step-NNNNNN (resumable checkpoints, with --save-every or on 
 model, for eval.py --model OUT/final).
 
 A step sees the same samples and takes the same gradient whatever the number of ranks and the size of the
-micro-batches. Everything random in it is a function of (seed, step, rank) or (seed, epoch, sample), so that a
-resumed run continues as if it had never been interrupted.
+micro-batches; only dropout, which no backbone here has, would draw other numbers. Everything random is a
+function of (seed, step, rank) or (seed, epoch, sample), so that a resumed run continues as if it had never
+been interrupted.
 """
 
 import argparse
@@ -54,8 +55,11 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """The command line is made from this: each field is an option. Where the default is None, `build` takes
-    the value that was saved with the model, or else the default that the help names."""
+    """The command line: each field is an option.
+
+    Some defaults are None here and found by fill_in_defaults. Those of data.Settings are saved with a trained
+    model, and are taken from there if it is trained on.
+    """
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
@@ -92,7 +96,7 @@ class Config:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
-# -------------------------------------------------------------------------------- the order of samples
+# ---- the order of samples ----
 
 
 class Order:
@@ -166,11 +170,11 @@ def build_loader(config, samples, processor, first_step):
     )
 
 
-# -------------------------------------------------------------------------------- model and optimizer
+# ---- model and optimizer ----
 
 
 def build(config, samples, ckpt_path=None):
-    """Returns (model, processor), and sets the options in config that are None to the values that they take.
+    """Returns (model, processor), and fills in the options in config that are None.
 
     samples: the training data. ckpt_path: the checkpoint that is resumed, from which weights, tokenizer and
     settings then come. Raises DataError if there is no such model, SystemExit if the batch does not fit the
@@ -180,12 +184,20 @@ def build(config, samples, ckpt_path=None):
     given = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
     texts = data.sample_texts(samples) if path == "tiny" else ()
     processor = models.load_processor(path, texts, **given)
+    fill_in_defaults(config, processor, len(samples))
+    torch.manual_seed(config.seed)
+    model = models.load_model(path, processor)
+    print0(f"model: {path}" + (" (random weights; --model takes a pretrained one)" if path == "tiny" else ""))
+    return model, processor
 
+
+def fill_in_defaults(config, processor, num_samples):
+    """Sets the options that depend on the model, the number of samples and the number of ranks."""
     if config.model == "tiny":
         defaults = {"train": "region,projector,llm,vision", "lr": 1e-3, "region_lr": 3e-3}
     else:
         defaults = {"train": "region", "lr": 2e-5, "region_lr": 1e-3}
-    largest_batch = min(16, len(samples))
+    largest_batch = min(16, num_samples)
     defaults["batch_size"] = largest_batch - largest_batch % world_size()
     for name, value in (defaults | asdict(processor.settings)).items():
         if getattr(config, name) is None:
@@ -194,12 +206,7 @@ def build(config, samples, ckpt_path=None):
         expected = f"a multiple of the {world_size()} ranks"
         raise SystemExit(f"--batch-size: expected {expected}, found {config.batch_size}")
     if config.epochs is not None:
-        config.steps = math.ceil(config.epochs * len(samples) / config.batch_size)
-
-    torch.manual_seed(config.seed)
-    model = models.load_model(path, processor)
-    print0(f"model: {path}" + (" (random weights; --model takes a pretrained one)" if path == "tiny" else ""))
-    return model, processor
+        config.steps = math.ceil(config.epochs * num_samples / config.batch_size)
 
 
 def choose_parameters(model, config):
@@ -215,20 +222,18 @@ def choose_parameters(model, config):
         raise SystemExit(f"--train: expected names out of {','.join(parts)}, found {config.train}")
 
     model.requires_grad_(False)
-    groups = []
-    for name in chosen:
-        peak_lr = config.region_lr if name == "region" else config.lr
-        matrices = [p for p in parts[name] if p.ndim >= 2]
-        vectors = [p for p in parts[name] if p.ndim < 2]
-        groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": config.weight_decay})
-        groups.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
-        for p in parts[name]:
-            p.requires_grad_(True)
-
-    counts = []
+    groups, counts = [], []
     for name, parameters in parts.items():
         millions = sum(p.numel() for p in parameters) / 1e6
         counts.append(f"{name} {millions:.2f} M" + ("" if name in chosen else " (frozen)"))
+        if name in chosen:
+            peak_lr = config.region_lr if name == "region" else config.lr
+            matrices = [p for p in parameters if p.ndim >= 2]
+            vectors = [p for p in parameters if p.ndim < 2]
+            groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": config.weight_decay})
+            groups.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
+            for p in parameters:
+                p.requires_grad_(True)
     print0("parameters: " + ", ".join(counts))
     return groups
 
@@ -261,7 +266,7 @@ def backward(model, micro_batches, total_tokens, device):
     return loss_sum
 
 
-# -------------------------------------------------------------------------------- the loop
+# ---- the loop ----
 
 
 def train(config):
@@ -270,10 +275,15 @@ def train(config):
         raise SystemExit(
             "--fsdp: shards over the ranks that torchrun starts, found none; see train.py --help"
         )
+    check_out_folder(config)
     ckpt_path, ckpt = read_checkpoint(config)
+    first_step = ckpt["done"] if ckpt else 0
     with first_on_this_machine():  # the first rank makes the index of the data files, the others then find it
         samples = data.read_samples(config.data, config.media, config.outside_paths)
+    check_ranks_agree(first_step, len(samples))
     model, processor = build(config, samples, ckpt_path)
+    if ckpt:
+        check_resumable(ckpt, config, len(samples))
     if config.grad_checkpoint:
         recompute_activations(model)
     if config.fsdp:
@@ -284,11 +294,8 @@ def train(config):
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    first_step = 0
     if ckpt:
-        check_resumable(ckpt, config, len(samples))
         load_optimizer(optimizer, ckpt.pop("optimizer"))
-        first_step = ckpt["done"]
         print0(f"resumed: {ckpt_path}, {first_step} steps done")
     if rank() == 0:
         prepare_out(config.out, first_step)
@@ -311,8 +318,8 @@ def train(config):
         # Dropout, if the backbone has any, draws from this.
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
 
-        # Fetch this rank's micro-batches, and sum the counts of all ranks. That of SIGTERMs is one of them,
-        # so that all ranks stop after the same step.
+        # Fetch this rank's micro-batches, and sum the counts of all ranks. SIGTERMs are counted, too, so that
+        # all ranks stop after the same step.
         micro_batches = next(batches)
         errors = [error for batch in micro_batches for error in batch["errors"] if error is not None]
         counts = [
@@ -322,7 +329,8 @@ def train(config):
             len(errors),
             len(sigterms),
         ]
-        supervised_tokens, tokens, padded_tokens, num_bad, stop = sum_over_ranks(counts, device)
+        supervised_tokens, tokens, padded_tokens, num_bad, num_sigterms = sum_over_ranks(counts, device)
+        stop = num_sigterms > 0
         if num_bad:
             bad_samples.add(errors)
 
@@ -337,12 +345,14 @@ def train(config):
             ids = [sample_id for batch in micro_batches for sample_id in batch["ids"]]
             found = f"loss {loss}, gradient norm {grad_norm}"
             raise SystemExit(f"stopped at step {step}: {found}; rank {rank()} had samples {ids}")
+        share_of_peak = schedule(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(step, config)
+            group["lr"] = group["peak_lr"] * share_of_peak
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # Log. The rates are averages since the previous line.
+        # Log. lr is the rate that --lr sets, or --region-lr if the region encoder alone learns. The speeds
+        # are averages since the previous line.
         tokens_since_log += tokens
         samples_since_log += config.batch_size - num_bad
         if rank() == 0 and (step % config.log_every == 0 or step == config.steps - 1):
@@ -351,7 +361,7 @@ def train(config):
                 "step": step,
                 "epoch": step * config.batch_size / len(samples),
                 "loss": loss,
-                "lr": optimizer.param_groups[-1]["lr"],
+                "lr": share_of_peak * (config.region_lr if config.train == "region" else config.lr),
                 "grad_norm": grad_norm.item(),
                 "supervised_tokens": int(supervised_tokens),
                 "padded_share": 1 - tokens / padded_tokens,
@@ -363,13 +373,14 @@ def train(config):
             tokens_since_log, samples_since_log, time_of_log = 0, 0, time.time()
 
         # Save.
-        if stop or (config.save_every and (step + 1) % config.save_every == 0):
-            save_checkpoint(model, processor, optimizer, config, len(samples), step + 1)
+        steps_done = step + 1
+        if stop or (config.save_every and steps_done % config.save_every == 0):
+            save_checkpoint(model, processor, optimizer, config, len(samples), steps_done)
         if stop:
             break
 
     if stop:
-        print0(f"stopped by SIGTERM after {step + 1} steps, which are saved; --resume latest continues")
+        print0(f"stopped by SIGTERM after {steps_done} steps, which are saved; --resume latest continues")
     else:
         save(model, processor, os.path.join(config.out, "final"))
         print0(f"saved {os.path.join(config.out, 'final')}")
@@ -383,10 +394,10 @@ def train(config):
         raise SystemExit(128 + signal.SIGTERM)
 
 
-# ---- A first reading may end here. What follows is armour: ranks, sharding, checkpoint files, options. ----
+# ---- A first reading may end here. Below stand ranks, sharding, files, checkpoints and options. ----
 
 
-# -------------------------------------------------------------------------------- ranks
+# ---- ranks ----
 
 
 def rank():
@@ -432,9 +443,29 @@ def sum_over_ranks(values, device):
     return total.tolist()
 
 
+def gather_over_ranks(value):
+    """Returns the values of all ranks, on every rank. Every rank must call it."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def check_ranks_agree(first_step, num_samples):
+    """Raises SystemExit on all ranks if some see another checkpoint or other data, for instance on a disk of
+    their own. Otherwise they would wait for each other for ever."""
+    starts = gather_over_ranks((first_step, num_samples))
+    if len(set(starts)) > 1:
+        found = ", ".join(f"{start} on rank {i}" for i, start in enumerate(starts))
+        expected = "expected the same (steps done, samples) on all ranks"
+        raise SystemExit(f"--data, --out: {expected}; do they share these folders? found {found}")
+
+
 def ignore_sigterm(worker_id):
-    """For the workers of the DataLoader. torchrun and batch systems send SIGTERM to all processes; if the
-    workers died of it, so would the run, before it has saved."""
+    """Keeps the workers of the DataLoader alive, so that the run can still save.
+
+    torchrun and batch systems send SIGTERM to all processes, and the run would die with its workers.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -443,28 +474,27 @@ class BadSamples:
 
     def __init__(self, config, num_samples):
         self.path, self.limit = os.path.join(config.out, "bad_samples.jsonl"), config.max_bad * num_samples
-        # A resumed run counts on from the samples that were found before.
-        self.seen = {str(data.DataError(line["reason"], *line["places"])) for line in read_jsonl(self.path)}
+        # A resumed run counts on from the samples that were found before. The first two places are the file
+        # and the sample; the others may differ, as each epoch can take other frames.
+        self.seen = {tuple(line["places"][:2]) for line in read_jsonl(self.path)}
 
     def add(self, errors):
         """errors: the DataErrors of this rank. Every rank must call it, so that all ranks stop together."""
-        errors_by_rank = [errors]
-        if world_size() > 1:
-            errors_by_rank = [None] * world_size()
-            dist.all_gather_object(errors_by_rank, errors)
-        for error in sum(errors_by_rank, []):
-            if str(error) in self.seen:
+        for error in sum(gather_over_ranks(errors), []):
+            reason, *places = error.args
+            sample = tuple(places[:2])
+            if sample in self.seen:
                 continue
-            self.seen.add(str(error))
+            self.seen.add(sample)
             print0(f"left out: {error}")
             if rank() == 0:
-                append_jsonl(self.path, {"places": error.args[1:], "reason": error.args[0]})
+                append_jsonl(self.path, {"places": places, "reason": reason})
         if len(self.seen) > self.limit:
             found = f"{len(self.seen)} samples cannot be used, --max-bad allows {self.limit:g}"
             raise SystemExit(f"stopped: {found}; see {self.path}")
 
 
-# -------------------------------------------------------------------------------- large models
+# ---- large models ----
 
 
 def recompute_activations(model):
@@ -494,16 +524,18 @@ def shard(model, device):
         fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
-def gather(tensor):
-    """Returns a sharded tensor whole, in CPU memory, on rank 0, and None on the other ranks. Every rank must
-    call it. A tensor that is not sharded comes back as it is."""
+def gather_to_rank0(tensor):
+    """Returns a sharded tensor whole, in CPU memory, on rank 0, and None on the other ranks.
+
+    Every rank must call it. A tensor that is not sharded comes back as it is.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     tensor = tensor.full_tensor()
     return tensor.cpu() if rank() == 0 else None
 
 
-# -------------------------------------------------------------------------------- files
+# ---- files ----
 
 
 def append_jsonl(path, line):
@@ -512,12 +544,21 @@ def append_jsonl(path, line):
 
 
 def read_jsonl(path):
-    """Returns the lines of a file that append_jsonl wrote, or none if there is no such file. A last line that
-    a kill cut short is left out."""
+    """Returns the lines of a file that append_jsonl wrote, or none if there is no such file.
+
+    A last line that a kill cut short is left out.
+    """
     if not os.path.exists(path):
         return []
     with open(path) as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write_jsonl(path, lines):
+    """Replaces a file. A kill leaves the old lines or the new ones, and none that is cut short."""
+    with data.atomic_write(path) as temporary, open(temporary, "w") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
 
 
 def prepare_out(out, first_step):
@@ -531,15 +572,17 @@ def prepare_out(out, first_step):
             os.remove(path)
     for name in ("metrics.jsonl", "bad_samples.jsonl"):
         path = os.path.join(out, name)
-        if os.path.exists(path):
-            lines = [line for line in read_jsonl(path) if line.get("step", -1) < first_step]
-            with data.atomic_write(path) as temporary, open(temporary, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+        if not os.path.exists(path):
+            continue
+        if first_step == 0:  # the user may have repaired the samples that an earlier run found bad
+            os.remove(path)
+        else:
+            write_jsonl(path, [line for line in read_jsonl(path) if line.get("step", -1) < first_step])
 
 
 def save(model, processor, path, training=None):
     """Writes the model, and `training` as training.pt if given, to a folder. Every rank must call it."""
-    weights = {name: gather(p) for name, p in model.named_parameters()}
+    weights = {name: gather_to_rank0(p) for name, p in model.named_parameters()}
     if rank() > 0:
         return
     with data.atomic_write(path) as folder:
@@ -550,7 +593,7 @@ def save(model, processor, path, training=None):
             torch.save(training, os.path.join(folder, "training.pt"))
 
 
-# -------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints ----
 
 # The options that a resumed run may change: where things are, and how the work is shared out. The losses
 # depend on all the others.
@@ -565,21 +608,22 @@ def checkpoints(out):
     return {step: os.path.join(out, f"step-{step:06}") for step in steps}
 
 
-def save_checkpoint(model, processor, optimizer, config, num_samples, done):
-    """Writes OUT/step-NNNNNN: the model as in OUT/final, so that eval.py reads it, too, and in training.pt
-    what the loop needs to continue. The files do not depend on the number of ranks, nor on --fsdp. Every
-    rank must call it."""
+def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done):
+    """Writes OUT/step-NNNNNN: the model as in OUT/final, and in training.pt what the loop needs to continue.
+
+    The files do not depend on the number of ranks, nor on --fsdp. Every rank must call it.
+    """
     state = optimizer.state_dict()
     moments = {}
     for i, tensors in state["state"].items():
-        moments[i] = {name: gather(tensor) for name, tensor in tensors.items()}
+        moments[i] = {name: gather_to_rank0(tensor) for name, tensor in tensors.items()}
     training = {
-        "done": done,
+        "done": steps_done,
         "samples": num_samples,
-        "config": fixed_options(config),
+        "config": {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE},
         "optimizer": state | {"state": moments},
     }
-    save(model, processor, os.path.join(config.out, f"step-{done:06}"), training)
+    save(model, processor, os.path.join(config.out, f"step-{steps_done:06}"), training)
     if rank() > 0:
         return
     for folder in list(checkpoints(config.out).values())[: -config.keep]:
@@ -588,26 +632,28 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, done):
         shutil.rmtree(folder + ".tmp")
 
 
-def fixed_options(config):
-    return {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+def check_out_folder(config):
+    """Raises SystemExit if OUT holds a run that is not resumed, or one that is finished."""
+    if config.resume is None and os.path.exists(os.path.join(config.out, "metrics.jsonl")):
+        remedy = "name another folder, remove it, or --resume latest"
+        raise SystemExit(f"--out {config.out}: holds an earlier run; {remedy}")
+    if config.resume and os.path.exists(os.path.join(config.out, "final")):
+        raise SystemExit(f"--resume: the run in {config.out} is finished, its model is in final")
 
 
 def read_checkpoint(config):
-    """Returns the checkpoint that --resume names as (folder, contents of training.pt), or (None, None)
-    for a start from the beginning. Raises SystemExit where --resume or --out is wrong."""
-    if config.resume is None:
-        if os.path.exists(os.path.join(config.out, "metrics.jsonl")):
-            remedy = "name another folder, remove it, or --resume latest"
-            raise SystemExit(f"--out {config.out}: holds an earlier run; {remedy}")
-        return None, None
-    if os.path.exists(os.path.join(config.out, "final")):
-        raise SystemExit(f"--resume: the run in {config.out} is finished, its model is in final")
+    """Returns the checkpoint that --resume names as (folder, contents of training.pt).
+
+    Returns (None, None) for a start from the beginning. Raises SystemExit if the folder holds no checkpoint,
+    or if OUT holds steps that do not lead to it.
+    """
     found = checkpoints(config.out)
     folder = config.resume
+    if folder == "latest" and not found:
+        print0(f"--resume latest: no checkpoint in {config.out} yet; starts from the beginning")
+    if folder is None or (folder == "latest" and not found):
+        return None, None
     if folder == "latest":
-        if not found:
-            print0(f"--resume latest: no checkpoint in {config.out} yet; starts from the beginning")
-            return None, None
         folder = found[max(found)]
     path = os.path.join(folder, "training.pt")
     if not os.path.exists(path):
@@ -615,21 +661,26 @@ def read_checkpoint(config):
         raise SystemExit(f"--resume {folder}: {expected}")
     # With mmap, the ranks of a machine share the memory of the optimizer state, of which each keeps a part.
     ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=config.fsdp)
+    in_use = os.path.exists(os.path.join(config.out, "metrics.jsonl"))
+    if in_use and not os.path.samefile(config.out, os.path.join(folder, os.pardir)):
+        raise SystemExit(f"--out {config.out}: holds another run than that of {folder}; name another folder")
     if max(found, default=0) > ckpt["done"]:
         remedy = "name another folder, or remove them"
         raise SystemExit(f"--out {config.out}: holds later steps than {folder}; {remedy}")
+    if config.batch_size is None:  # its default depends on the number of ranks, which may now be another
+        config.batch_size = ckpt["config"]["batch_size"]
     return folder, ckpt
 
 
 def check_resumable(ckpt, config, num_samples):
     """Raises SystemExit if the checkpoint is of a run with other settings or other data, because its losses
     could then not be those of an uninterrupted run."""
-    given = fixed_options(config) | {"samples": num_samples}
+    given = asdict(config) | {"samples": num_samples}
     saved = ckpt["config"] | {"samples": ckpt["samples"]}
-    for name in saved | given:
-        if given.get(name) != saved.get(name):
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != saved.get(name):
             expected = f"expected {name} {saved.get(name)} as in the run that is resumed"
-            raise SystemExit(f"--resume: {expected}, found {given.get(name)}")
+            raise SystemExit(f"--resume: {expected}, found {value}")
 
 
 def load_optimizer(optimizer, state):
@@ -646,7 +697,7 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
 
 
-# -------------------------------------------------------------------------------- command line
+# ---- command line ----
 
 
 def parse(argv=None):
@@ -656,13 +707,13 @@ def parse(argv=None):
     )
     for f in fields(Config):
         if f.name == "data":
-            kind = {"nargs": "+", "required": True}
+            arguments = {"nargs": "+", "required": True}
         elif f.type is bool:
-            kind = {"action": "store_true"}
+            arguments = {"action": "store_true"}
         else:
-            kind = {"type": f.type, "default": f.default}
+            arguments = {"type": f.type, "default": f.default}
         shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **arguments)
     config = Config(**vars(parser.parse_args(argv)))
 
     for f in fields(Config):
@@ -670,7 +721,7 @@ def parse(argv=None):
         if f.type not in (int, float) or value is None:
             continue
         least = 0 if f.type is float or f.name in ("warmup", "workers", "seed") else 1
-        if not value >= least:  # also true for NaN
+        if not least <= value < math.inf:  # also true for NaN
             kind = "whole number" if f.type is int else "number"
             name = f.name.replace("_", "-")
             parser.error(f"--{name}: expected a {kind} from {least}, found {value}")
@@ -680,8 +731,8 @@ def parse(argv=None):
 def main():
     try:
         train(parse())
-    except data.DataError as error:
-        raise SystemExit(f"data error: {error}") from None
+    except (data.DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import queue
+import shutil
 import signal
 import time
 from functools import partial
@@ -82,6 +83,7 @@ def rank_main(rank, jobs, meeting, results):
                 dist, "init_process_group", partial(initialise, init_method=place, rank=rank, world_size=2)
             )
             patch.setenv("RANK", str(rank))
+            arguments = [str(argument).replace("{rank}", str(rank)) for argument in arguments]
             results.put((name, rank, observe(arguments, sigterm=name == f"sigterm-to-{rank}")))
 
 
@@ -147,6 +149,9 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
         "one-to-fsdp": job("one-to-fsdp", "--fsdp", *resume("one")),
         "fsdp-to-fsdp": job("fsdp-to-fsdp", "--fsdp", *resume("fsdp")),
     }
+    # OUT is a folder of each rank's own, as on two machines without a shared disk; one of them is empty.
+    shutil.copytree(top / "one" / "step-000001", top / "out-of-rank-0" / "step-000001")
+    jobs["not-shared"] = [*job("not-shared"), "--out", top / "out-of-rank-{rank}", "--resume", "latest"]
     five = write_texts(top / "five.json", 5)
     (_, bad), *_ = next(iter(train.Order(5, 4, 1, seed=0, rank=1, world_size=2)))
     jobs |= {
@@ -239,6 +244,13 @@ def test_the_batch_is_a_multiple_of_the_ranks(runs):
     for rank in range(2):
         assert seen["batch-of-3", rank]["exit"] == "--batch-size: expected a multiple of the 2 ranks, found 3"
     assert [m["epoch"] for m in metrics(top / "default-batch")] == pytest.approx([0, 4 / 5])
+
+
+def test_ranks_that_would_begin_at_different_steps_stop(runs):
+    """They waited for each other for ever."""
+    _, seen = runs
+    for rank in range(2):
+        assert seen["not-shared", rank]["exit"].endswith("found (1, 4) on rank 0, (0, 4) on rank 1")
 
 
 def test_fsdp_without_ranks_is_refused(mixed, tmp_path):  # noqa: F811

@@ -270,12 +270,14 @@ def test_starts_that_lie_outside_give_nan():
 
 
 @pytest.mark.parametrize(
-    "frame_start, weight_start", [([-3], [0, 4]), ([97], [0, 4]), ([0], [0, 9]), ([0, 0], [0, 5, 4])]
+    "frame_start, weight_start",
+    [([-3], [0, 4]), ([97], [0, 4]), ([0], [0, 9]), ([0, 0], [0, 5, 4]), ([1], [1, 5]), ([1], [-1, 3])],
 )
 def test_the_reference_raises_where_starts_lie_outside(frame_start, weight_start):
-    """A negative row once counted from the end of features, as an index in Python does."""
+    """A negative row once counted from the end of features, as an index in Python does. Where weight_start
+    begins at another number than 0, the average was one of other cells."""
     indices = [torch.tensor(x, device="cpu") for x in (frame_start, weight_start)]
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError, AssertionError)):
         masked_average_pool_reference(torch.zeros(100, 3), torch.ones(4), *indices)
 
 
@@ -404,6 +406,7 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
         ("weights", torch.ones(8, device="meta"), "weights: expected c.*, found meta$"),
         ("frame_start", torch.zeros(2).int(), "frame_start: expected torch.int64, found torch.int32$"),
         ("frame_start", torch.tensor(0), "frame_start: expected 1 dimensions, found shape ..$"),
+        ("weight_start", torch.zeros(3).int(), "weight_start: expected torch.int64, found torch.int32$"),
         ("weight_start", torch.tensor([0, 8]), "weight_start: expected 3 entries, found 2$"),
         (
             "weight_start",
@@ -449,10 +452,10 @@ def test_the_switch(monkeypatch):
         masked_average_pool(*arguments)
     monkeypatch.setenv("NANOREFER_POOL", "triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(RuntimeError, match="expected a CUDA device, found cpu"):
+    with pytest.raises(RuntimeError, match="expected Triton and a CUDA device, found cpu"):
         masked_average_pool(*(x.cpu() for x in arguments))
     monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(RuntimeError, match="expected an installed Triton, found none"):
+    with pytest.raises(RuntimeError, match="expected Triton and a CUDA device, found no Triton"):
         masked_average_pool(*arguments)
 
 

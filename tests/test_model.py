@@ -667,6 +667,30 @@ def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
     assert models.load_processor("tiny", ["word"], num_frames=3).settings == data.Settings(num_frames=3)
 
 
+@pytest.mark.parametrize("saved", ['{"num_frame": 3}', "[3]"])
+def test_unknown_settings_are_named_in_one_line(loaded, tmp_path, saved):
+    """They ended in a traceback of Settings' TypeError."""
+    model, processor = loaded
+    model.save_pretrained(tmp_path, asdict(processor.settings))
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "nanorefer.json").write_text(saved)
+    expected = "expected nanorefer.json with settings out of num_frames, .*, found " + re.escape(
+        repr(json.loads(saved))
+    )
+    with pytest.raises(data.DataError, match=f"^--model {tmp_path}: {expected}$"):
+        models.load_processor(tmp_path)
+
+
+def test_no_memory_is_not_reported_as_a_broken_model(checkpoint, monkeypatch):
+    def from_pretrained(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    processor = models.load_processor(checkpoint)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    with pytest.raises(torch.OutOfMemoryError):
+        models.load_model(checkpoint, processor)
+
+
 def test_the_settings_are_saved_beside_the_weights(loaded, tmp_path):
     model, processor = loaded
     model.save_pretrained(tmp_path, asdict(processor.settings))

@@ -227,6 +227,61 @@ def test_bad_samples_from_before_the_interruption_count_on(tmp_path):
         assert list(train.checkpoints(tmp_path / "run")) == [1]
 
 
+def test_a_sample_that_is_bad_in_several_ways_counts_once(tmp_path):
+    """Each epoch cuts an object to another frame, so one sample can be bad in several ways."""
+    config = train.Config(out=str(tmp_path), max_bad=0.01)
+
+    def errors(reason, frame):
+        return [data.DataError(reason, "data.json", "sample 3", frame)]
+
+    bad_samples = train.BadSamples(config, num_samples=100)
+    bad_samples.add(errors("unreadable", "frame 20"))
+    bad_samples.add(errors("unreadable", "frame 10"))
+    resumed = train.BadSamples(config, num_samples=100)
+    resumed.add(errors("absent", "frame 15"))
+    assert len(train.read_jsonl(tmp_path / "bad_samples.jsonl")) == 1
+    with pytest.raises(SystemExit, match="2 samples cannot be used"):
+        resumed.add([data.DataError("unreadable", "data.json", "sample 4", "frame 20")])
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume", "latest"]])
+def test_a_run_from_the_beginning_forgets_the_bad_samples_of_an_earlier_one(tmp_path, resume):
+    """The user has repaired them since."""
+    path = write_texts(tmp_path / "data.json", 4, bad=[1])
+    options = ["--data", path, "--out", tmp_path / "run", "--workers", 0, "--steps", 1, *resume]
+    options += ["--max-bad", 0]
+    with pytest.raises(SystemExit, match="stopped: 1 samples cannot be used"):
+        train_here(*options)
+    assert len(train.read_jsonl(tmp_path / "run" / "bad_samples.jsonl")) == 1
+    write_texts(path, 4)
+    train_here(*options)
+    assert (tmp_path / "run" / "final").is_dir() and not (tmp_path / "run" / "bad_samples.jsonl").exists()
+
+
+def test_another_run_is_not_overwritten_from_a_checkpoint(stopped, tmp_path):
+    """Its log would lose the steps behind the checkpoint, and --keep would delete its checkpoints."""
+    out, options = stopped
+    other = shutil.copytree(out, tmp_path / "other")
+    shutil.rmtree(other / "step-000002")
+    shutil.rmtree(other / "step-000003")
+    before = (other / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="--out .*other: holds another run than that of .*step-000002"):
+        train_here(*options, "--out", other, "--resume", out / "step-000002")
+    assert (other / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "link").symlink_to(other)  # a link to the run's own folder is no other run
+    train_here(*options, "--out", tmp_path / "link", "--resume", other / "step-000001")
+    assert [m["step"] for m in metrics(other)] == [0, 1, 2]
+
+
+def test_the_batch_size_that_is_not_given_is_that_of_the_run_that_is_resumed(stopped, tmp_path):
+    """Its default depends on the number of ranks, which a resumed run may change."""
+    out, options = stopped
+    at = options.index("--batch-size")
+    options = options[:at] + options[at + 2 :]
+    train_here(*options, "--out", tmp_path / "run", "--resume", out / "step-000001")
+    assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(out)[1:]]
+
+
 def test_a_resumed_run_draws_the_same_dropout(tmp_path):
     """No backbone here has dropout. If there is some, in the attention, a step draws it from (seed, step,
     rank), whatever was drawn before."""

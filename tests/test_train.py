@@ -192,20 +192,7 @@ def test_rates_follow_the_schedule_and_the_gradient_is_clipped(tmp_path):
     """The optimizer is given two steps of warm-up, then half a cosine over the other two; the region encoder
     has its own rate; gradients are no longer than --clip. The logged norm is the one before clipping."""
     options = ["--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", "--workers", 0]
-    options += [
-        "--steps",
-        4,
-        "--warmup",
-        2,
-        "--lr",
-        2e-4,
-        "--region-lr",
-        3e-3,
-        "--log-every",
-        1,
-        "--clip",
-        0.01,
-    ]
+    options += "--steps 4 --warmup 2 --lr 2e-4 --region-lr 3e-3 --log-every 1 --clip 0.01".split()
     steps = watch(*options)
     for step, share in enumerate((0.5, 1, 1, 0.5)):
         for part, peak in (("region", 3e-3), ("projector", 2e-4), ("llm", 2e-4), ("vision", 2e-4)):
@@ -214,6 +201,28 @@ def test_rates_follow_the_schedule_and_the_gradient_is_clipped(tmp_path):
     logged = metrics(tmp_path / "run")
     assert [m["lr"] for m in logged] == pytest.approx([1e-4, 2e-4, 2e-4, 1e-4])
     assert all(m["grad_norm"] > 0.1 for m in logged)
+
+
+@pytest.mark.parametrize("parts, logged", [("llm,region", 2e-4), ("region", 3e-3), ("vision", 2e-4)])
+def test_the_logged_rate_is_that_of_lr_unless_region_alone_learns(tmp_path, parts, logged):
+    """It was that of the part that --train names last."""
+    options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
+    train_here(*options, "--steps", 1, "--warmup", 1, "--lr", 2e-4, "--region-lr", 3e-3, "--train", parts)
+    (line,) = metrics(tmp_path / "run")
+    assert line["lr"] == logged
+
+
+def test_a_full_disk_ends_with_one_line(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "append_jsonl", no_space)
+    options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--steps", "1"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="^error: .*No space left on device$"):
+        train.main()
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_epochs_are_whole_passes_and_cut_no_sample(tmp_path):
@@ -444,7 +453,7 @@ def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(tmp_path):
     assert "expected to be read within 0.2 s (--timeout)" in bad["reason"]
 
 
-# ------------------------------------------------------------------------------------------------ options
+# ---- options ----
 
 
 @pytest.mark.parametrize(
@@ -461,9 +470,9 @@ def test_numbers_that_mean_nothing_are_refused(option, least, capsys):
     )
 
 
-@pytest.mark.parametrize("option", ["clip", "weight-decay", "lr", "max-bad"])
-@pytest.mark.parametrize("value", ["-1e-3", "nan"])
-def test_rates_and_shares_are_not_negative(option, value, capsys):
+@pytest.mark.parametrize("option", ["clip", "weight-decay", "lr", "max-bad", "epochs"])
+@pytest.mark.parametrize("value", ["-1e-3", "nan", "inf"])
+def test_rates_and_shares_are_finite_and_not_negative(option, value, capsys):
     with pytest.raises(SystemExit):
         train.parse(["--data", "d.json", f"--{option}={value}"])
     assert f"--{option}: expected a number from 0, found {float(value)}" in capsys.readouterr().err
