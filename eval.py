@@ -4,8 +4,9 @@
     python eval.py --model out/final --data test.json                          # exact match and loss, by type
     python eval.py --model out/final --data test.json --control full shuffle   # the same with other masks
     python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q   # multiple choice
-    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions,
-    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge URL  # judged
+    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions
+    # A server of chat completions judges these descriptions:
+    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge https://HOST
 
     data file --read_questions--> questions --data.collate--> batches --model.generate--> replies
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
@@ -15,8 +16,8 @@ greedily. A control asks the questions about regions again with other masks: the
 mask of another sample's object (shuffle). What is still right then does not come from the mask.
 
 All of it runs under torchrun as well (--ask on the first rank alone). With --out, the same command resumes a
-run that was killed; only the loss is computed again. A bad sample ends --data (python data.py FILE lists them
-all). A benchmark continues without a bad entry, which gets an "error" in predictions.jsonl, is wrong in
+run that was killed; the loss is computed again. A bad sample ends --data (python data.py FILE lists all of
+them). A benchmark continues without a bad entry, which gets an "error" in predictions.jsonl, is wrong in
 --bench-q, and is not judged in --bench-d.
 """
 
@@ -73,10 +74,11 @@ ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "opt
 
 
 def read_questions(samples, strict):
-    """Returns (questions, keys): for each answer of each sample a dict, which becomes a line of
-    predictions.jsonl, and {question index: (sample index, turn index)}.
+    """Returns (questions, keys), with one question for each answer of each sample.
 
-    A bad sample becomes one question with an "error". Its DataError is raised if strict, or if all are bad.
+    questions: dicts, which become the lines of predictions.jsonl. keys: {question index: (sample index, turn
+    index)}. A bad sample becomes one question with an "error"; its DataError is raised if strict, or if all
+    are bad.
     """
     questions, keys = [], {}
     for sample_index in range(len(samples)):
@@ -157,13 +159,13 @@ def mean_loss(model, processor, samples, args):
 
 
 def score(questions, columns):
-    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}. The rows are the types, "about
-    regions" (if only some questions are), and "all".
+    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}.
 
-    columns: {title: key of the reply in a question}. A reply is right if it equals the answer, up to white
-    space at the ends; None (could not be asked) is wrong. A control has replies to questions about regions
-    only. The column "constant" is added: always the most frequent answer to questions of this type. It
-    differs for those with and without regions, so that it can be compared with the controls.
+    columns: {title: key of the reply in a question}. The rows are the types of questions, "about regions" (if
+    only some are), and "all". A reply is right if it equals the answer, up to white space at the ends; None
+    (could not be asked) is wrong. A control has replies to questions about regions only. The column
+    "constant" is added: always the most frequent answer to questions of this type. It differs for those with
+    and without regions, so that it can be compared with the controls.
     """
     frequency = defaultdict(Counter)
     for question in questions:
@@ -238,7 +240,7 @@ class Bench:
 
 def on_one_frame(sample, frame):
     """Returns the sample with the masks of this frame alone, which a benchmark gives as "36"."""
-    data.expect(str(frame).isdecimal(), "frame_idx: a frame index", frame)
+    data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
     frame, objects = int(frame), []
     for i, masks in enumerate(sample.objects):
         data.expect(frame in masks, f"object {i}: a mask on frame {frame}, as frame_idx says", sorted(masks))
@@ -264,10 +266,11 @@ def read_options(entry):
 
 
 def bench_q_turn(entry, no_options=False):
-    """Returns (question, letter), the question as upstream asks it (PixelRefer,
-    VideoRefer/videorefer/eval/inference_videorefer_q_bench.py; its script for VideoLLaMA3 has no brackets).
+    """Returns (question, letter), the question as upstream asks it.
 
-    no_options: the question alone, for models that never saw options, such as the toy world's.
+    Source: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for VideoLLaMA3
+    has no brackets). no_options: the question alone, for models that never saw options, such as the toy
+    world's.
     """
     options, letter = read_options(entry)
     question = entry.get("Question")
@@ -298,9 +301,9 @@ ANOTHER_LETTER = re.compile(r"\(((?i:[A-Z]))\)|\b([A-Z])\)|\b([A-Z])(?:[.:]\s|[.
 
 
 def choose(reply, options):
-    """Reads a reply to a multiple-choice question with the options {"A": text, ...}. Returns (letter,
-    "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
+    """Reads a reply to a multiple-choice question with the options {"A": text, ...}.
 
+    Returns (letter, "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
     A letter stands at the beginning, or after "The answer is": "(B)", "(b) Running", "B) Running", "B.
     Running", "B: Running", or alone on its line: "B", "b", "B.". It must be an option's, and no second letter
     may follow in such a form ("A or B", "(A) or (B)"). A sentence has no letter ("A dog runs", "The answer is
@@ -360,17 +363,14 @@ Score the prediction on four aspects, each with a whole number from 0 (nothing f
 3. Temporal Description: is what the object does over time right?
 4. Hallucination Detection: is it free of facts, actions and things that are not there? 5 means that nothing is made up.
 Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""  # noqa: E501
-
-
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
 MARK = r"(\d+)(?:\s*(?:/|out of)\s*5\b)?(?!\s*/|\s*out of\b|\s*(?:-|to|or)\s*\d|[.,]?\d)"
 
 
 def read_marks(reply):
-    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a MARK, such
-    as "3. **Temporal Description**: 4/5"."""
+    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a mark."""
     marks = {}
-    for aspect in ASPECTS:
+    for aspect in ASPECTS:  # as in "3. **Temporal Description**: 4/5"
         line = rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*{MARK}"
         found = re.findall(line, reply, re.MULTILINE | re.IGNORECASE)
         if len(found) != 1 or int(found[0]) > 5:
@@ -457,8 +457,8 @@ def evaluate(args):
             scores = {"mode": args.mode, "no_options": args.no_options}
         else:
             scores = {"loss": mean_loss(model, processor, samples, args)}
-        name = "pred" if bench else "exact"
-        add_replies(questions, name, ask_all(model, processor, samples, keys, "none", args), strict=not bench)
+        replies = ask_all(model, processor, samples, keys, "none", args)
+        add_replies(questions, "pred" if bench else "exact", replies, strict=not bench)
         keys_about_regions = {i: key for i, key in keys.items() if questions[i]["regions"]}
         for control in args.control:
             replies = ask_all(model, processor, samples, keys_about_regions, control, args)
@@ -473,8 +473,10 @@ def evaluate(args):
 
 
 def add_replies(questions, name, replies, strict):
-    """Adds replies {question index: text or DataError} to the questions. An error becomes None and the
-    question's "error"; it is raised if strict, or if there are only errors."""
+    """Adds replies {question index: text or DataError} to the questions.
+
+    An error becomes None and the question's "error". It is raised if strict, or if there are only errors.
+    """
     errors = [reply for reply in replies.values() if isinstance(reply, data.DataError)]
     if errors and (strict or len(errors) == len(replies)):
         raise errors[0]
@@ -494,11 +496,8 @@ def report(questions, scores, args):
         scores["rows"], counts = score_choices(questions)
         scores["replies"] = counts
         print_table(scores["rows"])
-        print(
-            f"replies that name a letter: {counts['letter']}; an option's whole text: {counts['text']};",
-            end="",
-        )
-        print(f" neither, which is wrong: {counts['none']}")
+        print(f"replies that name a letter: {counts['letter']}; ", end="")
+        print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
     if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
         write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
     if args.bench_d:
@@ -540,18 +539,18 @@ def open_run(args):
 
 
 def read_settings(predictions):
-    """Returns mode and no_options of the run that wrote the predictions, or {} if eval.py did not write them."""
+    """Returns mode and no_options of the run that wrote the predictions, or {} if they are not eval.py's."""
     folder, name = os.path.split(predictions)
     runs = read_jsonl(os.path.join(folder, "run.json")) if name == "predictions.jsonl" else []
     return {key: run[key] for run in runs for key in ("mode", "no_options")}
 
 
 def ask_all(model, processor, samples, keys, control, args):
-    """Asks the questions, keys {question index: (sample index, turn index)}. Returns {question index: reply,
-    or DataError of a bad sample}, the same on every rank.
+    """Asks the questions. Returns {question index: reply, or DataError of a bad sample}, on every rank.
 
-    Each rank asks its share of what OUT/parts does not hold yet, and appends every reply at once to a file of
-    its own. A DataError is not written, so that a resumed run asks again: the video may be there by then.
+    keys: {question index: (sample index, turn index)}. Each rank asks its share of what OUT/parts does not
+    hold yet, and appends every reply at once to a file of its own. A DataError is not written, so that a
+    resumed run asks again: the video may be there by then.
     """
     parts = os.path.join(args.out, "parts")
     # Rank 0 reads for all ranks: a fast rank may write before a slow one has read.
@@ -570,7 +569,7 @@ def ask_all(model, processor, samples, keys, control, args):
     for replies_of_rank in gather_over_ranks(new_replies):
         replies |= replies_of_rank
     assert replies.keys() == keys.keys(), f"{len(replies)} replies to {len(keys)} questions in {parts}"
-    return {i: replies[i] for i in keys}
+    return replies
 
 
 def read_replies(parts, control):
@@ -710,10 +709,8 @@ class Pointing(argparse.Action):
         option = self.option_strings[0]
         try:
             args.pointed = [*args.pointed, (option, read_pointing(option, text))]
-        except data.DataError as error:  # this is a ValueError, but says more
-            raise argparse.ArgumentError(self, str(error)) from None
-        except ValueError:
-            raise argparse.ArgumentError(self, f"invalid {self.metavar} value: {text!r}") from None
+        except ValueError as error:  # also a DataError
+            raise argparse.ArgumentError(self, f"invalid {self.metavar} value {text!r}: {error}") from None
 
 
 def read_pointing(option, text):
@@ -731,8 +728,10 @@ def read_pointing(option, text):
 
 
 def read_objects(pointed, info):
-    """Returns objects as ask takes them, of args.pointed and a data.MediaInfo. A mask lies on the --frame
-    named last; --object begins the next object."""
+    """Returns what args.pointed says as ask takes it: for each object a dict {frame index: mask}.
+
+    A mask lies on the --frame named last; --object begins the next object. info: the data.MediaInfo.
+    """
     objects, frames_named, frame = [{}], set(), 0 if info.is_image else None
     for option, value in pointed:
         if option == "--object":
@@ -792,24 +791,19 @@ def parse(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
+    shows = args.video or args.pointed or args.preview
     for is_wrong, message in (
         (args.score and not bench, "--score: goes with --bench-q or --bench-d"),
         (args.control and not args.data, "--control: goes with --data"),
         (args.mode and not (bench and args.model), "--mode: goes with --model and a benchmark"),
-        (
-            args.no_options and not (args.bench_q and args.model),
-            "--no-options: goes with --model and --bench-q",
-        ),
+        (args.no_options and not (args.bench_q and args.model), "--no-options: goes with --model, --bench-q"),
         (args.judge and not args.bench_d, "--judge: goes with --bench-d"),
         (args.judge and not re.match("https?://", args.judge), "--judge: expected http:// or https:// first"),
         (args.judge_prompt and not args.judge, "--judge-prompt: goes with --judge"),
         (bench and not args.out and (args.judge or not args.score), "--out is missing"),
         (asks and args.out, "--out: does not go with --ask"),
         (asks and not args.video, "--ask: --video or --image is missing"),
-        (
-            not asks and (args.pointed or args.preview or args.video),
-            "--video, masks, --preview: go with --ask",
-        ),
+        (shows and not asks, "--video, masks, --preview: go with --ask"),
         (args.batch_size < 1, f"--batch-size: expected a whole number from 1, found {args.batch_size}"),
         (args.workers < 0, f"--workers: expected a whole number from 0, found {args.workers}"),
         (args.max_new_tokens < 1, f"--max-new-tokens: expected 1 or more, found {args.max_new_tokens}"),
