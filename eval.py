@@ -4,19 +4,21 @@
     python eval.py --model out/final --data test.json                          # exact match and loss, by type
     python eval.py --model out/final --data test.json --control full shuffle   # the same with other masks
     python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q   # multiple choice
-    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions,
-    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge URL  # judged
+    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions
+    # A server of chat completions judges these descriptions:
+    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge https://HOST
 
-    data file --read_questions--> questions --data.collate--> batches --model.generate--> answers
+    data file --read_questions--> questions --data.collate--> batches --model.generate--> replies
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
 
-Every answer of a conversation is one question: the model reads the conversation up to there, and answers
-greedily. A control asks the same questions with other masks: the whole frame (full), or the mask of another
-sample's object (shuffle). What is still right then does not come from the mask.
+Every answer of a conversation is one question: the model reads the conversation up to there, and replies
+greedily. A control asks the questions about regions again with other masks: the whole frame (full), or the
+mask of another sample's object (shuffle). What is still right then does not come from the mask.
 
-All of it runs under torchrun as well. With --out, the same command resumes a run that was killed. A bad
-sample ends --data (python data.py FILE lists them all). A benchmark continues without a bad entry, which gets
-an "error" in predictions.jsonl, is wrong in --bench-q, and is not judged in --bench-d.
+All of it runs under torchrun as well (--ask on the first rank alone). With --out, the same command resumes a
+run that was killed; the loss is computed again. A bad sample ends --data (python data.py FILE lists all of
+them). A benchmark continues without a bad entry, which gets an "error" in predictions.jsonl, is wrong in
+--bench-q, and is not judged in --bench-d.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -46,11 +49,13 @@ import model as models
 from train import (
     append_jsonl,
     first_on_this_machine,
+    gather_over_ranks,
     init_distributed,
     rank,
     read_jsonl,
     sum_over_ranks,
     world_size,
+    write_jsonl,
 )
 
 
@@ -62,19 +67,20 @@ def load(path, device=None):
     return models.load_model(path, processor).to(device).eval(), processor
 
 
-# ---- questions and answers ----
+# ---- questions and replies ----
 
 # The fields of a data file's entry that its lines in predictions.jsonl repeat.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
 def read_questions(samples, strict):
-    """Returns (questions, keys): for each answer of each sample a dict, which becomes a line of
-    predictions.jsonl, and the pair (sample index, turn index).
+    """Returns (questions, keys), with one question for each answer of each sample.
 
-    A bad sample becomes one question with an "error". Its DataError is raised if strict, or if all are bad.
+    questions: dicts, which become the lines of predictions.jsonl. keys: {question index: (sample index, turn
+    index)}. A bad sample becomes one question with an "error"; its DataError is raised if strict, or if all
+    are bad.
     """
-    questions, keys = [], []
+    questions, keys = [], {}
     for sample_index in range(len(samples)):
         entry, _, _, position = samples.read(sample_index)
         entry = entry if isinstance(entry, dict) else {}
@@ -85,14 +91,15 @@ def read_questions(samples, strict):
         except data.DataError as error:
             if strict:
                 raise
-            turns, common["error"] = [("", "")], str(error)
+            turns = [("", "")]  # one empty question stands for a sample that cannot be read
+            common["error"] = str(error)
         about_regions = "error" in common
         for turn_index, (text, answer) in enumerate(turns):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
             turn = {"turn": turn_index, "question": text, "answer": answer.strip() or None}
+            keys[len(questions)] = sample_index, turn_index
             questions.append(common | turn | {"regions": about_regions})
-            keys.append((sample_index, turn_index))
     if all("error" in question for question in questions):
         raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
     return questions, keys
@@ -117,21 +124,25 @@ def batches(dataset, keys, device, pad_left=False, batch_size=1, workers=0):
         yield data.to_device(batch, device)
 
 
-def generate_answers(model, processor, dataset, keys, max_new_tokens, **loading):
-    """Yields for each key, in order, the model's answer as text, or the DataError of a bad sample."""
+def generate_replies(model, processor, dataset, keys, max_new_tokens, **loading):
+    """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample."""
     tokenizer, device = processor.tokenizer, next(model.parameters()).device
     for batch in batches(dataset, keys, device, pad_left=True, **loading):
         tokens = []
         if not all(batch["errors"]):
             tokens = model.generate(batch, model.end_token_ids(tokenizer), max_new_tokens)
-        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
         for error in batch["errors"]:
-            yield error or next(texts).strip()
+            reply = error if error else next(texts).strip()
+            yield reply
 
 
 @torch.no_grad()
 def mean_loss(model, processor, samples, args):
-    """The cross-entropy of the right answers: a sum over all supervised tokens of all ranks, divided once."""
+    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
+
+    A run that is resumed computes it again, because it takes little time beside the replies.
+    """
     dataset = data.ReferringDataset(samples, processor)
     keys = [(0, sample_index) for sample_index in range(len(samples))][rank() :: world_size()]
     loss, tokens = 0.0, 0
@@ -148,30 +159,21 @@ def mean_loss(model, processor, samples, args):
 
 
 def score(questions, columns):
-    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}, with the rows of group.
+    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}.
 
-    columns: {title: key of the reply in a question}. A reply is right if it equals the answer, up to white
-    space at the ends; None (could not be asked) is wrong. A control has replies to questions about regions
-    only. The column "constant" is added: always the most frequent answer to questions of this type. It
-    differs for those with and without regions, so that it can be compared with the controls.
+    columns: {title: key of the reply in a question}. The rows are the types of questions, "about regions" (if
+    only some are), and "all". A reply is right if it equals the answer, up to white space at the ends; None
+    (could not be asked) is wrong. A control has replies to questions about regions only. The column
+    "constant" is added: always the most frequent answer to questions of this type. It differs for those with
+    and without regions, so that it can be compared with the controls.
     """
     frequency = defaultdict(Counter)
     for question in questions:
-        frequency[question["type"], question["regions"]][question["answer"]] += 1
+        if question["answer"] is not None:  # None: a bad entry
+            frequency[question["type"], question["regions"]][question["answer"]] += 1
     constant = {kind: answers.most_common(1)[0][0] for kind, answers in frequency.items()}
-    questions = [q | {"constant": constant[q["type"], q["regions"]]} for q in questions]
-    scores = {}
-    for row, members in group(questions).items():
-        scores[row] = {"questions": len(members)}
-        for title, key in (columns | {"constant": "constant"}).items():
-            asked = [q for q in members if key in q]
-            right = [q for q in asked if q[key] is not None and q[key] == q["answer"]]
-            scores[row][title] = {"right": len(right), "asked": len(asked)}
-    return scores
+    questions = [q | {"constant": constant.get((q["type"], q["regions"]), "")} for q in questions]
 
-
-def group(questions):
-    """Returns {row: its questions}: each type, those about regions (if only some are), and all."""
     by_type = defaultdict(list)
     for question in questions:
         by_type[question["type"] or "(no type)"].append(question)
@@ -179,7 +181,16 @@ def group(questions):
     about_regions = [question for question in questions if question["regions"]]
     if 0 < len(about_regions) < len(questions):
         rows["about regions"] = about_regions
-    return rows | {"all": questions}
+    rows["all"] = questions
+
+    scores = {}
+    for row, members in rows.items():
+        scores[row] = {"questions": len(members)}
+        for title, key in (columns | {"constant": "constant"}).items():
+            asked = [q for q in members if key in q]
+            right = [q for q in asked if q[key] is not None and q[key] == q["answer"]]
+            scores[row][title] = {"right": len(right), "asked": len(asked)}
+    return scores
 
 
 def print_table(scores):
@@ -222,11 +233,19 @@ class Bench:
             else:
                 question, answer = bench_d_turn(entry)
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            objects, frame = entry.get("annotation"), str(entry.get("frame_idx"))
-            if self.single_frame and isinstance(objects, list):
-                objects = [{frame: o.get(frame)} if isinstance(o, dict) else o for o in objects]
-            entry = entry | {"conversations": turns, "annotation": objects}
-            return data.parse_sample(entry, place, media, position, self.args.outside_paths)
+            entry = entry | {"conversations": turns}
+            sample = data.parse_sample(entry, place, media, position, self.args.outside_paths)
+            return on_one_frame(sample, entry.get("frame_idx")) if self.single_frame else sample
+
+
+def on_one_frame(sample, frame):
+    """Returns the sample with the masks of this frame alone, which a benchmark gives as "36"."""
+    data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
+    frame, objects = int(frame), []
+    for i, masks in enumerate(sample.objects):
+        data.expect(frame in masks, f"object {i}: a mask on frame {frame}, as frame_idx says", sorted(masks))
+        objects.append({frame: masks[frame]})
+    return replace(sample, objects=objects)
 
 
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
@@ -247,10 +266,11 @@ def read_options(entry):
 
 
 def bench_q_turn(entry, no_options=False):
-    """Returns (question, letter), the question as upstream asks it (PixelRefer,
-    VideoRefer/videorefer/eval/inference_videorefer_q_bench.py; its script for VideoLLaMA3 has no brackets).
+    """Returns (question, letter), the question as upstream asks it.
 
-    no_options: the question alone, for models that never saw options, such as the toy world's.
+    Source: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for VideoLLaMA3
+    has no brackets). no_options: the question alone, for models that never saw options, such as the toy
+    world's.
     """
     options, letter = read_options(entry)
     question = entry.get("Question")
@@ -276,32 +296,34 @@ ANSWER_IS = re.compile(r"(?:the )?(?:(?:best|correct|right|final) )?(?:answer|op
 LETTER = re.compile(
     r"\(([A-Z])\)(?!\w)|([A-Z])\)(?!\w)|(?-i:([A-Z])[.:](?=\s))|([A-Z])[.:]?(?=\s*$)", re.I | re.M
 )
-ANOTHER_LETTER = re.compile(r"\(([A-Z])\)|\b([A-Z])\)|\b([A-Z])[.:]?$", re.M)
+# "(B)", "(b)", "B)", "B." or "B:" anywhere in the rest of the reply, or a capital at the end of a line.
+ANOTHER_LETTER = re.compile(r"\(((?i:[A-Z]))\)|\b([A-Z])\)|\b([A-Z])(?:[.:]\s|[.:]?$)", re.M)
 
 
 def choose(reply, options):
-    """Reads a reply to a multiple-choice question with the options {"A": text, ...}. Returns (letter,
-    "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
+    """Reads a reply to a multiple-choice question with the options {"A": text, ...}.
 
+    Returns (letter, "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
     A letter stands at the beginning, or after "The answer is": "(B)", "(b) Running", "B) Running", "B.
     Running", "B: Running", or alone on its line: "B", "b", "B.". It must be an option's, and no second letter
     may follow in such a form ("A or B", "(A) or (B)"). A sentence has no letter ("A dog runs", "The answer is
     a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold type and
     \\boxed{} are removed.
     """
-    reply = without_markup(reply)
+    whole = reply = without_markup(reply)
     match = ANSWER_IS.match(reply)
     if match:
         reply = reply[match.end() :]
-    match = OPTION.fullmatch(reply)
+    match = OPTION.fullmatch(reply[:2].upper() + reply[2:])  # also "(b) Running"
     if match and match[1] in options and same_text(match[2], options[match[1]]):
         return match[1], "letter"
     match = LETTER.match(reply)
     if match:
         letter = match[match.lastindex].upper()
-        others = {other[other.lastindex] for other in ANOTHER_LETTER.finditer(reply, match.end())}
+        others = {other[other.lastindex].upper() for other in ANOTHER_LETTER.finditer(reply, match.end())}
         return (letter, "letter") if letter in options and others <= {letter} else (None, "none")
-    same = [letter for letter, text in options.items() if same_text(text, reply)]
+    # An option's own text may begin like "The answer is".
+    same = [letter for letter, text in options.items() if same_text(text, reply) or same_text(text, whole)]
     return (same[0], "text") if len(same) == 1 else (None, "none")
 
 
@@ -315,15 +337,15 @@ def same_text(a, b):
 
 
 def score_choices(questions):
-    """Adds "choice" and "by", what choose says, to each question. Returns (scores, how many by what)."""
-    told = {"letter": 0, "text": 0, "none": 0}
+    """Adds "choice" and "by", what choose says, to each question. Returns (scores, {"by": how many})."""
+    counts = {"letter": 0, "text": 0, "none": 0}
     for question in questions:
         question["choice"], question["by"] = None, "not asked"
         if "error" not in question:
             options, _ = read_options(question)
             question["choice"], question["by"] = choose(question["pred"], options)
-            told[question["by"]] += 1
-    return score(questions, {"accuracy": "choice"}), told
+            counts[question["by"]] += 1
+    return score(questions, {"accuracy": "choice"}), counts
 
 
 ASPECTS = (
@@ -341,14 +363,15 @@ Score the prediction on four aspects, each with a whole number from 0 (nothing f
 3. Temporal Description: is what the object does over time right?
 4. Hallucination Detection: is it free of facts, actions and things that are not there? 5 means that nothing is made up.
 Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""  # noqa: E501
+# "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
+MARK = r"(\d+)(?:\s*(?:/|out of)\s*5\b)?(?!\s*/|\s*out of\b|\s*(?:-|to|or)\s*\d|[.,]?\d)"
 
 
 def read_marks(reply):
-    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a number."""
+    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a mark."""
     marks = {}
-    for aspect in ASPECTS:
-        # This matches "3. **Temporal Description**: 4/5", but neither "4.5" nor "4/10".
-        line = rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*(\d+)(?:\s*/\s*5\b)?(?![\d/]|\.\d)"
+    for aspect in ASPECTS:  # as in "3. **Temporal Description**: 4/5"
+        line = rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*{MARK}"
         found = re.findall(line, reply, re.MULTILINE | re.IGNORECASE)
         if len(found) != 1 or int(found[0]) > 5:
             return None
@@ -370,17 +393,17 @@ def mean_marks(judged):
 
 
 def ask(model, processor, media, question, objects=(), max_new_tokens=128):
-    """Returns the model's answer to one question about a video or an image. Raises data.DataError.
+    """Returns the model's reply to one question about a video or an image. Raises data.DataError.
 
     media: a path. question: with one `<region>` for each object, in order. objects: for each a dict {frame
     index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the object, or what a data file
     may have: RLE, or polygons in pixels of the frame (see box).
     """
     dataset = question_dataset(processor, media, question, objects)
-    answer = next(generate_answers(model, processor, dataset, [(0, 0)], max_new_tokens))
-    if isinstance(answer, data.DataError):
-        raise answer
-    return answer
+    reply = next(generate_replies(model, processor, dataset, [(0, 0)], max_new_tokens))
+    if isinstance(reply, data.DataError):
+        raise reply
+    return reply
 
 
 def question_dataset(processor, media, question, objects):
@@ -421,10 +444,10 @@ def evaluate(args):
     questions, keys = read_questions(samples, strict=not bench)
     if bench:
         with data.within(bench):
-            index_by_id(questions)  # predictions are told apart by their ids
+            index_by_id(questions)  # ids that repeat end the run before anything is asked
     if args.score:
         os.makedirs(args.out, exist_ok=True)
-        scores = {}
+        scores = read_settings(args.score)
         add_replies(questions, "pred", read_predictions(args.score, questions), strict=False)
     else:
         if rank() == 0:
@@ -434,13 +457,12 @@ def evaluate(args):
             scores = {"mode": args.mode, "no_options": args.no_options}
         else:
             scores = {"loss": mean_loss(model, processor, samples, args)}
-        for control in ("none", *args.control):
-            asked = {i: key for i, key in enumerate(keys) if control == "none" or questions[i]["regions"]}
-            replies = answer_all(model, processor, samples, asked, control, args)
-            name = control
-            if control == "none":
-                name = "pred" if bench else "exact"
-            add_replies(questions, name, replies, strict=not bench)
+        replies = ask_all(model, processor, samples, keys, "none", args)
+        add_replies(questions, "pred" if bench else "exact", replies, strict=not bench)
+        keys_about_regions = {i: key for i, key in keys.items() if questions[i]["regions"]}
+        for control in args.control:
+            replies = ask_all(model, processor, samples, keys_about_regions, control, args)
+            add_replies(questions, control, replies, strict=True)
     is_first = rank() == 0
     if dist.is_initialized():
         # The other ranks end here, because a judge may take longer than they can wait for rank 0.
@@ -451,8 +473,10 @@ def evaluate(args):
 
 
 def add_replies(questions, name, replies, strict):
-    """Adds replies {question index: text or DataError} to the questions. An error becomes None and the
-    question's "error"; it is raised if strict, or if there are only errors."""
+    """Adds replies {question index: text or DataError} to the questions.
+
+    An error becomes None and the question's "error". It is raised if strict, or if there are only errors.
+    """
     errors = [reply for reply in replies.values() if isinstance(reply, data.DataError)]
     if errors and (strict or len(errors) == len(replies)):
         raise errors[0]
@@ -469,13 +493,11 @@ def report(questions, scores, args):
         print_table(scores["rows"])
         print(f"loss {scores['loss']:.4f} per supervised token")
     if args.bench_q:
-        scores["rows"], told = score_choices(questions)
-        scores["replies"] = told
+        scores["rows"], counts = score_choices(questions)
+        scores["replies"] = counts
         print_table(scores["rows"])
-        print(
-            f"replies that name a letter: {told['letter']}; an option's whole text: {told['text']};", end=" "
-        )
-        print(f"neither, which is wrong: {told['none']}")
+        print(f"replies that name a letter: {counts['letter']}; ", end="")
+        print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
     if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
         write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
     if args.bench_d:
@@ -484,79 +506,86 @@ def report(questions, scores, args):
         scores |= judge([question for question in questions if "error" not in question], args)
     errors = [question["error"] for question in questions if "error" in question]
     scores["not_asked"] = len(errors)
-    write_text(os.path.join(args.out, "scores.json"), json.dumps(scores, indent=2))
+    with data.atomic_write(os.path.join(args.out, "scores.json")) as temporary, open(temporary, "w") as file:
+        json.dump(scores, file, indent=2)
     if errors:
         fate = "wrong above" if args.bench_q else "not judged"
         count = f"{len(errors)} of {len(questions)}"
         print(f"{count} questions could not be asked: {fate}; the first: {errors[0]}")
 
 
-# ---- A first reading may end here. What follows is armour: resuming, the judge's server, the options. ----
-
-# ---- each question exactly once ----
+# ---- A first reading may end here. Below stand resuming, the judge's server and the options. ----
 
 
 def open_run(args):
-    """Makes the folder OUT with run.json, which says what is asked, or finds that of the same command. Raises
-    SystemExit if OUT holds anything else."""
+    """Makes the folder OUT with run.json, which says what is asked, or finds that of the same command.
+
+    Raises SystemExit if OUT holds anything else.
+    """
     run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
-    weights = glob.glob(os.path.join(glob.escape(args.model), "*.safetensors"))
-    for path in [*(args.data or [args.bench_q or args.bench_d]), *sorted(weights)]:
-        run[os.path.abspath(path)] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
-    if not os.path.exists(args.out) or os.path.isdir(args.out) and not os.listdir(args.out):
-        with data.atomic_write(args.out) as folder:
-            os.makedirs(folder)
-            write_jsonl(os.path.join(folder, "run.json"), [run])
-    elif read_jsonl(os.path.join(args.out, "run.json")) != [run]:
+    run["task"] = "data" if args.data else "bench-q" if args.bench_q else "bench-d"
+    model_files = []
+    for pattern in ("*.json", "*.safetensors"):
+        model_files += sorted(glob.glob(os.path.join(glob.escape(args.model), pattern)))
+    run["files"] = []  # in order, because OUT/parts names a question by its index
+    for path in [*(args.data or [args.bench_q or args.bench_d]), *model_files]:
+        run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
+    os.makedirs(args.out, exist_ok=True)
+    path = os.path.join(args.out, "run.json")
+    if all(name.endswith(".tmp") for name in os.listdir(args.out)):  # a kill may have left run.json.*.tmp
+        write_jsonl(path, [run])
+    elif read_jsonl(path) != [run]:
         raise SystemExit(f"--out {args.out}: holds no run of this command; name another folder, or remove it")
 
 
-def answer_all(model, processor, samples, keys, control, args):
-    """Asks the questions, keys {question index: (sample index, turn index)}. Returns {question index: answer,
-    or DataError of a bad sample}, the same on every rank.
+def read_settings(predictions):
+    """Returns mode and no_options of the run that wrote the predictions, or {} if they are not eval.py's."""
+    folder, name = os.path.split(predictions)
+    runs = read_jsonl(os.path.join(folder, "run.json")) if name == "predictions.jsonl" else []
+    return {key: run[key] for run in runs for key in ("mode", "no_options")}
 
-    Each rank asks its share of what OUT/parts does not hold yet, and appends every answer at once to a file
-    of its own. A DataError is not written, so that a resumed run asks again: the video may be there by then.
+
+def ask_all(model, processor, samples, keys, control, args):
+    """Asks the questions. Returns {question index: reply, or DataError of a bad sample}, on every rank.
+
+    keys: {question index: (sample index, turn index)}. Each rank asks its share of what OUT/parts does not
+    hold yet, and appends every reply at once to a file of its own. A DataError is not written, so that a
+    resumed run asks again: the video may be there by then.
     """
     parts = os.path.join(args.out, "parts")
     # Rank 0 reads for all ranks: a fast rank may write before a slow one has read.
-    answers = gather(read_answers(parts, control) if rank() == 0 else None)[0]
-    share = [i for i in keys if i not in answers][rank() :: world_size()]
+    replies = gather_over_ranks(read_replies(parts, control) if rank() == 0 else None)[0]
+    share = [i for i in keys if i not in replies][rank() :: world_size()]
     dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
     loading = {"batch_size": args.batch_size, "workers": args.workers}
-    generated = generate_answers(model, processor, dataset, share_keys, args.max_new_tokens, **loading)
+    generated = generate_replies(model, processor, dataset, share_keys, args.max_new_tokens, **loading)
     os.makedirs(parts, exist_ok=True)
     path = os.path.join(parts, f"{control}-{rank()}-{time.time_ns()}.jsonl")
-    new_answers = {}
-    for i, answer in zip(share, generated):
-        new_answers[i] = answer
-        if isinstance(answer, str):
-            append_jsonl(path, {"question": i, "answer": answer})
-    for answers_of_rank in gather(new_answers):
-        answers |= answers_of_rank
-    assert answers.keys() == keys.keys(), f"{len(answers)} answers to {len(keys)} questions in {parts}"
-    return {i: answers[i] for i in keys}
+    new_replies = {}
+    for i, reply in zip(share, generated):
+        new_replies[i] = reply
+        if isinstance(reply, str):
+            append_jsonl(path, {"question": i, "answer": reply})
+    for replies_of_rank in gather_over_ranks(new_replies):
+        replies |= replies_of_rank
+    assert replies.keys() == keys.keys(), f"{len(replies)} replies to {len(keys)} questions in {parts}"
+    return replies
 
 
-def read_answers(parts, control):
-    """Returns {question index: answer} from all files in the folder. Raises data.DataError if two answers to
-    a question differ, which can happen when two runs write there at once."""
-    answers = {}
+def read_replies(parts, control):
+    """Returns {question index: reply} from all files in the folder.
+
+    Raises data.DataError if two replies to a question differ, which can happen when two runs write there at
+    once.
+    """
+    replies = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(parts), f"{control}-*.jsonl"))):
         for line in read_jsonl(path):
-            i, answer = line["question"], line["answer"]
-            if answers.setdefault(i, answer) != answer:
-                found = f"{answers[i]!r} and {answer!r}"
+            i, reply = line["question"], line["answer"]
+            if replies.setdefault(i, reply) != reply:
+                found = f"{replies[i]!r} and {reply!r}"
                 raise data.DataError(f"expected one answer to question {i}, found {found}", path)
-    return answers
-
-
-def gather(value):
-    """Returns the values of all ranks, on every rank."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+    return replies
 
 
 def index_by_id(questions):
@@ -589,15 +618,6 @@ def read_predictions(path, questions):
     return replies
 
 
-def write_jsonl(path, lines):
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_text(path, text):
-    with data.atomic_write(path) as temporary, open(temporary, "w") as file:
-        file.write(text)
-
-
 # ---- the judge's server ----
 
 RETRIES, JUDGE_TIMEOUT = 5, 120  # seconds
@@ -609,15 +629,14 @@ def judge(lines, args):
     Each reply becomes a line of OUT/judged.jsonl at once, and is not asked for again. Raises data.DataError
     if that file holds marks of other predictions, or of another judge or prompt.
     """
-    system, source = JUDGE_PROMPT, "the prompt in eval.py, not the published one"
-    if args.judge_prompt:
-        with open(args.judge_prompt) as file:
-            system, source = file.read(), args.judge_prompt
-    setting = {"judge": args.judge_model, "prompt": hashlib.sha256(system.encode()).hexdigest()[:12]}
+    source = args.judge_prompt or "the prompt in eval.py, not the published one"
+    prompt_hash = hashlib.sha256(args.judge_system.encode()).hexdigest()[:12]
+    setting = {"judge": args.judge_model, "prompt": prompt_hash}
     path = os.path.join(args.out, "judged.jsonl")
     wanted, judged = {}, {}
-    for id, i in index_by_id(lines).items():
-        wanted[id] = {name: lines[i].get(name) for name in ("id", "video", "caption", "pred")} | setting
+    for line in lines:
+        fields = {name: line.get(name) for name in ("id", "video", "caption", "pred")}
+        wanted[json.dumps(line["id"])] = fields | setting
     for line in read_jsonl(path):
         id = json.dumps(line["id"])
         is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
@@ -626,26 +645,26 @@ def judge(lines, args):
     write_jsonl(path, judged.values())  # removes what a kill may have left of a last line
     for id in tqdm([id for id in wanted if id not in judged], unit="reply", leave=False):
         texts = f"##Correct answer: {wanted[id]['caption']}\n##Predicted answer: {wanted[id]['pred']}\n"
-        reply, model = chat(args, system, texts)
+        reply, model = chat(args, texts)
         judged[id] = wanted[id] | {"model": model, "reply": reply, "marks": read_marks(reply)}
         append_jsonl(path, judged[id])
     names = sorted({str(line["model"]) for line in judged.values()})
     means, failed = mean_marks(judged.values())
     print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; ", end="")
-    print(f"prompt {setting['prompt']} ({source})")
+    print(f"prompt {prompt_hash} ({source})")
     for aspect, mean in means.items():
         print(f"{aspect:26}{'-' if mean is None else f'{mean:.2f}':>6}")
     print(f"{len(judged)} replies, {failed} of them without four scores: left out of the means")
     return setting | {"models": names, "means": means, "replies": len(judged), "failed": failed}
 
 
-def chat(args, system, user):
+def chat(args, user):
     """Asks the chat-completions server of --judge. Returns (its reply, the model it says it is).
 
     Faults that may pass, such as a busy server, are retried; others, such as a wrong key, raise SystemExit.
     """
     url = args.judge.rstrip("/") + "/chat/completions"
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    messages = [{"role": "system", "content": args.judge_system}, {"role": "user", "content": user}]
     body = json.dumps({"model": args.judge_model, "messages": messages, "temperature": 0}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     if os.environ.get("OPENAI_API_KEY"):  # unredirected: the key must not follow to another server
@@ -690,8 +709,8 @@ class Pointing(argparse.Action):
         option = self.option_strings[0]
         try:
             args.pointed = [*args.pointed, (option, read_pointing(option, text))]
-        except ValueError:
-            raise argparse.ArgumentError(self, f"invalid {self.metavar} value: {text!r}") from None
+        except ValueError as error:  # also a DataError
+            raise argparse.ArgumentError(self, f"invalid {self.metavar} value {text!r}: {error}") from None
 
 
 def read_pointing(option, text):
@@ -709,8 +728,10 @@ def read_pointing(option, text):
 
 
 def read_objects(pointed, info):
-    """Returns objects as ask takes them, of args.pointed and a data.MediaInfo. A mask lies on the --frame
-    named last; --object begins the next object."""
+    """Returns what args.pointed says as ask takes it: for each object a dict {frame index: mask}.
+
+    A mask lies on the --frame named last; --object begins the next object. info: the data.MediaInfo.
+    """
     objects, frames_named, frame = [{}], set(), 0 if info.is_image else None
     for option, value in pointed:
         if option == "--object":
@@ -758,7 +779,7 @@ def parse(argv=None):
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
     controls, modes = ("full", "shuffle"), ("single", "multi")
     add("--control", nargs="+", choices=controls, default=[], help="ask --data again with other masks")
-    add("--mode", choices=modes, default="single", help="benchmarks: masks on the published frame, or on all")
+    add("--mode", choices=modes, help="benchmarks: masks on the published frame (single, default), or on all")
     add("--no-options", action="store_true", help="--bench-q: ask without options; an option's text is right")
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
     add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
@@ -770,20 +791,30 @@ def parse(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
+    shows = args.video or args.pointed or args.preview
     for is_wrong, message in (
         (args.score and not bench, "--score: goes with --bench-q or --bench-d"),
         (args.control and not args.data, "--control: goes with --data"),
+        (args.mode and not (bench and args.model), "--mode: goes with --model and a benchmark"),
+        (args.no_options and not (args.bench_q and args.model), "--no-options: goes with --model, --bench-q"),
         (args.judge and not args.bench_d, "--judge: goes with --bench-d"),
+        (args.judge and not re.match("https?://", args.judge), "--judge: expected http:// or https:// first"),
+        (args.judge_prompt and not args.judge, "--judge-prompt: goes with --judge"),
         (bench and not args.out and (args.judge or not args.score), "--out is missing"),
         (asks and args.out, "--out: does not go with --ask"),
         (asks and not args.video, "--ask: --video or --image is missing"),
-        (
-            not asks and (args.pointed or args.preview or args.video),
-            "--video, masks, --preview: go with --ask",
-        ),
+        (shows and not asks, "--video, masks, --preview: go with --ask"),
+        (args.batch_size < 1, f"--batch-size: expected a whole number from 1, found {args.batch_size}"),
+        (args.workers < 0, f"--workers: expected a whole number from 0, found {args.workers}"),
+        (args.max_new_tokens < 1, f"--max-new-tokens: expected 1 or more, found {args.max_new_tokens}"),
     ):
         if is_wrong:
             parser.error(message)
+    args.mode = args.mode or "single"
+    args.judge_system = JUDGE_PROMPT
+    if args.judge_prompt:
+        with open(args.judge_prompt) as file:
+            args.judge_system = file.read()
     return args
 
 
@@ -791,7 +822,9 @@ def main(argv=None):
     args = parse(argv)
     args.device = init_distributed(args.device)
     if args.ask is not None:
-        return run_ask(args)
+        if rank() == 0:
+            run_ask(args)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         args.out = args.out or scratch
         evaluate(args)
