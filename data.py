@@ -1546,7 +1546,7 @@ def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
 
 
 def _draw_frames(dataset, sample, frames_shown, panel_height):
-    """[(frame index, uint8 picture)]: the frame, and below it the same frame with its cells lit."""
+    """Returns (frame index, uint8 picture) pairs: the frame, and below it the frame with its cells lit."""
     if sample.media is None:
         return []
     media, rng = dataset.media_of(sample), np.random.default_rng(0)
@@ -1557,7 +1557,7 @@ def _draw_frames(dataset, sample, frames_shown, panel_height):
     panel_size = max(1, round(panel_height * width / height)), panel_height
     panels = []
     for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
-        masks = [masks.get(frame) for masks in objects]
+        masks = [masks_of_object.get(frame) for masks_of_object in objects]
         small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
         covered = np.zeros((gh, gw), np.float32)
         for mask in masks:
@@ -1570,13 +1570,11 @@ def _draw_frames(dataset, sample, frames_shown, panel_height):
 
 
 def draw_regions(picture, masks):
-    """Returns a copy of picture, uint8 (H, W, 3), in which all but the objects is dimmed and each has a
-    contour.
+    """Returns a copy of picture, uint8 (H, W, 3), with the objects outlined and numbered, and the rest dimmed.
 
     The pixels of the objects themselves stay as they are, because a question may be about their colour.
-    masks: one an object, uint8 (h, w) at any resolution of the picture's shape, or None if it is not on this
-    frame. The n-th object is numbered n; one that is asked about several times has one contour and all its
-    numbers.
+    masks: one for each object, uint8 (h, w) at any resolution of the picture's shape, or None if it is not on
+    this frame. An object that is asked about several times has one contour and all its numbers.
     """
     height, width, _ = picture.shape
     outlined = []  # pairs of where an object is, bool (H, W), and its indices
