@@ -1570,7 +1570,7 @@ def _draw_frames(dataset, sample, frames_shown, panel_height):
 
 
 def draw_regions(picture, masks):
-    """Returns a copy of picture, uint8 (H, W, 3), with the objects outlined and numbered, and the rest dimmed.
+    """Returns a copy of picture, uint8 (H, W, 3), with objects outlined and numbered, and the rest dimmed.
 
     The pixels of the objects themselves stay as they are, because a question may be about their colour.
     masks: one for each object, uint8 (h, w) at any resolution of the picture's shape, or None if it is not on
