@@ -172,7 +172,7 @@ def score(questions, columns):
         if question["answer"] is not None:  # None: a bad entry
             frequency[question["type"], question["regions"]][question["answer"]] += 1
     constant = {kind: answers.most_common(1)[0][0] for kind, answers in frequency.items()}
-    questions = [q | {"constant": constant.get((q["type"], q["regions"]), "")} for q in questions]
+    questions = [q | {"constant": constant.get((q["type"], q["regions"]))} for q in questions]
 
     by_type = defaultdict(list)
     for question in questions:
@@ -364,7 +364,7 @@ Score the prediction on four aspects, each with a whole number from 0 (nothing f
 4. Hallucination Detection: is it free of facts, actions and things that are not there? 5 means that nothing is made up.
 Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""  # noqa: E501
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
-MARK = r"(\d+)(?:\s*(?:/|out of)\s*5\b)?(?!\s*/|\s*out of\b|\s*(?:-|to|or)\s*\d|[.,]?\d)"
+MARK = r"(\d+)(?:\s*(?:/|out of)\s*5)?(?!\s*/|\s*out of\b|\s*(?:-|to|or)\s*\d|[.,]?\d)"
 
 
 def read_marks(reply):

@@ -456,12 +456,11 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
     assert again | {"rows": None} == scores | {"rows": None} and list(scores["rows"]) == ["x", "all"]
     assert again["rows"]["all"]["accuracy"] == counts
     # Another model's predictions: an entry without answer or object counts as wrong; masks are not read.
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "pred": "B"}) + "\n" for i in range(18)))
-    evaluation.main(
-        ["--bench-q", str(bad_file), "--score", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "scored")]
-    )
+    theirs = tmp_path / "out" / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps({"id": i, "pred": "B"}) + "\n" for i in range(18)))
+    evaluation.main(["--bench-q", str(bad_file), "--score", str(theirs), "--out", str(tmp_path / "scored")])
     other = json.loads((tmp_path / "scored" / "scores.json").read_text())
-    assert "mode" not in other, "who knows how they were asked"
+    assert "mode" not in other, "how they were asked is not known"
     assert other["not_asked"] == 8 and other["rows"]["all"]["accuracy"] == {"right": 10, "asked": 18}
 
 
