@@ -179,7 +179,7 @@ class ReferringVideoLLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, end_token_ids, max_new_tokens=128):
-        """Answers a batch that is padded on the left, greedily: each token is the one with the highest score.
+        """Answers a batch that is padded on the left, each time with the token of the highest score.
 
         end_token_ids: an answer ends before the first of these. Returns B lists of token ids.
         """
@@ -331,9 +331,9 @@ def temporal_merge(pooled, boxes, object_frames, region_tokens):
             else:
                 run_lengths.append(1)
         start += n
-    merged = torch.stack([run.mean(0) for run in pooled.split(run_lengths)])
-    merged_boxes = torch.stack([run.mean(0) for run in boxes.split(run_lengths)])
-    return merged, merged_boxes
+    merged = [run.mean(0) for run in pooled.split(run_lengths)]
+    merged_boxes = [run.mean(0) for run in boxes.split(run_lengths)]
+    return torch.stack(merged), torch.stack(merged_boxes)
 
 
 def place(embeddings, is_placeholder, rows):
@@ -428,8 +428,8 @@ def build_tiny(texts):
     """Returns (config, tokenizer, image processor) of a small Qwen3-VL. Nothing is downloaded.
 
     It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those
-    take. The tokenizer is byte-level BPE. It learns merges from texts (an iterable of str): their frequent
-    words become one token each, and any other text still has its bytes.
+    take. The tokenizer is byte-level BPE: frequent words of texts (an iterable of str) become one token each,
+    and any other text still has its bytes.
     """
     words = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     control_tokens = [f"<|{word}|>" for word in words]

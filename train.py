@@ -12,10 +12,9 @@ It writes OUT/metrics.jsonl (a line for each logged step), OUT/bad_samples.jsonl
 used, and why), OUT/step-NNNNNN (resumable checkpoints, with --save-every or on SIGTERM) and OUT/final (the
 model, for eval.py --model OUT/final).
 
-A step sees the same samples and takes the same gradient whatever the number of ranks and the size of the
-micro-batches; only dropout, which no backbone here has, would draw other numbers. Everything random is a
-function of (seed, step, rank) or (seed, epoch, sample), so that a resumed run continues as if it had never
-been interrupted.
+A step sees the same samples and, but for dropout, takes the same gradient whatever the number of ranks and
+the size of the micro-batches. Everything random in it is a function of (seed, step, rank) or (seed, epoch,
+sample), so that a resumed run continues as if it had never been interrupted.
 """
 
 import argparse
@@ -57,8 +56,8 @@ def option(default, help):
 class Config:
     """The command line: each field is an option.
 
-    Some defaults are None here and found by fill_in_defaults. Those of data.Settings are saved with a trained
-    model, and are taken from there if it is trained on.
+    fill_in_defaults replaces None by what the help names or, for the fields of data.Settings, by what was
+    saved with --model.
     """
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
@@ -156,11 +155,8 @@ def build_loader(config, samples, processor, first_step):
         cache_bytes=FRAME_CACHE // max(config.workers, 1),
         timeout=config.timeout,
     )
-    collate = partial(
-        split_into_micro_batches,
-        micro_batch=config.micro_batch,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    pad = processor.tokenizer.pad_token_id
+    collate = partial(split_into_micro_batches, micro_batch=config.micro_batch, pad_token_id=pad)
     return DataLoader(
         dataset,
         batch_sampler=order,
@@ -176,9 +172,8 @@ def build_loader(config, samples, processor, first_step):
 def build(config, samples, ckpt_path=None):
     """Returns (model, processor), and fills in the options in config that are None.
 
-    samples: the training data. ckpt_path: the checkpoint that is resumed, from which weights, tokenizer and
-    settings then come. Raises DataError if there is no such model, SystemExit if the batch does not fit the
-    number of ranks.
+    ckpt_path: the checkpoint that is resumed, from which weights, tokenizer and settings then come. Raises
+    DataError if there is no such model.
     """
     path = ckpt_path or config.model
     given = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
@@ -192,7 +187,7 @@ def build(config, samples, ckpt_path=None):
 
 
 def fill_in_defaults(config, processor, num_samples):
-    """Sets the options that depend on the model, the number of samples and the number of ranks."""
+    """Sets the options that are None. Raises SystemExit if the batch does not fit the number of ranks."""
     if config.model == "tiny":
         defaults = {"train": "region,projector,llm,vision", "lr": 1e-3, "region_lr": 3e-3}
     else:
@@ -215,25 +210,21 @@ def choose_parameters(model, config):
     As in nanoGPT, weights of two dimensions or more have weight decay, norms and biases have none.
     """
     parts, chosen = model.parameter_groups(), config.train.split(",")
-    covered = sum(p.numel() for parameters in parts.values() for p in parameters)
-    total = sum(p.numel() for p in model.parameters())
-    assert covered == total, f"the parts of the model have {covered} weights, the model has {total}"
     if not set(chosen) <= set(parts) or len(set(chosen)) < len(chosen):
         raise SystemExit(f"--train: expected names out of {','.join(parts)}, found {config.train}")
 
-    model.requires_grad_(False)
     groups, counts = [], []
     for name, parameters in parts.items():
         millions = sum(p.numel() for p in parameters) / 1e6
         counts.append(f"{name} {millions:.2f} M" + ("" if name in chosen else " (frozen)"))
+        for p in parameters:
+            p.requires_grad_(name in chosen)
         if name in chosen:
             peak_lr = config.region_lr if name == "region" else config.lr
             matrices = [p for p in parameters if p.ndim >= 2]
             vectors = [p for p in parameters if p.ndim < 2]
             groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": config.weight_decay})
             groups.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
-            for p in parameters:
-                p.requires_grad_(True)
     print0("parameters: " + ", ".join(counts))
     return groups
 
@@ -272,9 +263,7 @@ def backward(model, micro_batches, total_tokens, device):
 def train(config):
     device = init_distributed(config.device)
     if config.fsdp and not dist.is_initialized():
-        raise SystemExit(
-            "--fsdp: shards over the ranks that torchrun starts, found none; see train.py --help"
-        )
+        raise SystemExit("--fsdp: shards over the ranks that torchrun starts, found none")
     check_out_folder(config)
     ckpt_path, ckpt = read_checkpoint(config)
     first_step = ckpt["done"] if ckpt else 0
@@ -303,10 +292,8 @@ def train(config):
         dist.barrier()
     batches = iter(build_loader(config, samples, processor, first_step))
     bad_samples = BadSamples(config, len(samples))
-    print0(
-        f"data: {len(samples)} samples; {config.steps} steps of {config.batch_size}"
-        f" on {world_size()} x {device.type}"
-    )
+    steps = f"{config.steps} steps of {config.batch_size}"
+    print0(f"data: {len(samples)} samples; {steps} on {world_size()} x {device.type}")
 
     sigterms, stop = [], False
     signal.signal(signal.SIGTERM, lambda *_: sigterms.append(True))
@@ -379,14 +366,15 @@ def train(config):
         if stop:
             break
 
+    final = os.path.join(config.out, "final")
     if stop:
         print0(f"stopped by SIGTERM after {steps_done} steps, which are saved; --resume latest continues")
     else:
-        save(model, processor, os.path.join(config.out, "final"))
-        print0(f"saved {os.path.join(config.out, 'final')}")
+        save(model, processor, final)
+        print0(f"saved {final}")
     if dist.is_initialized():
-        # DDP holds the process group, and has to let go of it first. As the last owner it would wait for
-        # gloo's threads with Python's lock in hand, which they need to free the tensors they sent.
+        # As the last owner of the process group, DDP would wait for gloo's threads with Python's lock in
+        # hand, which they need to free the tensors they sent.
         del ddp_model
         dist.barrier()
         dist.destroy_process_group()
@@ -416,8 +404,7 @@ def print0(*args):
 def init_distributed(device):
     """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device."""
     if "RANK" in os.environ:
-        # Ranks wait for rank 0 while it writes a checkpoint, and for each other while they read slow files.
-        # That may take longer than the default timeout of 10 minutes.
+        # While rank 0 writes a checkpoint, the others may wait longer than the default of 10 minutes.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -452,20 +439,15 @@ def gather_over_ranks(value):
 
 
 def check_ranks_agree(first_step, num_samples):
-    """Raises SystemExit on all ranks if some see another checkpoint or other data, for instance on a disk of
-    their own. Otherwise they would wait for each other for ever."""
+    """Raises SystemExit if ranks see other files, as on disks of their own: they would wait for ever."""
     starts = gather_over_ranks((first_step, num_samples))
     if len(set(starts)) > 1:
-        found = ", ".join(f"{start} on rank {i}" for i, start in enumerate(starts))
-        expected = "expected the same (steps done, samples) on all ranks"
-        raise SystemExit(f"--data, --out: {expected}; do they share these folders? found {found}")
+        expected = "expected the same files on all ranks"
+        raise SystemExit(f"--data, --out: {expected}, found (steps done, samples) by rank: {starts}")
 
 
 def ignore_sigterm(worker_id):
-    """Keeps the workers of the DataLoader alive, so that the run can still save.
-
-    torchrun and batch systems send SIGTERM to all processes, and the run would die with its workers.
-    """
+    """Keeps the DataLoader's workers alive on a SIGTERM to all processes, so that the run can still save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -474,18 +456,16 @@ class BadSamples:
 
     def __init__(self, config, num_samples):
         self.path, self.limit = os.path.join(config.out, "bad_samples.jsonl"), config.max_bad * num_samples
-        # A resumed run counts on from the samples that were found before. The first two places are the file
-        # and the sample; the others may differ, as each epoch can take other frames.
+        # A resumed run counts on. Places are (file, sample, ...); what follows can change with the epoch.
         self.seen = {tuple(line["places"][:2]) for line in read_jsonl(self.path)}
 
     def add(self, errors):
         """errors: the DataErrors of this rank. Every rank must call it, so that all ranks stop together."""
         for error in sum(gather_over_ranks(errors), []):
             reason, *places = error.args
-            sample = tuple(places[:2])
-            if sample in self.seen:
+            if tuple(places[:2]) in self.seen:
                 continue
-            self.seen.add(sample)
+            self.seen.add(tuple(places[:2]))
             print0(f"left out: {error}")
             if rank() == 0:
                 append_jsonl(self.path, {"places": places, "reason": reason})
@@ -513,22 +493,19 @@ def shard(model, device):
     outside of layers (embeddings, mergers, region encoder) throughout a step. Layers move to the device one
     by one, so that it never holds the whole model; but each rank loads a whole one into CPU memory first.
     """
-    precision = MixedPrecisionPolicy()
-    if device.type == "cuda":
-        # The inputs are not cast, because autocast handles them, and positions in time need float32.
-        precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    # The inputs are not cast, because autocast handles them, and positions in time need float32.
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in [*model.layers(), model]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 def gather_to_rank0(tensor):
-    """Returns a sharded tensor whole, in CPU memory, on rank 0, and None on the other ranks.
-
-    Every rank must call it. A tensor that is not sharded comes back as it is.
-    """
+    """Returns a sharded tensor whole, on the CPU of rank 0; None on the others. Every rank must call it."""
     if not isinstance(tensor, DTensor):
         return tensor
     tensor = tensor.full_tensor()
@@ -595,8 +572,7 @@ def save(model, processor, path, training=None):
 
 # ---- checkpoints ----
 
-# The options that a resumed run may change: where things are, and how the work is shared out. The losses
-# depend on all the others.
+# The options that a resumed run may change. The losses depend on all the others.
 MAY_CHANGE = "media outside_paths out resume keep save_every log_every max_bad timeout".split()
 MAY_CHANGE += "workers micro_batch device fsdp grad_checkpoint".split()
 
@@ -642,39 +618,37 @@ def check_out_folder(config):
 
 
 def read_checkpoint(config):
-    """Returns the checkpoint that --resume names as (folder, contents of training.pt).
+    """Returns the checkpoint that --resume names as (folder, contents of training.pt), or (None, None).
 
-    Returns (None, None) for a start from the beginning. Raises SystemExit if the folder holds no checkpoint,
-    or if OUT holds steps that do not lead to it.
+    Raises SystemExit if the folder holds no checkpoint, or if OUT holds steps that do not lead to it.
     """
-    found = checkpoints(config.out)
-    folder = config.resume
-    if folder == "latest" and not found:
-        print0(f"--resume latest: no checkpoint in {config.out} yet; starts from the beginning")
-    if folder is None or (folder == "latest" and not found):
+    if config.resume is None:
         return None, None
+    folder, found = config.resume, checkpoints(config.out)
     if folder == "latest":
+        if not found:
+            print0(f"--resume latest: no checkpoint in {config.out} yet; starts from the beginning")
+            return None, None
         folder = found[max(found)]
     path = os.path.join(folder, "training.pt")
     if not os.path.exists(path):
-        expected = "expected the folder of a checkpoint, found no training.pt in it"
-        raise SystemExit(f"--resume {folder}: {expected}")
+        raise SystemExit(
+            f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it"
+        )
     # With mmap, the ranks of a machine share the memory of the optimizer state, of which each keeps a part.
     ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=config.fsdp)
     in_use = os.path.exists(os.path.join(config.out, "metrics.jsonl"))
     if in_use and not os.path.samefile(config.out, os.path.join(folder, os.pardir)):
         raise SystemExit(f"--out {config.out}: holds another run than that of {folder}; name another folder")
     if max(found, default=0) > ckpt["done"]:
-        remedy = "name another folder, or remove them"
-        raise SystemExit(f"--out {config.out}: holds later steps than {folder}; {remedy}")
+        raise SystemExit(f"--out {config.out}: holds later steps than {folder}; name another folder")
     if config.batch_size is None:  # its default depends on the number of ranks, which may now be another
         config.batch_size = ckpt["config"]["batch_size"]
     return folder, ckpt
 
 
 def check_resumable(ckpt, config, num_samples):
-    """Raises SystemExit if the checkpoint is of a run with other settings or other data, because its losses
-    could then not be those of an uninterrupted run."""
+    """Raises SystemExit on other settings or data: losses would not be those of an uninterrupted run."""
     given = asdict(config) | {"samples": num_samples}
     saved = ckpt["config"] | {"samples": ckpt["samples"]}
     for name, value in given.items():
@@ -702,9 +676,8 @@ def load_optimizer(optimizer, state):
 
 def parse(argv=None):
     """Returns the Config of a command line, or exits with a message on a wrong option."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for f in fields(Config):
         if f.name == "data":
             arguments = {"nargs": "+", "required": True}
@@ -717,13 +690,12 @@ def parse(argv=None):
     config = Config(**vars(parser.parse_args(argv)))
 
     for f in fields(Config):
-        value = getattr(config, f.name)
+        value, name = getattr(config, f.name), f.name.replace("_", "-")
         if f.type not in (int, float) or value is None:
             continue
-        least = 0 if f.type is float or f.name in ("warmup", "workers", "seed") else 1
+        least = 0 if f.type is float or name in ("warmup", "workers", "seed") else 1
         if not least <= value < math.inf:  # also true for NaN
             kind = "whole number" if f.type is int else "number"
-            name = f.name.replace("_", "-")
             parser.error(f"--{name}: expected a {kind} from {least}, found {value}")
     return config
 
