@@ -350,8 +350,8 @@ def load_processor(path, texts=(), **settings):
     """Returns the data.Processor of a path: "tiny", a Hugging Face name, or a folder (also one of train.py).
 
     settings: fields of data.Settings. Those that are None or not given are the ones with which the folder's
-    model was trained, else the defaults of the tiny model or of a pretrained one. texts: what the tiny
-    model's tokenizer learns its words from. Raises data.DataError where there is no such model.
+    model was trained, else defaults. texts: what the tiny model's tokenizer learns its words from. Raises
+    data.DataError where there is no such model.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if path == "tiny":
@@ -361,9 +361,8 @@ def load_processor(path, texts=(), **settings):
         if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
-        settings_file = os.path.join(path, SETTINGS_FILE)
-        if os.path.exists(settings_file):
-            with open(settings_file) as file:
+        if os.path.exists(os.path.join(path, SETTINGS_FILE)):
+            with open(os.path.join(path, SETTINGS_FILE)) as file:
                 saved = json.load(file)
             known = [f.name for f in fields(data.Settings)]
             fits = isinstance(saved, dict) and set(saved) <= set(known)

@@ -48,8 +48,7 @@ CASES = {  # name -> frames, cells along a side, columns, regions on a frame, wh
 
 
 def make_masks(frames, side, regions, full):
-    """Returns float32 (frames * regions, side, side) of 0 and 1: scattered squares of 1/8 to 8/8 of the
-    side."""
+    """Returns float32 (frames * regions, side, side) of 0 and 1: scattered squares of 1/8 to 8/8 side."""
     masks = torch.zeros(frames * regions, side, side)
     for r, mask in enumerate(masks):
         size = side if full else max(1, side * (1 + r % 8) // 8)
@@ -59,8 +58,7 @@ def make_masks(frames, side, regions, full):
 
 
 def bytes_moved(case, itemsize):
-    """Returns {version: (bytes of the forward, bytes of forward and backward)}, the least that each can
-    move."""
+    """Returns {version: (bytes of the forward, of forward and backward)}, the least that each can move."""
     frames, side, D, regions, full = CASES[case]
     masks = make_masks(frames, side, regions, full)
     M, covered, row = masks.numel(), int(masks.sum()), D * itemsize
@@ -98,29 +96,34 @@ def fused(features, weights, frame_start, weight_start):
 
 
 def eager(features, mask, area):
-    """VideoRefer's expression. features: (N, D). mask: (frames, regions, 1, h, w). area: (frames, regions, 1,
-    1, 1)."""
+    """VideoRefer's expression.
+
+    features: (N, D). mask: (frames, regions, 1, h, w). area: (frames, regions, 1, 1, 1).
+    """
     frames, regions, _, h, w = mask.shape
     x = features.view(frames, 1, h, w, -1).permute(0, 1, 4, 2, 3)  # (frames, 1, D, h, w)
     return (x * mask / area).sum(-1).sum(-1).view(frames * regions, -1)
 
 
 def bmm(features, share):
-    """One matrix product for each frame. features: (N, D). share: (frames, regions, h * w), rows that sum to
-    1."""
+    """One matrix product for each frame.
+
+    features: (N, D). share: (frames, regions, h * w), rows that sum to 1.
+    """
     frames, regions, cells = share.shape
     return torch.bmm(share, features.view(frames, cells, -1)).view(frames * regions, -1)
 
 
 def embedding_bag(features, rows, offsets, share):
-    """Weighted sums of listed rows. features: (N, D). rows, share: (covered,). offsets: (R,), where each list
-    begins."""
+    """Weighted sums of listed rows.
+
+    features: (N, D). rows, share: (covered,). offsets: (R,), where each list begins.
+    """
     return F.embedding_bag(rows, features, offsets, mode="sum", per_sample_weights=share)
 
 
 def make_versions(case, device, dtype, copies):
-    """Returns a list of `copies` features (N, D) that need a gradient, and {name: function of features -> (R,
-    D)}.
+    """Returns a list of `copies` features (N, D), and {name: function of features, which returns (R, D)}.
 
     What a version needs beside features is made here, so it is not timed: for embedding_bag the list of
     cells, for bmm and the eager expression masks in the dtype of features. All frames have one size, so bmm
@@ -151,18 +154,16 @@ def make_versions(case, device, dtype, copies):
     }
     features = []
     for _ in range(copies):
-        x = torch.randn(N, D, device=device, dtype=dtype).add_(
-            1
-        )  # averages near 1, whatever the size of the region
+        x = torch.randn(N, D, device=device, dtype=dtype)
+        x += 1  # averages near 1, whatever the size of the region
         features.append(x.requires_grad_())
     return features, versions
 
 
 def median_ms(call, copies, device):
-    """Returns the median time of call(i) in ms, where i goes round `copies` inputs, so that caches do not
-    hold them.
+    """Returns the median time of call(i) in ms.
 
-    The last results are kept, so that outputs go round as well.
+    i goes round `copies` inputs, and the last results are kept, so that caches hold neither.
     """
     results = deque(maxlen=copies)
     for i in range(3):  # these compile and, on a GPU, tune the block sizes
