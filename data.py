@@ -210,8 +210,7 @@ def mask_bounds(mask):
 
 
 def mask_box(mask):
-    """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture in [0,
-    1]."""
+    """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture's sides."""
     height, width = mask.shape
     top, bottom, left, right = mask_bounds(mask)
     center = (left + right) / 2 / width, (top + bottom) / 2 / height
@@ -532,22 +531,23 @@ class ReferringDataset(Dataset):
         wanted = [(frame, still_size) for frame in stills] + [(frame, frame_size) for frame in sampled]
         pictures = self._read_pictures(path, media, wanted)
         encoded["still_frames"] = stills
-        encoded["still_patches"] = [processor.still_patches(picture) for picture in pictures[: len(stills)]]
         encoded["still_grid"] = tuple(side // processor.patch_size for side in still_size)
+        encoded["still_patches"] = [processor.still_patches(pictures[frame, still_size]) for frame in stills]
         if info.is_image:
             encoded["kind"] = "image"
             return processor.image_prompt(math.prod(still_size) // processor.factor**2)
         pair = processor.temporal_patch_size
         gh, gw = (side // processor.patch_size for side in frame_size)
         encoded["kind"] = "video"
-        encoded["video_patches"] = processor.video_patches(np.stack(pictures[len(stills) :]))
+        frames = np.stack([pictures[frame, frame_size] for frame in sampled])
+        encoded["video_patches"] = processor.video_patches(frames)
         encoded["video_grid"] = math.ceil(len(sampled) / pair), gh, gw
         # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
         encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
         return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
 
     def _read_pictures(self, path, media, wanted):
-        """Returns uint8 (height, width, 3) for each of the wanted (frame, (height, width)).
+        """Returns {(frame, (height, width)): uint8 (height, width, 3)} for the wanted keys.
 
         A frame that the cache lacks is decoded once, however many sizes of it are wanted.
         """
@@ -560,7 +560,7 @@ class ReferringDataset(Dataset):
             frame, (height, width) = key
             resized = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
             pictures[key] = self.cache.put((path, key), np.asarray(resized))
-        return [pictures[key] for key in wanted]
+        return pictures
 
     def _add_regions(self, encoded, media, objects):
         """Adds coverage and box of each region frame; region frames are ordered by object, then time."""
