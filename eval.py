@@ -392,29 +392,28 @@ def mean_marks(judged):
 # ---- a question of your own ----
 
 
-def ask(model, processor, media, question, objects=(), max_new_tokens=128):
+def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
     """Returns the model's reply to one question about a video or an image. Raises data.DataError.
 
     media: a path. question: with one `<region>` for each object, in order. objects: for each a dict {frame
     index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the object, or what a data file
-    may have: RLE, or polygons in pixels of the frame (see box).
+    may have: RLE, or polygons in pixels of the frame (see box). preview: a path, where the objects are drawn.
     """
-    dataset = question_dataset(processor, media, question, objects)
-    reply = next(generate_replies(model, processor, dataset, [(0, 0)], max_new_tokens))
+    media, annotation = os.fspath(media), []
+    for masks in objects:
+        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in masks.items()})
+    # A sample needs an answer, though this one is not read.
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
+    entry = {"video": media, "conversations": turns, "annotation": annotation}
+    dataset = Questions([data.parse_sample(entry, (media,), "", 0, outside_paths=True)], processor)
+    if preview:
+        frames, height = set().union(*objects), data.media_info(media).height
+        picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(height, 480))
+        data.save_picture(picture, preview)
+    [reply] = generate_replies(model, processor, dataset, [(0, 0)], max_new_tokens)
     if isinstance(reply, data.DataError):
         raise reply
     return reply
-
-
-def question_dataset(processor, media, question, objects):
-    """Returns what ask asks, as a dataset of one sample."""
-    annotation = []
-    for frames in objects:
-        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in frames.items()})
-    # A sample needs an answer, though this one is not read.
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
-    entry = {"video": os.fspath(media), "conversations": turns, "annotation": annotation}
-    return Questions([data.parse_sample(entry, (os.fspath(media),), "", 0, outside_paths=True)], processor)
 
 
 def to_segmentation(mask):
@@ -690,69 +689,43 @@ def chat(args, user):
 # ---- the command line ----
 
 
-def run_ask(args):
-    info = data.media_info(args.video)
-    objects = read_objects(args.pointed, info)
-    model, processor = load(args.model, args.device)
-    if args.preview:
-        dataset = question_dataset(processor, args.video, args.ask, objects)
-        frames = {frame for frames in objects for frame in frames}
-        picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(info.height, 480))
-        data.save_picture(picture, args.preview)
-    print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens))
+def x_y_w_h(text):
+    return box(*map(float, text.split(",")))
 
 
-class Pointing(argparse.Action):
-    """Appends (option, value) to args.pointed: the order of --frame, --object and the masks matters."""
-
-    def __call__(self, parser, args, text, option_string=None):
-        option = self.option_strings[0]
-        try:
-            args.pointed = [*args.pointed, (option, read_pointing(option, text))]
-        except ValueError as error:  # also a DataError
-            raise argparse.ArgumentError(self, f"invalid {self.metavar} value {text!r}: {error}") from None
+def corners(text):
+    return [float(number) for number in text.split(",")]
 
 
-def read_pointing(option, text):
-    if option == "--object":
-        return None
-    if option == "--frame":
-        return int(text)
-    if option == "--mask":
-        return np.asarray(Image.open(text).convert("L"))
-    numbers = [float(number) for number in text.split(",")]
-    if option == "--polygon":
-        return numbers
-    x, y, w, h = numbers
-    return box(x, y, w, h)
+def picture(path):
+    return np.asarray(Image.open(path).convert("L"))
 
 
 def read_objects(pointed, info):
-    """Returns what args.pointed says as ask takes it: for each object a dict {frame index: mask}.
+    """Returns the objects as ask takes them: for each a dict {frame index: mask}. info: a data.MediaInfo.
 
-    A mask lies on the --frame named last; --object begins the next object. info: the data.MediaInfo.
+    pointed: the options in the order given: a number is the frame that the next masks lie on, None begins the
+    next object, and all else is a mask.
     """
-    objects, frames_named, frame = [{}], set(), 0 if info.is_image else None
-    for option, value in pointed:
-        if option == "--object":
+    objects, frame = [{}], 0 if info.is_image else None
+    for value in pointed:
+        if value is None:
             objects.append({})
-            continue
-        if option == "--frame":
+        elif isinstance(value, int):
             frame = value
-            frames_named.add(frame)
-            continue
-        data.expect(frame is not None, "--frame before the first mask of a video", option)
-        again = frame in objects[-1]
-        data.expect(not again, "one mask a frame (--object begins the next object)", f"two on frame {frame}")
-        if option != "--mask":
-            in_width = all(0 <= x <= info.width for x in value[0::2])
-            in_height = all(0 <= y <= info.height for y in value[1::2])
-            picture = f"the picture, {info.width}x{info.height} (width x height)"
-            data.expect(in_width and in_height, f"{option} inside {picture}", value)
-        objects[-1][frame] = value
-    unused = sorted(frames_named.difference(*objects))
+        else:
+            data.expect(frame is not None, "--frame before the first mask of a video", pointed)
+            again = frame in objects[-1]
+            data.expect(not again, "one mask a frame (--object begins the next)", f"two on frame {frame}")
+            if isinstance(value, list):  # a box or a polygon
+                x_inside = all(0 <= x <= info.width for x in value[0::2])
+                y_inside = all(0 <= y <= info.height for y in value[1::2])
+                size = f"{info.width}x{info.height} (width x height)"
+                data.expect(x_inside and y_inside, f"corners (x, y, ...) inside the picture, {size}", value)
+            objects[-1][frame] = value
+    unused = {value for value in pointed if isinstance(value, int)}.difference(*objects)
     data.expect(not unused, "a mask (--box, --polygon or --mask) after each --frame", f"none on {unused}")
-    return [frames for frames in objects if frames]
+    return [masks for masks in objects if masks]
 
 
 def parse(argv=None):
@@ -768,12 +741,14 @@ def parse(argv=None):
     task("--bench-q", metavar="JSON", help="VideoRefer-Bench-Q: multiple choice")
     task("--bench-d", metavar="JSON", help="VideoRefer-Bench-D: descriptions")
     add("--video", "--image", help="what --ask is about")
-    point = partial(add, action=Pointing, dest="pointed", default=[])
-    point("--frame", metavar="N", help="the frame that the next masks lie on, from 0")
-    point("--box", metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels of the frame")
-    point("--polygon", metavar="X1,Y1,X2,Y2,...", help="a mask: its corners")
-    point("--mask", metavar="PICTURE", help="a mask: all that is not black")
-    point("--object", nargs=0, help="the masks that follow belong to the next object")
+    # One list for all of these, because their order matters.
+    point = partial(add, dest="pointed", action="append", default=[])
+    point("--frame", type=int, metavar="N", help="the frame that the next masks lie on, from 0")
+    point("--box", type=x_y_w_h, metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels")
+    point("--polygon", type=corners, metavar="X1,Y1,X2,Y2,...", help="a mask: its corners, in pixels")
+    point("--mask", type=picture, metavar="PICTURE", help="a mask: all that is not black")
+    next_object = "the masks that follow belong to the next object"
+    add("--object", dest="pointed", action="append_const", const=None, help=next_object)
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
@@ -791,25 +766,26 @@ def parse(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
-    shows = args.video or args.pointed or args.preview
-    for is_wrong, message in (
-        (args.score and not bench, "--score: goes with --bench-q or --bench-d"),
-        (args.control and not args.data, "--control: goes with --data"),
-        (args.mode and not (bench and args.model), "--mode: goes with --model and a benchmark"),
-        (args.no_options and not (args.bench_q and args.model), "--no-options: goes with --model, --bench-q"),
-        (args.judge and not args.bench_d, "--judge: goes with --bench-d"),
-        (args.judge and not re.match("https?://", args.judge), "--judge: expected http:// or https:// first"),
-        (args.judge_prompt and not args.judge, "--judge-prompt: goes with --judge"),
-        (bench and not args.out and (args.judge or not args.score), "--out is missing"),
-        (asks and args.out, "--out: does not go with --ask"),
-        (asks and not args.video, "--ask: --video or --image is missing"),
-        (shows and not asks, "--video, masks, --preview: go with --ask"),
-        (args.batch_size < 1, f"--batch-size: expected a whole number from 1, found {args.batch_size}"),
-        (args.workers < 0, f"--workers: expected a whole number from 0, found {args.workers}"),
-        (args.max_new_tokens < 1, f"--max-new-tokens: expected 1 or more, found {args.max_new_tokens}"),
+    for option, is_given, fits, partner in (
+        ("--score", args.score, bench, "--bench-q or --bench-d"),
+        ("--control", args.control, args.data, "--data"),
+        ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
+        ("--no-options", args.no_options, args.bench_q and args.model, "--model and --bench-q"),
+        ("--judge", args.judge, args.bench_d, "--bench-d"),
+        ("--judge-prompt", args.judge_prompt, args.judge, "--judge"),
+        ("--out", args.out, not asks, "--data or a benchmark"),
+        ("--video, masks, --preview", args.video or args.pointed or args.preview, asks, "--ask"),
     ):
-        if is_wrong:
-            parser.error(message)
+        if is_given and not fits:
+            parser.error(f"{option}: goes with {partner}")
+    if asks and not args.video:
+        parser.error("--ask: --video or --image is missing")
+    if bench and not args.out and (args.model or args.judge):
+        parser.error("--out is missing")
+    if args.judge and not re.match("https?://", args.judge):
+        parser.error(f"--judge: expected http:// or https:// first, found {args.judge}")
+    if min(args.batch_size, args.max_new_tokens, args.workers + 1) < 1:
+        parser.error("--batch-size, --max-new-tokens: expected 1 or more; --workers: expected 0 or more")
     args.mode = args.mode or "single"
     args.judge_system = JUDGE_PROMPT
     if args.judge_prompt:
@@ -821,13 +797,14 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     args.device = init_distributed(args.device)
-    if args.ask is not None:
-        if rank() == 0:
-            run_ask(args)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        args.out = args.out or scratch
-        evaluate(args)
+    if args.ask is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            args.out = args.out or scratch
+            evaluate(args)
+    elif rank() == 0:
+        objects = read_objects(args.pointed, data.media_info(args.video))
+        model, processor = load(args.model, args.device)
+        print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens, args.preview))
 
 
 if __name__ == "__main__":
