@@ -73,14 +73,13 @@ def load(path, device=None):
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
-def read_questions(samples, strict):
-    """Returns (questions, keys), with one question for each answer of each sample.
+def read_questions(samples):
+    """Returns (questions, keys): one question for each answer of each sample.
 
-    questions: dicts, which become the lines of predictions.jsonl. keys: {question index: (sample index, turn
-    index)}. A bad sample becomes one question with an "error"; its DataError is raised if strict, or if all
-    are bad.
+    questions: dicts, which become the lines of predictions.jsonl. keys: (sample index, turn index) of each.
+    A bad sample becomes one question with an "error".
     """
-    questions, keys = [], {}
+    questions, keys = [], []
     for sample_index in range(len(samples)):
         entry, _, _, position = samples.read(sample_index)
         entry = entry if isinstance(entry, dict) else {}
@@ -89,20 +88,23 @@ def read_questions(samples, strict):
         try:
             turns = samples[sample_index].turns
         except data.DataError as error:
-            if strict:
-                raise
-            turns = [("", "")]  # one empty question stands for a sample that cannot be read
             common["error"] = str(error)
+            turns = [("", "")]  # one empty question stands for a sample that cannot be read
         about_regions = "error" in common
         for turn_index, (text, answer) in enumerate(turns):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
             turn = {"turn": turn_index, "question": text, "answer": answer.strip() or None}
-            keys[len(questions)] = sample_index, turn_index
             questions.append(common | turn | {"regions": about_regions})
-    if all("error" in question for question in questions):
-        raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
+            keys.append((sample_index, turn_index))
     return questions, keys
+
+
+def check_errors(questions, strict):
+    """Raises data.DataError if every question has an "error", or if strict and any has one."""
+    errors = [question["error"] for question in questions if "error" in question]
+    if errors and (strict or len(errors) == len(questions)):
+        raise data.DataError(f"{errors[0]} ({len(errors)} of {len(questions)} questions cannot be asked)")
 
 
 class Questions(data.ReferringDataset):
@@ -379,16 +381,6 @@ def read_marks(reply):
     return marks
 
 
-def mean_marks(judged):
-    """Returns {aspect or "Average": mean, or None without any marks}, and how many replies have no marks."""
-    marks = [line["marks"] for line in judged if line["marks"]]
-    means = dict.fromkeys((*ASPECTS, "Average"))
-    if marks:
-        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
-        means["Average"] = sum(means.values()) / len(ASPECTS)
-    return means, len(judged) - len(marks)
-
-
 # ---- a question of your own ----
 
 
@@ -440,14 +432,16 @@ def evaluate(args):
     bench = args.bench_q or args.bench_d
     with first_on_this_machine():  # the first rank writes the index of the data file, the others read it
         samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
-    questions, keys = read_questions(samples, strict=not bench)
+    questions, keys = read_questions(samples)
+    check_errors(questions, strict=not bench)
     if bench:
         with data.within(bench):
-            index_by_id(questions)  # ids that repeat end the run before anything is asked
+            by_id = questions_by_id(questions)  # ids that repeat end the run before anything is asked
     if args.score:
         os.makedirs(args.out, exist_ok=True)
         scores = read_settings(args.score)
-        add_replies(questions, "pred", read_predictions(args.score, questions), strict=False)
+        read_predictions(args.score, by_id)
+        check_errors(questions, strict=False)
     else:
         if rank() == 0:
             open_run(args)
@@ -456,12 +450,14 @@ def evaluate(args):
             scores = {"mode": args.mode, "no_options": args.no_options}
         else:
             scores = {"loss": mean_loss(model, processor, samples, args)}
-        replies = ask_all(model, processor, samples, keys, "none", args)
-        add_replies(questions, "pred" if bench else "exact", replies, strict=not bench)
-        keys_about_regions = {i: key for i, key in keys.items() if questions[i]["regions"]}
-        for control in args.control:
-            replies = ask_all(model, processor, samples, keys_about_regions, control, args)
-            add_replies(questions, control, replies, strict=True)
+        for name in ("pred" if bench else "exact", *args.control):
+            control = name if name in args.control else "none"
+            asked = {i: key for i, key in enumerate(keys) if control == "none" or questions[i]["regions"]}
+            for i, reply in ask_all(model, processor, samples, asked, control, args).items():
+                if isinstance(reply, data.DataError):
+                    questions[i]["error"], reply = str(reply), None
+                questions[i][name] = reply
+            check_errors(questions, strict=not bench)
     is_first = rank() == 0
     if dist.is_initialized():
         # The other ranks end here, because a judge may take longer than they can wait for rank 0.
@@ -469,20 +465,6 @@ def evaluate(args):
         dist.destroy_process_group()
     if is_first:
         report(questions, scores, args)
-
-
-def add_replies(questions, name, replies, strict):
-    """Adds replies {question index: text or DataError} to the questions.
-
-    An error becomes None and the question's "error". It is raised if strict, or if there are only errors.
-    """
-    errors = [reply for reply in replies.values() if isinstance(reply, data.DataError)]
-    if errors and (strict or len(errors) == len(replies)):
-        raise errors[0]
-    for i, reply in replies.items():
-        if isinstance(reply, data.DataError):
-            questions[i]["error"], reply = str(reply), None
-        questions[i][name] = reply
 
 
 def report(questions, scores, args):
@@ -587,55 +569,52 @@ def read_replies(parts, control):
     return replies
 
 
-def index_by_id(questions):
-    """Returns {id as JSON text: question index}. Raises data.DataError if an id occurs twice."""
-    index = {}
-    for i, question in enumerate(questions):
-        id = json.dumps(question["id"])  # as text, because an id may be a list
-        data.expect(id not in index, "each id once", question["id"])
-        index[id] = i
-    return index
+def questions_by_id(questions):
+    """Returns {id as JSON text, because an id may be a list: question}. Raises data.DataError if one repeats."""
+    by_id = {}
+    for question in questions:
+        id = json.dumps(question["id"])
+        data.expect(id not in by_id, "each id once", question["id"])
+        by_id[id] = question
+    return by_id
 
 
-def read_predictions(path, questions):
-    """Reads {"id": ..., "pred": text}, one for each question. Returns {question index: text or DataError}."""
-    lines, index, replies = data.read_samples(path), index_by_id(questions), {}
-    for line_index in range(len(lines)):
-        line, place, *_ = lines.read(line_index)
+def read_predictions(path, by_id):
+    """Adds "pred" to the questions from a file of {"id": ..., "pred": text}, exactly one for each."""
+    lines, missing = data.read_samples(path), dict(by_id)
+    for i in range(len(lines)):
+        line, place, *_ = lines.read(i)
         with data.within(*place):
             is_prediction = isinstance(line, dict) and "id" in line and "pred" in line
             data.expect(is_prediction, 'an object with "id" and "pred"', line)
-            i = index.get(json.dumps(line["id"]))
-            data.expect(i is not None and i not in replies, "the id of a question, each once", line["id"])
-        replies[i] = line["pred"]
+            question = missing.pop(json.dumps(line["id"]), None)
+            data.expect(question is not None, "the id of a question, each once", line["id"])
+        question["pred"] = line["pred"]
         if not isinstance(line["pred"], str):
-            replies[i] = data.DataError(str(line.get("error", "its pred is not a text")))
-    missing = [question["id"] for i, question in enumerate(questions) if i not in replies]
+            question["pred"] = None
+            question["error"] = str(line.get("error", "its pred is not a text"))
     with data.within(path):
-        wanted = f"a prediction for each of {len(questions)} questions"
-        data.expect(not missing, wanted, f"none for {missing}")
-    return replies
+        data.expect(not missing, "a prediction for each question", f"none for {', '.join(missing)}")
 
 
 # ---- the judge's server ----
 
-RETRIES, JUDGE_TIMEOUT = 5, 120  # seconds
+ATTEMPTS = 6
+JUDGE_TIMEOUT = 120  # seconds
 
 
-def judge(lines, args):
+def judge(questions, args):
     """Has descriptions judged, prints the mean marks, and returns what scores.json says of them.
 
     Each reply becomes a line of OUT/judged.jsonl at once, and is not asked for again. Raises data.DataError
     if that file holds marks of other predictions, or of another judge or prompt.
     """
-    source = args.judge_prompt or "the prompt in eval.py, not the published one"
     prompt_hash = hashlib.sha256(args.judge_system.encode()).hexdigest()[:12]
     setting = {"judge": args.judge_model, "prompt": prompt_hash}
-    path = os.path.join(args.out, "judged.jsonl")
     wanted, judged = {}, {}
-    for line in lines:
-        fields = {name: line.get(name) for name in ("id", "video", "caption", "pred")}
-        wanted[json.dumps(line["id"])] = fields | setting
+    for id, question in questions_by_id(questions).items():
+        wanted[id] = {name: question.get(name) for name in ("id", "video", "caption", "pred")} | setting
+    path = os.path.join(args.out, "judged.jsonl")
     for line in read_jsonl(path):
         id = json.dumps(line["id"])
         is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
@@ -647,10 +626,15 @@ def judge(lines, args):
         reply, model = chat(args, texts)
         judged[id] = wanted[id] | {"model": model, "reply": reply, "marks": read_marks(reply)}
         append_jsonl(path, judged[id])
-    names = sorted({str(line["model"]) for line in judged.values()})
-    means, failed = mean_marks(judged.values())
-    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; ", end="")
-    print(f"prompt {prompt_hash} ({source})")
+
+    marks = [line["marks"] for line in judged.values() if line["marks"]]
+    means = dict.fromkeys((*ASPECTS, "Average"))
+    if marks:
+        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
+        means["Average"] = sum(means.values()) / len(ASPECTS)
+    names, failed = sorted({str(line["model"]) for line in judged.values()}), len(judged) - len(marks)
+    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}")
+    print(f"prompt {prompt_hash}: {args.judge_prompt or 'the one in eval.py, not the published one'}")
     for aspect, mean in means.items():
         print(f"{aspect:26}{'-' if mean is None else f'{mean:.2f}':>6}")
     print(f"{len(judged)} replies, {failed} of them without four scores: left out of the means")
@@ -660,7 +644,8 @@ def judge(lines, args):
 def chat(args, user):
     """Asks the chat-completions server of --judge. Returns (its reply, the model it says it is).
 
-    Faults that may pass, such as a busy server, are retried; others, such as a wrong key, raise SystemExit.
+    Faults that may pass, such as a busy server, are retried. Raises SystemExit after the last attempt, or at
+    once for other faults, such as a wrong key.
     """
     url = args.judge.rstrip("/") + "/chat/completions"
     messages = [{"role": "system", "content": args.judge_system}, {"role": "user", "content": user}]
@@ -668,22 +653,19 @@ def chat(args, user):
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     if os.environ.get("OPENAI_API_KEY"):  # unredirected: the key must not follow to another server
         request.add_unredirected_header("Authorization", f"Bearer {os.environ['OPENAI_API_KEY']}")
-    for attempt in range(RETRIES + 1):
-        if attempt:
-            time.sleep(min(2**attempt, 30))
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT) as response:
                 reply = json.load(response)
             text = reply["choices"][0]["message"]["content"]
             return text if isinstance(text, str) else "", reply.get("model")  # null: withheld by a filter
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            if error.code < 500 and error.code not in (408, 409, 429):
-                raise SystemExit(f"--judge {url}: {problem}") from None
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-    problem = f"no answer in {RETRIES + 1} tries, the last: {problem}"
-    raise SystemExit(f"--judge {url}: {problem}. The same command resumes from here.")
+            status = error.code if isinstance(error, urllib.error.HTTPError) else None
+            may_pass = status is None or status >= 500 or status in (408, 409, 429)
+            if attempt == ATTEMPTS or not may_pass:
+                found = f"attempt {attempt} of {ATTEMPTS}: {type(error).__name__}: {error}"
+                raise SystemExit(f"--judge {url}: {found}. The same command resumes from here.") from None
+        time.sleep(min(2**attempt, 30))
 
 
 # ---- the command line ----
