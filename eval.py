@@ -35,6 +35,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -129,22 +130,19 @@ def batches(dataset, keys, device, pad_left=False, batch_size=1, workers=0):
 def generate_replies(model, processor, dataset, keys, max_new_tokens, **loading):
     """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample."""
     tokenizer, device = processor.tokenizer, next(model.parameters()).device
+    end_token_ids = model.end_token_ids(tokenizer)
     for batch in batches(dataset, keys, device, pad_left=True, **loading):
         tokens = []
         if not all(batch["errors"]):
-            tokens = model.generate(batch, model.end_token_ids(tokenizer), max_new_tokens)
+            tokens = model.generate(batch, end_token_ids, max_new_tokens)
         texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
         for error in batch["errors"]:
-            reply = error if error else next(texts).strip()
-            yield reply
+            yield error or next(texts).strip()
 
 
 @torch.no_grad()
 def mean_loss(model, processor, samples, args):
-    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
-
-    A run that is resumed computes it again, because it takes little time beside the replies.
-    """
+    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks."""
     dataset = data.ReferringDataset(samples, processor)
     keys = [(0, sample_index) for sample_index in range(len(samples))][rank() :: world_size()]
     loss, tokens = 0.0, 0
@@ -161,25 +159,23 @@ def mean_loss(model, processor, samples, args):
 
 
 def score(questions, columns):
-    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}.
+    """Returns {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
-    columns: {title: key of the reply in a question}. The rows are the types of questions, "about regions" (if
-    only some are), and "all". A reply is right if it equals the answer, up to white space at the ends; None
-    (could not be asked) is wrong. A control has replies to questions about regions only. The column
-    "constant" is added: always the most frequent answer to questions of this type. It differs for those with
-    and without regions, so that it can be compared with the controls.
+    columns: {column: its key in a question, absent where a control does not ask}. A reply is right if it
+    equals the answer; None is wrong. The rows are the types of questions, "about regions" (if only some are),
+    and "all". The column "constant" is added: always the most frequent answer to questions of this type. It
+    differs for those with and without regions, so that it can be compared with the controls.
     """
-    frequency = defaultdict(Counter)
+    answers = defaultdict(Counter)
     for question in questions:
         if question["answer"] is not None:  # None: a bad entry
-            frequency[question["type"], question["regions"]][question["answer"]] += 1
-    constant = {kind: answers.most_common(1)[0][0] for kind, answers in frequency.items()}
+            answers[question["type"], question["regions"]][question["answer"]] += 1
+    constant = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
     questions = [q | {"constant": constant.get((q["type"], q["regions"]))} for q in questions]
 
-    by_type = defaultdict(list)
-    for question in questions:
-        by_type[question["type"] or "(no type)"].append(question)
-    rows = dict(sorted(by_type.items()))
+    rows = {}
+    for kind in sorted({question["type"] for question in questions}):
+        rows[kind or "(no type)"] = [question for question in questions if question["type"] == kind]
     about_regions = [question for question in questions if question["regions"]]
     if 0 < len(about_regions) < len(questions):
         rows["about regions"] = about_regions
@@ -188,21 +184,21 @@ def score(questions, columns):
     scores = {}
     for row, members in rows.items():
         scores[row] = {"questions": len(members)}
-        for title, key in (columns | {"constant": "constant"}).items():
+        for column, key in (columns | {"constant": "constant"}).items():
             asked = [q for q in members if key in q]
             right = [q for q in asked if q[key] is not None and q[key] == q["answer"]]
-            scores[row][title] = {"right": len(right), "asked": len(asked)}
+            scores[row][column] = {"right": len(right), "asked": len(asked)}
     return scores
 
 
 def print_table(scores):
     width = max(map(len, scores)) + 3
-    titles = [title for title in scores["all"] if title != "questions"]
-    print(" " * width + "".join(f"{title:>18}" for title in titles))
+    columns = list(scores["all"])[1:]
+    print(" " * width + "".join(f"{column:>18}" for column in columns))
     for row, counts in scores.items():
         line = f"{row:{width}}"
-        for title in titles:
-            right, asked = counts[title]["right"], counts[title]["asked"]
+        for column in columns:
+            right, asked = counts[column].values()
             cell = f"{right}/{asked} {100 * right / asked:7.1f} %" if asked else "-"
             line += f"{cell:>18}"
         print(line)
@@ -217,8 +213,6 @@ class Bench:
     def __init__(self, args):
         self.entries = data.read_samples(args.bench_q or args.bench_d, args.media, args.outside_paths)
         self.args = args
-        # --score reads no masks, so there need not be one on the published frame.
-        self.single_frame = args.mode == "single" and not args.score
 
     def __len__(self):
         return len(self.entries)
@@ -237,17 +231,15 @@ class Bench:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             entry = entry | {"conversations": turns}
             sample = data.parse_sample(entry, place, media, position, self.args.outside_paths)
-            return on_one_frame(sample, entry.get("frame_idx")) if self.single_frame else sample
-
-
-def on_one_frame(sample, frame):
-    """Returns the sample with the masks of this frame alone, which a benchmark gives as "36"."""
-    data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
-    frame, objects = int(frame), []
-    for i, masks in enumerate(sample.objects):
-        data.expect(frame in masks, f"object {i}: a mask on frame {frame}, as frame_idx says", sorted(masks))
-        objects.append({frame: masks[frame]})
-    return replace(sample, objects=objects)
+            if self.args.mode == "multi":
+                return sample
+            frame, objects = entry.get("frame_idx"), []  # a frame index as text
+            data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
+            for i, masks in enumerate(sample.objects):
+                wanted = f"object {i}: a mask on frame {frame}, as frame_idx says"
+                data.expect(int(frame) in masks, wanted, sorted(masks))
+                objects.append({int(frame): masks[int(frame)]})
+            return replace(sample, objects=objects)
 
 
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
@@ -271,8 +263,7 @@ def bench_q_turn(entry, no_options=False):
     """Returns (question, letter), the question as upstream asks it.
 
     Source: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for VideoLLaMA3
-    has no brackets). no_options: the question alone, for models that never saw options, such as the toy
-    world's.
+    has no brackets). no_options: the question alone, for models that never saw options.
     """
     options, letter = read_options(entry)
     question = entry.get("Question")
@@ -306,11 +297,10 @@ def choose(reply, options):
     """Reads a reply to a multiple-choice question with the options {"A": text, ...}.
 
     Returns (letter, "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
-    A letter stands at the beginning, or after "The answer is": "(B)", "(b) Running", "B) Running", "B.
-    Running", "B: Running", or alone on its line: "B", "b", "B.". It must be an option's, and no second letter
-    may follow in such a form ("A or B", "(A) or (B)"). A sentence has no letter ("A dog runs", "The answer is
-    a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold type and
-    \\boxed{} are removed.
+    The letter, of an option, stands at the beginning or after "The answer is", in one of the forms above, and
+    no second letter may follow in such a form ("(A) or (B)"). A sentence has no letter ("A dog runs", "The
+    answer is a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold
+    type and \\boxed{} are removed.
     """
     whole = reply = without_markup(reply)
     match = ANSWER_IS.match(reply)
@@ -336,18 +326,6 @@ def without_markup(text):
 def same_text(a, b):
     a, b = (without_markup(text).removesuffix(".").casefold() for text in (a, b))
     return a == b
-
-
-def score_choices(questions):
-    """Adds "choice" and "by", what choose says, to each question. Returns (scores, {"by": how many})."""
-    counts = {"letter": 0, "text": 0, "none": 0}
-    for question in questions:
-        question["choice"], question["by"] = None, "not asked"
-        if "error" not in question:
-            options, _ = read_options(question)
-            question["choice"], question["by"] = choose(question["pred"], options)
-            counts[question["by"]] += 1
-    return score(questions, {"accuracy": "choice"}), counts
 
 
 ASPECTS = (
@@ -474,15 +452,21 @@ def report(questions, scores, args):
         print_table(scores["rows"])
         print(f"loss {scores['loss']:.4f} per supervised token")
     if args.bench_q:
-        scores["rows"], counts = score_choices(questions)
-        scores["replies"] = counts
+        for question in questions:
+            question["choice"], question["by"] = None, "not asked"
+            if "error" not in question:
+                options, _ = read_options(question)
+                question["choice"], question["by"] = choose(question["pred"], options)
+        counts = Counter(question["by"] for question in questions)
+        scores["rows"] = score(questions, {"accuracy": "choice"})
+        scores["replies"] = {by: counts[by] for by in ("letter", "text", "none")}
         print_table(scores["rows"])
         print(f"replies that name a letter: {counts['letter']}; ", end="")
         print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
-    if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
-        write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
     if args.bench_d:
         print(f"{len(questions)} descriptions")
+    if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
+        write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
     if args.judge:
         scores |= judge([question for question in questions if "error" not in question], args)
     errors = [question["error"] for question in questions if "error" in question]
@@ -491,8 +475,9 @@ def report(questions, scores, args):
         json.dump(scores, file, indent=2)
     if errors:
         fate = "wrong above" if args.bench_q else "not judged"
-        count = f"{len(errors)} of {len(questions)}"
-        print(f"{count} questions could not be asked: {fate}; the first: {errors[0]}")
+        print(
+            f"{len(errors)} of {len(questions)} questions could not be asked: {fate}; the first: {errors[0]}"
+        )
 
 
 # ---- A first reading may end here. Below stand resuming, the judge's server and the options. ----
@@ -505,11 +490,10 @@ def open_run(args):
     """
     run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
     run["task"] = "data" if args.data else "bench-q" if args.bench_q else "bench-d"
-    model_files = []
-    for pattern in ("*.json", "*.safetensors"):
-        model_files += sorted(glob.glob(os.path.join(glob.escape(args.model), pattern)))
-    run["files"] = []  # in order, because OUT/parts names a question by its index
-    for path in [*(args.data or [args.bench_q or args.bench_d]), *model_files]:
+    paths = args.data or [args.bench_q or args.bench_d]  # in order: OUT/parts names a question by its index
+    model_files = sorted(glob.glob(os.path.join(glob.escape(args.model), "*.*")))
+    run["files"] = []
+    for path in [*paths, *model_files]:
         run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, "run.json")
@@ -534,13 +518,13 @@ def ask_all(model, processor, samples, keys, control, args):
     resumed run asks again: the video may be there by then.
     """
     parts = os.path.join(args.out, "parts")
-    # Rank 0 reads for all ranks: a fast rank may write before a slow one has read.
-    replies = gather_over_ranks(read_replies(parts, control) if rank() == 0 else None)[0]
+    os.makedirs(parts, exist_ok=True)
+    # What rank 0 reads holds for all ranks: a fast rank may write before a slow one has read.
+    replies = gather_over_ranks(read_replies(parts, control))[0]
     share = [i for i in keys if i not in replies][rank() :: world_size()]
     dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     generated = generate_replies(model, processor, dataset, share_keys, args.max_new_tokens, **loading)
-    os.makedirs(parts, exist_ok=True)
     path = os.path.join(parts, f"{control}-{rank()}-{time.time_ns()}.jsonl")
     new_replies = {}
     for i, reply in zip(share, generated):
@@ -554,23 +538,22 @@ def ask_all(model, processor, samples, keys, control, args):
 
 
 def read_replies(parts, control):
-    """Returns {question index: reply} from all files in the folder.
+    """Returns {question index: reply} from the files of all ranks and runs.
 
-    Raises data.DataError if two replies to a question differ, which can happen when two runs write there at
-    once.
+    Raises data.DataError if two replies to a question differ, as two runs at once could write them.
     """
     replies = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(parts), f"{control}-*.jsonl"))):
         for line in read_jsonl(path):
             i, reply = line["question"], line["answer"]
-            if replies.setdefault(i, reply) != reply:
-                found = f"{replies[i]!r} and {reply!r}"
-                raise data.DataError(f"expected one answer to question {i}, found {found}", path)
+            first = replies.setdefault(i, reply)
+            with data.within(path):
+                data.expect(first == reply, f"one answer to question {i}", [first, reply])
     return replies
 
 
 def questions_by_id(questions):
-    """Returns {id as JSON text, because an id may be a list: question}. Raises data.DataError if one repeats."""
+    """Returns {id as JSON text: question}; an id may be a list. Raises data.DataError if one repeats."""
     by_id = {}
     for question in questions:
         id = json.dumps(question["id"])
@@ -768,11 +751,9 @@ def parse(argv=None):
         parser.error(f"--judge: expected http:// or https:// first, found {args.judge}")
     if min(args.batch_size, args.max_new_tokens, args.workers + 1) < 1:
         parser.error("--batch-size, --max-new-tokens: expected 1 or more; --workers: expected 0 or more")
-    args.mode = args.mode or "single"
-    args.judge_system = JUDGE_PROMPT
-    if args.judge_prompt:
-        with open(args.judge_prompt) as file:
-            args.judge_system = file.read()
+    # --score reads no masks, so there need not be one on the published frame.
+    args.mode = args.mode or ("multi" if args.score else "single")
+    args.judge_system = Path(args.judge_prompt).read_text() if args.judge_prompt else JUDGE_PROMPT
     return args
 
 
