@@ -22,7 +22,6 @@ them). A benchmark continues without a bad entry, which gets an "error" in predi
 """
 
 import argparse
-import glob
 import hashlib
 import http.client
 import json
@@ -286,11 +285,9 @@ def bench_d_turn(entry):
 BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}+\$?")
 ANSWER_IS = re.compile(r"(?:the )?(?:(?:best|correct|right|final) )?(?:answer|option)(?: is)?:?\s+", re.I)
 # "(B)", "B)", "B. Running" (a capital, because "b." may end a sentence), or a letter alone on its line.
-LETTER = re.compile(
-    r"\(([A-Z])\)(?!\w)|([A-Z])\)(?!\w)|(?-i:([A-Z])[.:](?=\s))|([A-Z])[.:]?(?=\s*$)", re.I | re.M
-)
+LETTER = re.compile(r"\(?[A-Z]\)(?!\w)|(?-i:[A-Z])[.:](?=\s)|[A-Z][.:]?(?=\s*$)", re.I | re.M)
 # "(B)", "(b)", "B)", "B." or "B:" anywhere in the rest of the reply, or a capital at the end of a line.
-ANOTHER_LETTER = re.compile(r"\(((?i:[A-Z]))\)|\b([A-Z])\)|\b([A-Z])(?:[.:]\s|[.:]?$)", re.M)
+ANOTHER_LETTER = re.compile(r"\((?i:[A-Z])\)|\b[A-Z](?:\)|[.:](?=\s)|[.:]?$)", re.M)
 
 
 def choose(reply, options):
@@ -307,15 +304,15 @@ def choose(reply, options):
     if match:
         reply = reply[match.end() :]
     match = OPTION.fullmatch(reply[:2].upper() + reply[2:])  # also "(b) Running"
-    if match and match[1] in options and same_text(match[2], options[match[1]]):
+    if match and match[1] in options and plain(match[2]) == plain(options[match[1]]):
         return match[1], "letter"
     match = LETTER.match(reply)
     if match:
-        letter = match[match.lastindex].upper()
-        others = {other[other.lastindex].upper() for other in ANOTHER_LETTER.finditer(reply, match.end())}
+        letter = match[0].strip("().:").upper()
+        others = {other.strip("().:").upper() for other in ANOTHER_LETTER.findall(reply, match.end())}
         return (letter, "letter") if letter in options and others <= {letter} else (None, "none")
-    # An option's own text may begin like "The answer is".
-    same = [letter for letter, text in options.items() if same_text(text, reply) or same_text(text, whole)]
+    texts = plain(reply), plain(whole)  # whole, because an option's own text may begin like "The answer is"
+    same = [letter for letter, text in options.items() if plain(text) in texts]
     return (same[0], "text") if len(same) == 1 else (None, "none")
 
 
@@ -323,9 +320,8 @@ def without_markup(text):
     return BOXED.sub(r"\1", text).replace("**", "").strip()
 
 
-def same_text(a, b):
-    a, b = (without_markup(text).removesuffix(".").casefold() for text in (a, b))
-    return a == b
+def plain(text):
+    return without_markup(text).removesuffix(".").casefold()
 
 
 ASPECTS = (
@@ -416,7 +412,7 @@ def evaluate(args):
         with data.within(bench):
             by_id = questions_by_id(questions)  # ids that repeat end the run before anything is asked
     if args.score:
-        os.makedirs(args.out, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
         scores = read_settings(args.score)
         read_predictions(args.score, by_id)
         check_errors(questions, strict=False)
@@ -466,12 +462,12 @@ def report(questions, scores, args):
     if args.bench_d:
         print(f"{len(questions)} descriptions")
     if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
-        write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
+        write_jsonl(args.out / "predictions.jsonl", questions)
     if args.judge:
         scores |= judge([question for question in questions if "error" not in question], args)
     errors = [question["error"] for question in questions if "error" in question]
     scores["not_asked"] = len(errors)
-    with data.atomic_write(os.path.join(args.out, "scores.json")) as temporary, open(temporary, "w") as file:
+    with data.atomic_write(args.out / "scores.json") as temporary, open(temporary, "w") as file:
         json.dump(scores, file, indent=2)
     if errors:
         fate = "wrong above" if args.bench_q else "not judged"
@@ -491,12 +487,12 @@ def open_run(args):
     run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
     run["task"] = "data" if args.data else "bench-q" if args.bench_q else "bench-d"
     paths = args.data or [args.bench_q or args.bench_d]  # in order: OUT/parts names a question by its index
-    model_files = sorted(glob.glob(os.path.join(glob.escape(args.model), "*.*")))
+    model_files = sorted(Path(args.model).glob("*.*"))
     run["files"] = []
     for path in [*paths, *model_files]:
         run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
-    os.makedirs(args.out, exist_ok=True)
-    path = os.path.join(args.out, "run.json")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "run.json"
     if all(name.endswith(".tmp") for name in os.listdir(args.out)):  # a kill may have left run.json.*.tmp
         write_jsonl(path, [run])
     elif read_jsonl(path) != [run]:
@@ -505,8 +501,8 @@ def open_run(args):
 
 def read_settings(predictions):
     """Returns mode and no_options of the run that wrote the predictions, or {} if they are not eval.py's."""
-    folder, name = os.path.split(predictions)
-    runs = read_jsonl(os.path.join(folder, "run.json")) if name == "predictions.jsonl" else []
+    path = Path(predictions)
+    runs = read_jsonl(path.with_name("run.json")) if path.name == "predictions.jsonl" else []
     return {key: run[key] for run in runs for key in ("mode", "no_options")}
 
 
@@ -517,15 +513,15 @@ def ask_all(model, processor, samples, keys, control, args):
     hold yet, and appends every reply at once to a file of its own. A DataError is not written, so that a
     resumed run asks again: the video may be there by then.
     """
-    parts = os.path.join(args.out, "parts")
-    os.makedirs(parts, exist_ok=True)
+    parts = args.out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
     # What rank 0 reads holds for all ranks: a fast rank may write before a slow one has read.
     replies = gather_over_ranks(read_replies(parts, control))[0]
     share = [i for i in keys if i not in replies][rank() :: world_size()]
     dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     generated = generate_replies(model, processor, dataset, share_keys, args.max_new_tokens, **loading)
-    path = os.path.join(parts, f"{control}-{rank()}-{time.time_ns()}.jsonl")
+    path = parts / f"{control}-{rank()}-{time.time_ns()}.jsonl"
     new_replies = {}
     for i, reply in zip(share, generated):
         new_replies[i] = reply
@@ -543,11 +539,11 @@ def read_replies(parts, control):
     Raises data.DataError if two replies to a question differ, as two runs at once could write them.
     """
     replies = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(parts), f"{control}-*.jsonl"))):
+    for path in sorted(parts.glob(f"{control}-*.jsonl")):
         for line in read_jsonl(path):
             i, reply = line["question"], line["answer"]
             first = replies.setdefault(i, reply)
-            with data.within(path):
+            with data.within(str(path)):
                 data.expect(first == reply, f"one answer to question {i}", [first, reply])
     return replies
 
@@ -597,7 +593,7 @@ def judge(questions, args):
     wanted, judged = {}, {}
     for id, question in questions_by_id(questions).items():
         wanted[id] = {name: question.get(name) for name in ("id", "video", "caption", "pred")} | setting
-    path = os.path.join(args.out, "judged.jsonl")
+    path = args.out / "judged.jsonl"
     for line in read_jsonl(path):
         id = json.dumps(line["id"])
         is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
@@ -724,7 +720,11 @@ def parse(argv=None):
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
     add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
     add("--judge-prompt", metavar="FILE", help="the published system.txt, instead of eval.py's own words")
-    add("--out", help="a new folder for predictions.jsonl and scores.json, or that of a run to resume")
+    add(
+        "--out",
+        type=Path,
+        help="a new folder for what is written, or that of a run to resume",
+    )
     add("--batch-size", type=int, default=32)
     add("--max-new-tokens", type=int, default=128)
     add("--workers", type=int, default=2)
@@ -762,7 +762,7 @@ def main(argv=None):
     args.device = init_distributed(args.device)
     if args.ask is None:
         with tempfile.TemporaryDirectory() as scratch:
-            args.out = args.out or scratch
+            args.out = args.out or Path(scratch)
             evaluate(args)
     elif rank() == 0:
         objects = read_objects(args.pointed, data.media_info(args.video))

@@ -272,7 +272,7 @@ def test_batched_answers_equal_single_ones(family, world, tmp_path):
     found = []
     for batch_size in (1, 4, 10):
         args = SimpleNamespace(
-            out=str(tmp_path / str(batch_size)),
+            out=tmp_path / str(batch_size),
             batch_size=batch_size,
             workers=0,
             device="cpu",
