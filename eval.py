@@ -69,7 +69,7 @@ def load(path, device=None):
 
 # ---- questions and replies ----
 
-# The fields of a data file's entry that its lines in predictions.jsonl repeat.
+# The fields of an entry that its lines in predictions.jsonl repeat.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
@@ -232,7 +232,7 @@ class Bench:
             sample = data.parse_sample(entry, place, media, position, self.args.outside_paths)
             if self.args.mode == "multi":
                 return sample
-            frame, objects = entry.get("frame_idx"), []  # a frame index as text
+            frame, objects = entry.get("frame_idx"), []
             data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
             for i, masks in enumerate(sample.objects):
                 wanted = f"object {i}: a mask on frame {frame}, as frame_idx says"
@@ -415,7 +415,6 @@ def evaluate(args):
         args.out.mkdir(parents=True, exist_ok=True)
         scores = read_settings(args.score)
         read_predictions(args.score, by_id)
-        check_errors(questions, strict=False)
     else:
         if rank() == 0:
             open_run(args)
@@ -431,7 +430,7 @@ def evaluate(args):
                 if isinstance(reply, data.DataError):
                     questions[i]["error"], reply = str(reply), None
                 questions[i][name] = reply
-            check_errors(questions, strict=not bench)
+    check_errors(questions, strict=not bench)
     is_first = rank() == 0
     if dist.is_initialized():
         # The other ranks end here, because a judge may take longer than they can wait for rank 0.
@@ -471,9 +470,8 @@ def report(questions, scores, args):
         json.dump(scores, file, indent=2)
     if errors:
         fate = "wrong above" if args.bench_q else "not judged"
-        print(
-            f"{len(errors)} of {len(questions)} questions could not be asked: {fate}; the first: {errors[0]}"
-        )
+        print(f"{len(errors)} of {len(questions)} questions could not be asked: {fate}; ", end="")
+        print(f"the first: {errors[0]}")
 
 
 # ---- A first reading may end here. Below stand resuming, the judge's server and the options. ----
@@ -487,7 +485,7 @@ def open_run(args):
     run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
     run["task"] = "data" if args.data else "bench-q" if args.bench_q else "bench-d"
     paths = args.data or [args.bench_q or args.bench_d]  # in order: OUT/parts names a question by its index
-    model_files = sorted(Path(args.model).glob("*.*"))
+    model_files = sorted(Path(args.model).glob("[!.]*.*"))
     run["files"] = []
     for path in [*paths, *model_files]:
         run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
@@ -507,7 +505,7 @@ def read_settings(predictions):
 
 
 def ask_all(model, processor, samples, keys, control, args):
-    """Asks the questions. Returns {question index: reply, or DataError of a bad sample}, on every rank.
+    """Returns {question index: reply, or DataError of a bad sample}, on every rank.
 
     keys: {question index: (sample index, turn index)}. Each rank asks its share of what OUT/parts does not
     hold yet, and appends every reply at once to a file of its own. A DataError is not written, so that a
@@ -515,7 +513,7 @@ def ask_all(model, processor, samples, keys, control, args):
     """
     parts = args.out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    # What rank 0 reads holds for all ranks: a fast rank may write before a slow one has read.
+    # All use what rank 0 has read, because a fast rank may write before a slow one has read.
     replies = gather_over_ranks(read_replies(parts, control))[0]
     share = [i for i in keys if i not in replies][rank() :: world_size()]
     dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
@@ -623,8 +621,8 @@ def judge(questions, args):
 def chat(args, user):
     """Asks the chat-completions server of --judge. Returns (its reply, the model it says it is).
 
-    Faults that may pass, such as a busy server, are retried. Raises SystemExit after the last attempt, or at
-    once for other faults, such as a wrong key.
+    Retries after faults that may pass, such as a busy server. Raises SystemExit after the last attempt, or
+    at once for other faults, such as a wrong key.
     """
     url = args.judge.rstrip("/") + "/chat/completions"
     messages = [{"role": "system", "content": args.judge_system}, {"role": "user", "content": user}]
@@ -663,9 +661,9 @@ def picture(path):
 
 
 def read_objects(pointed, info):
-    """Returns the objects as ask takes them: for each a dict {frame index: mask}. info: a data.MediaInfo.
+    """Returns the objects that the command line points at, as ask takes them. info: the data.MediaInfo.
 
-    pointed: the options in the order given: a number is the frame that the next masks lie on, None begins the
+    pointed: the options in their order. A number is the frame that the next masks lie on, None begins the
     next object, and all else is a mask.
     """
     objects, frame = [{}], 0 if info.is_image else None
@@ -681,8 +679,8 @@ def read_objects(pointed, info):
             if isinstance(value, list):  # a box or a polygon
                 x_inside = all(0 <= x <= info.width for x in value[0::2])
                 y_inside = all(0 <= y <= info.height for y in value[1::2])
-                size = f"{info.width}x{info.height} (width x height)"
-                data.expect(x_inside and y_inside, f"corners (x, y, ...) inside the picture, {size}", value)
+                wanted = f"corners x,y,... inside the picture, {info.width}x{info.height} (width x height)"
+                data.expect(x_inside and y_inside, wanted, value)
             objects[-1][frame] = value
     unused = {value for value in pointed if isinstance(value, int)}.difference(*objects)
     data.expect(not unused, "a mask (--box, --polygon or --mask) after each --frame", f"none on {unused}")
@@ -690,8 +688,9 @@ def read_objects(pointed, info):
 
 
 def parse(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--model", help="a folder that train.py wrote (OUT/final), or a pretrained backbone")
@@ -708,14 +707,14 @@ def parse(argv=None):
     point("--box", type=x_y_w_h, metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels")
     point("--polygon", type=corners, metavar="X1,Y1,X2,Y2,...", help="a mask: its corners, in pixels")
     point("--mask", type=picture, metavar="PICTURE", help="a mask: all that is not black")
-    next_object = "the masks that follow belong to the next object"
-    add("--object", dest="pointed", action="append_const", const=None, help=next_object)
+    add("--object", dest="pointed", action="append_const", const=None, help="begins the next object")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
-    controls, modes = ("full", "shuffle"), ("single", "multi")
+    controls = ("full", "shuffle")
     add("--control", nargs="+", choices=controls, default=[], help="ask --data again with other masks")
-    add("--mode", choices=modes, help="benchmarks: masks on the published frame (single, default), or on all")
+    on_frames = "benchmarks: masks on the published frame alone (default), or on all"
+    add("--mode", choices=("single", "multi"), help=on_frames)
     add("--no-options", action="store_true", help="--bench-q: ask without options; an option's text is right")
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
     add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
