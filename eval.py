@@ -730,26 +730,24 @@ def parse(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
-    for option, is_given, fits, partner in (
+    points = args.video or args.pointed or args.preview
+    for option, is_given, fits, needed in (
+        ("--ask", asks, args.video, "--video or --image"),
+        ("--video, masks, --preview", points, asks, "--ask"),
         ("--score", args.score, bench, "--bench-q or --bench-d"),
         ("--control", args.control, args.data, "--data"),
         ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
         ("--no-options", args.no_options, args.bench_q and args.model, "--model and --bench-q"),
         ("--judge", args.judge, args.bench_d, "--bench-d"),
+        ("--judge", args.judge, re.match("https?://", args.judge or ""), "an http:// or https:// address"),
         ("--judge-prompt", args.judge_prompt, args.judge, "--judge"),
+        ("a benchmark", bench and (args.model or args.judge), args.out, "--out"),
         ("--out", args.out, not asks, "--data or a benchmark"),
-        ("--video, masks, --preview", args.video or args.pointed or args.preview, asks, "--ask"),
+        ("--batch-size, --max-new-tokens", True, min(args.batch_size, args.max_new_tokens) > 0, "1 or more"),
+        ("--workers", True, args.workers >= 0, "0 or more"),
     ):
         if is_given and not fits:
-            parser.error(f"{option}: goes with {partner}")
-    if asks and not args.video:
-        parser.error("--ask: --video or --image is missing")
-    if bench and not args.out and (args.model or args.judge):
-        parser.error("--out is missing")
-    if args.judge and not re.match("https?://", args.judge):
-        parser.error(f"--judge: expected http:// or https:// first, found {args.judge}")
-    if min(args.batch_size, args.max_new_tokens, args.workers + 1) < 1:
-        parser.error("--batch-size, --max-new-tokens: expected 1 or more; --workers: expected 0 or more")
+            parser.error(f"{option} needs {needed}")
     # --score reads no masks, so there need not be one on the published frame.
     args.mode = args.mode or ("multi" if args.score else "single")
     args.judge_system = Path(args.judge_prompt).read_text() if args.judge_prompt else JUDGE_PROMPT

@@ -184,7 +184,7 @@ class ReferringVideoLLM(nn.Module):
         cache = DynamicCache(config=self.backbone.config.text_config)
         end_tokens = torch.tensor(end_token_ids, device=mask.device)
         unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        columns = []  # one (B,) for each step: its tokens, -1 in rows that are finished
+        columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: its tokens, -1 in finished rows
         for _ in range(max_new_tokens):
             output = self.backbone.model.language_model(
                 inputs_embeds=embeddings,
@@ -200,15 +200,13 @@ class ReferringVideoLLM(nn.Module):
             unfinished = unfinished & ~torch.isin(token, end_tokens)
             if not unfinished.any():
                 break
-            columns.append(torch.where(unfinished, token, -1))
+            columns.append(torch.where(unfinished, token, -1)[:, None])
             # From here on, the LLM reads only the new token; the cache holds what came before.
             embeddings = self.backbone.get_input_embeddings()(token[:, None])
             positions = (mask.sum(1, keepdim=True) + ahead).expand(3, -1, -1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             deepstack = {}
-        if not columns:
-            return [[] for _ in mask]
-        rows = torch.stack(columns, dim=1).tolist()
+        rows = torch.cat(columns, dim=1).tolist()
         return [[token for token in row if token >= 0] for row in rows]
 
     def end_token_ids(self, tokenizer):
@@ -312,20 +310,16 @@ def temporal_merge(pooled, boxes, object_frames, region_tokens):
     assert sum(frame_counts) == len(pooled), f"{sum(frame_counts)} region frames, but {len(pooled)} rows"
     # Pair i is rows i and i + 1. Which pairs are joined is decided without gradients.
     similarity = F.cosine_similarity(pooled[:-1].float(), pooled[1:].float(), dim=-1).tolist()
-    run_lengths = []  # of all objects, one after another: together R rows in T runs
+    ends = []  # of all runs of all objects: the row behind each
     start = 0
     for n, u in zip(frame_counts, token_counts):
         pairs = range(start, start + n - 1)
         most_similar = sorted(pairs, key=lambda i: similarity[i], reverse=True)  # leaves ties in order
-        joined = set(most_similar[: n - u])
-        for row in range(start, start + n):
-            if row - 1 in joined:  # the pair (row - 1, row)
-                run_lengths[-1] += 1
-            else:
-                run_lengths.append(1)
+        apart = sorted(most_similar[n - u :])
         start += n
-    merged = [run.mean(0) for run in pooled.split(run_lengths)]
-    merged_boxes = [run.mean(0) for run in boxes.split(run_lengths)]
+        ends += [*(i + 1 for i in apart), start]
+    merged = [run.mean(0) for run in pooled.tensor_split(ends[:-1])]
+    merged_boxes = [run.mean(0) for run in boxes.tensor_split(ends[:-1])]
     return torch.stack(merged), torch.stack(merged_boxes)
 
 
