@@ -22,7 +22,6 @@ them). A benchmark continues without a bad entry, which gets an "error" in predi
 """
 
 import argparse
-import glob
 import hashlib
 import http.client
 import json
@@ -35,6 +34,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -69,18 +69,17 @@ def load(path, device=None):
 
 # ---- questions and replies ----
 
-# The fields of a data file's entry that its lines in predictions.jsonl repeat.
+# The fields of an entry that its lines in predictions.jsonl repeat.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
-def read_questions(samples, strict):
-    """Returns (questions, keys), with one question for each answer of each sample.
+def read_questions(samples):
+    """Returns (questions, keys): one question for each answer of each sample.
 
-    questions: dicts, which become the lines of predictions.jsonl. keys: {question index: (sample index, turn
-    index)}. A bad sample becomes one question with an "error"; its DataError is raised if strict, or if all
-    are bad.
+    questions: dicts, which become the lines of predictions.jsonl. keys: (sample index, turn index) of each.
+    A bad sample becomes one question with an "error".
     """
-    questions, keys = [], {}
+    questions, keys = [], []
     for sample_index in range(len(samples)):
         entry, _, _, position = samples.read(sample_index)
         entry = entry if isinstance(entry, dict) else {}
@@ -89,20 +88,23 @@ def read_questions(samples, strict):
         try:
             turns = samples[sample_index].turns
         except data.DataError as error:
-            if strict:
-                raise
-            turns = [("", "")]  # one empty question stands for a sample that cannot be read
             common["error"] = str(error)
+            turns = [("", "")]  # one empty question stands for a sample that cannot be read
         about_regions = "error" in common
         for turn_index, (text, answer) in enumerate(turns):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
             turn = {"turn": turn_index, "question": text, "answer": answer.strip() or None}
-            keys[len(questions)] = sample_index, turn_index
             questions.append(common | turn | {"regions": about_regions})
-    if all("error" in question for question in questions):
-        raise data.DataError(f"{questions[0]['error']}; and none of the other {len(samples) - 1} can be used")
+            keys.append((sample_index, turn_index))
     return questions, keys
+
+
+def check_errors(questions, strict):
+    """Raises data.DataError if every question has an "error", or if strict and any has one."""
+    errors = [question["error"] for question in questions if "error" in question]
+    if errors and (strict or len(errors) == len(questions)):
+        raise data.DataError(f"{errors[0]} ({len(errors)} of {len(questions)} questions cannot be asked)")
 
 
 class Questions(data.ReferringDataset):
@@ -127,22 +129,19 @@ def batches(dataset, keys, device, pad_left=False, batch_size=1, workers=0):
 def generate_replies(model, processor, dataset, keys, max_new_tokens, **loading):
     """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample."""
     tokenizer, device = processor.tokenizer, next(model.parameters()).device
+    end_token_ids = model.end_token_ids(tokenizer)
     for batch in batches(dataset, keys, device, pad_left=True, **loading):
         tokens = []
         if not all(batch["errors"]):
-            tokens = model.generate(batch, model.end_token_ids(tokenizer), max_new_tokens)
+            tokens = model.generate(batch, end_token_ids, max_new_tokens)
         texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
         for error in batch["errors"]:
-            reply = error if error else next(texts).strip()
-            yield reply
+            yield error or next(texts).strip()
 
 
 @torch.no_grad()
 def mean_loss(model, processor, samples, args):
-    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
-
-    A run that is resumed computes it again, because it takes little time beside the replies.
-    """
+    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks."""
     dataset = data.ReferringDataset(samples, processor)
     keys = [(0, sample_index) for sample_index in range(len(samples))][rank() :: world_size()]
     loss, tokens = 0.0, 0
@@ -159,25 +158,23 @@ def mean_loss(model, processor, samples, args):
 
 
 def score(questions, columns):
-    """Returns {row: {"questions": n, title: {"right": n, "asked": n}, ...}}.
+    """Returns {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
-    columns: {title: key of the reply in a question}. The rows are the types of questions, "about regions" (if
-    only some are), and "all". A reply is right if it equals the answer, up to white space at the ends; None
-    (could not be asked) is wrong. A control has replies to questions about regions only. The column
-    "constant" is added: always the most frequent answer to questions of this type. It differs for those with
-    and without regions, so that it can be compared with the controls.
+    columns: {column: its key in a question, absent where a control does not ask}. A reply is right if it
+    equals the answer; None is wrong. The rows are the types of questions, "about regions" (if only some are),
+    and "all". The column "constant" is added: always the most frequent answer to questions of this type. It
+    differs for those with and without regions, so that it can be compared with the controls.
     """
-    frequency = defaultdict(Counter)
+    answers = defaultdict(Counter)
     for question in questions:
         if question["answer"] is not None:  # None: a bad entry
-            frequency[question["type"], question["regions"]][question["answer"]] += 1
-    constant = {kind: answers.most_common(1)[0][0] for kind, answers in frequency.items()}
+            answers[question["type"], question["regions"]][question["answer"]] += 1
+    constant = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
     questions = [q | {"constant": constant.get((q["type"], q["regions"]))} for q in questions]
 
-    by_type = defaultdict(list)
-    for question in questions:
-        by_type[question["type"] or "(no type)"].append(question)
-    rows = dict(sorted(by_type.items()))
+    rows = {}
+    for kind in sorted({question["type"] for question in questions}):
+        rows[kind or "(no type)"] = [question for question in questions if question["type"] == kind]
     about_regions = [question for question in questions if question["regions"]]
     if 0 < len(about_regions) < len(questions):
         rows["about regions"] = about_regions
@@ -186,21 +183,21 @@ def score(questions, columns):
     scores = {}
     for row, members in rows.items():
         scores[row] = {"questions": len(members)}
-        for title, key in (columns | {"constant": "constant"}).items():
+        for column, key in (columns | {"constant": "constant"}).items():
             asked = [q for q in members if key in q]
             right = [q for q in asked if q[key] is not None and q[key] == q["answer"]]
-            scores[row][title] = {"right": len(right), "asked": len(asked)}
+            scores[row][column] = {"right": len(right), "asked": len(asked)}
     return scores
 
 
 def print_table(scores):
     width = max(map(len, scores)) + 3
-    titles = [title for title in scores["all"] if title != "questions"]
-    print(" " * width + "".join(f"{title:>18}" for title in titles))
+    columns = list(scores["all"])[1:]
+    print(" " * width + "".join(f"{column:>18}" for column in columns))
     for row, counts in scores.items():
         line = f"{row:{width}}"
-        for title in titles:
-            right, asked = counts[title]["right"], counts[title]["asked"]
+        for column in columns:
+            right, asked = counts[column].values()
             cell = f"{right}/{asked} {100 * right / asked:7.1f} %" if asked else "-"
             line += f"{cell:>18}"
         print(line)
@@ -215,8 +212,6 @@ class Bench:
     def __init__(self, args):
         self.entries = data.read_samples(args.bench_q or args.bench_d, args.media, args.outside_paths)
         self.args = args
-        # --score reads no masks, so there need not be one on the published frame.
-        self.single_frame = args.mode == "single" and not args.score
 
     def __len__(self):
         return len(self.entries)
@@ -235,17 +230,15 @@ class Bench:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             entry = entry | {"conversations": turns}
             sample = data.parse_sample(entry, place, media, position, self.args.outside_paths)
-            return on_one_frame(sample, entry.get("frame_idx")) if self.single_frame else sample
-
-
-def on_one_frame(sample, frame):
-    """Returns the sample with the masks of this frame alone, which a benchmark gives as "36"."""
-    data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
-    frame, objects = int(frame), []
-    for i, masks in enumerate(sample.objects):
-        data.expect(frame in masks, f"object {i}: a mask on frame {frame}, as frame_idx says", sorted(masks))
-        objects.append({frame: masks[frame]})
-    return replace(sample, objects=objects)
+            if self.args.mode == "multi":
+                return sample
+            frame, objects = entry.get("frame_idx"), []
+            data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
+            for i, masks in enumerate(sample.objects):
+                wanted = f"object {i}: a mask on frame {frame}, as frame_idx says"
+                data.expect(int(frame) in masks, wanted, sorted(masks))
+                objects.append({int(frame): masks[int(frame)]})
+            return replace(sample, objects=objects)
 
 
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
@@ -269,8 +262,7 @@ def bench_q_turn(entry, no_options=False):
     """Returns (question, letter), the question as upstream asks it.
 
     Source: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for VideoLLaMA3
-    has no brackets). no_options: the question alone, for models that never saw options, such as the toy
-    world's.
+    has no brackets). no_options: the question alone, for models that never saw options.
     """
     options, letter = read_options(entry)
     question = entry.get("Question")
@@ -293,37 +285,34 @@ def bench_d_turn(entry):
 BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}+\$?")
 ANSWER_IS = re.compile(r"(?:the )?(?:(?:best|correct|right|final) )?(?:answer|option)(?: is)?:?\s+", re.I)
 # "(B)", "B)", "B. Running" (a capital, because "b." may end a sentence), or a letter alone on its line.
-LETTER = re.compile(
-    r"\(([A-Z])\)(?!\w)|([A-Z])\)(?!\w)|(?-i:([A-Z])[.:](?=\s))|([A-Z])[.:]?(?=\s*$)", re.I | re.M
-)
+LETTER = re.compile(r"\(?[A-Z]\)(?!\w)|(?-i:[A-Z])[.:](?=\s)|[A-Z][.:]?(?=\s*$)", re.I | re.M)
 # "(B)", "(b)", "B)", "B." or "B:" anywhere in the rest of the reply, or a capital at the end of a line.
-ANOTHER_LETTER = re.compile(r"\(((?i:[A-Z]))\)|\b([A-Z])\)|\b([A-Z])(?:[.:]\s|[.:]?$)", re.M)
+ANOTHER_LETTER = re.compile(r"\((?i:[A-Z])\)|\b[A-Z](?:\)|[.:](?=\s)|[.:]?$)", re.M)
 
 
 def choose(reply, options):
     """Reads a reply to a multiple-choice question with the options {"A": text, ...}.
 
     Returns (letter, "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
-    A letter stands at the beginning, or after "The answer is": "(B)", "(b) Running", "B) Running", "B.
-    Running", "B: Running", or alone on its line: "B", "b", "B.". It must be an option's, and no second letter
-    may follow in such a form ("A or B", "(A) or (B)"). A sentence has no letter ("A dog runs", "The answer is
-    a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold type and
-    \\boxed{} are removed.
+    The letter, of an option, stands at the beginning or after "The answer is", in one of the forms above, and
+    no second letter may follow in such a form ("(A) or (B)"). A sentence has no letter ("A dog runs", "The
+    answer is a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold
+    type and \\boxed{} are removed.
     """
     whole = reply = without_markup(reply)
     match = ANSWER_IS.match(reply)
     if match:
         reply = reply[match.end() :]
     match = OPTION.fullmatch(reply[:2].upper() + reply[2:])  # also "(b) Running"
-    if match and match[1] in options and same_text(match[2], options[match[1]]):
+    if match and match[1] in options and plain(match[2]) == plain(options[match[1]]):
         return match[1], "letter"
     match = LETTER.match(reply)
     if match:
-        letter = match[match.lastindex].upper()
-        others = {other[other.lastindex].upper() for other in ANOTHER_LETTER.finditer(reply, match.end())}
+        letter = match[0].strip("().:").upper()
+        others = {other.strip("().:").upper() for other in ANOTHER_LETTER.findall(reply, match.end())}
         return (letter, "letter") if letter in options and others <= {letter} else (None, "none")
-    # An option's own text may begin like "The answer is".
-    same = [letter for letter, text in options.items() if same_text(text, reply) or same_text(text, whole)]
+    texts = plain(reply), plain(whole)  # whole, because an option's own text may begin like "The answer is"
+    same = [letter for letter, text in options.items() if plain(text) in texts]
     return (same[0], "text") if len(same) == 1 else (None, "none")
 
 
@@ -331,21 +320,8 @@ def without_markup(text):
     return BOXED.sub(r"\1", text).replace("**", "").strip()
 
 
-def same_text(a, b):
-    a, b = (without_markup(text).removesuffix(".").casefold() for text in (a, b))
-    return a == b
-
-
-def score_choices(questions):
-    """Adds "choice" and "by", what choose says, to each question. Returns (scores, {"by": how many})."""
-    counts = {"letter": 0, "text": 0, "none": 0}
-    for question in questions:
-        question["choice"], question["by"] = None, "not asked"
-        if "error" not in question:
-            options, _ = read_options(question)
-            question["choice"], question["by"] = choose(question["pred"], options)
-            counts[question["by"]] += 1
-    return score(questions, {"accuracy": "choice"}), counts
+def plain(text):
+    return without_markup(text).removesuffix(".").casefold()
 
 
 ASPECTS = (
@@ -379,42 +355,31 @@ def read_marks(reply):
     return marks
 
 
-def mean_marks(judged):
-    """Returns {aspect or "Average": mean, or None without any marks}, and how many replies have no marks."""
-    marks = [line["marks"] for line in judged if line["marks"]]
-    means = dict.fromkeys((*ASPECTS, "Average"))
-    if marks:
-        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
-        means["Average"] = sum(means.values()) / len(ASPECTS)
-    return means, len(judged) - len(marks)
-
-
 # ---- a question of your own ----
 
 
-def ask(model, processor, media, question, objects=(), max_new_tokens=128):
+def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
     """Returns the model's reply to one question about a video or an image. Raises data.DataError.
 
     media: a path. question: with one `<region>` for each object, in order. objects: for each a dict {frame
     index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the object, or what a data file
-    may have: RLE, or polygons in pixels of the frame (see box).
+    may have: RLE, or polygons in pixels of the frame (see box). preview: a path, where the objects are drawn.
     """
-    dataset = question_dataset(processor, media, question, objects)
-    reply = next(generate_replies(model, processor, dataset, [(0, 0)], max_new_tokens))
+    media, annotation = os.fspath(media), []
+    for masks in objects:
+        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in masks.items()})
+    # A sample needs an answer, though this one is not read.
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
+    entry = {"video": media, "conversations": turns, "annotation": annotation}
+    dataset = Questions([data.parse_sample(entry, (media,), "", 0, outside_paths=True)], processor)
+    if preview:
+        frames, height = set().union(*objects), data.media_info(media).height
+        picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(height, 480))
+        data.save_picture(picture, preview)
+    [reply] = generate_replies(model, processor, dataset, [(0, 0)], max_new_tokens)
     if isinstance(reply, data.DataError):
         raise reply
     return reply
-
-
-def question_dataset(processor, media, question, objects):
-    """Returns what ask asks, as a dataset of one sample."""
-    annotation = []
-    for frames in objects:
-        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in frames.items()})
-    # A sample needs an answer, though this one is not read.
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
-    entry = {"video": os.fspath(media), "conversations": turns, "annotation": annotation}
-    return Questions([data.parse_sample(entry, (os.fspath(media),), "", 0, outside_paths=True)], processor)
 
 
 def to_segmentation(mask):
@@ -441,14 +406,15 @@ def evaluate(args):
     bench = args.bench_q or args.bench_d
     with first_on_this_machine():  # the first rank writes the index of the data file, the others read it
         samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
-    questions, keys = read_questions(samples, strict=not bench)
+    questions, keys = read_questions(samples)
+    check_errors(questions, strict=not bench)
     if bench:
         with data.within(bench):
-            index_by_id(questions)  # ids that repeat end the run before anything is asked
+            by_id = questions_by_id(questions)  # ids that repeat end the run before anything is asked
     if args.score:
-        os.makedirs(args.out, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
         scores = read_settings(args.score)
-        add_replies(questions, "pred", read_predictions(args.score, questions), strict=False)
+        read_predictions(args.score, by_id)
     else:
         if rank() == 0:
             open_run(args)
@@ -457,12 +423,14 @@ def evaluate(args):
             scores = {"mode": args.mode, "no_options": args.no_options}
         else:
             scores = {"loss": mean_loss(model, processor, samples, args)}
-        replies = ask_all(model, processor, samples, keys, "none", args)
-        add_replies(questions, "pred" if bench else "exact", replies, strict=not bench)
-        keys_about_regions = {i: key for i, key in keys.items() if questions[i]["regions"]}
-        for control in args.control:
-            replies = ask_all(model, processor, samples, keys_about_regions, control, args)
-            add_replies(questions, control, replies, strict=True)
+        for name in ("pred" if bench else "exact", *args.control):
+            control = name if name in args.control else "none"
+            asked = {i: key for i, key in enumerate(keys) if control == "none" or questions[i]["regions"]}
+            for i, reply in ask_all(model, processor, samples, asked, control, args).items():
+                if isinstance(reply, data.DataError):
+                    questions[i]["error"], reply = str(reply), None
+                questions[i][name] = reply
+    check_errors(questions, strict=not bench)
     is_first = rank() == 0
     if dist.is_initialized():
         # The other ranks end here, because a judge may take longer than they can wait for rank 0.
@@ -472,20 +440,6 @@ def evaluate(args):
         report(questions, scores, args)
 
 
-def add_replies(questions, name, replies, strict):
-    """Adds replies {question index: text or DataError} to the questions.
-
-    An error becomes None and the question's "error". It is raised if strict, or if there are only errors.
-    """
-    errors = [reply for reply in replies.values() if isinstance(reply, data.DataError)]
-    if errors and (strict or len(errors) == len(replies)):
-        raise errors[0]
-    for i, reply in replies.items():
-        if isinstance(reply, data.DataError):
-            questions[i]["error"], reply = str(reply), None
-        questions[i][name] = reply
-
-
 def report(questions, scores, args):
     """Scores the replies, prints the result, and writes OUT/predictions.jsonl and OUT/scores.json."""
     if args.data:
@@ -493,25 +447,31 @@ def report(questions, scores, args):
         print_table(scores["rows"])
         print(f"loss {scores['loss']:.4f} per supervised token")
     if args.bench_q:
-        scores["rows"], counts = score_choices(questions)
-        scores["replies"] = counts
+        for question in questions:
+            question["choice"], question["by"] = None, "not asked"
+            if "error" not in question:
+                options, _ = read_options(question)
+                question["choice"], question["by"] = choose(question["pred"], options)
+        counts = Counter(question["by"] for question in questions)
+        scores["rows"] = score(questions, {"accuracy": "choice"})
+        scores["replies"] = {by: counts[by] for by in ("letter", "text", "none")}
         print_table(scores["rows"])
         print(f"replies that name a letter: {counts['letter']}; ", end="")
         print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
-    if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
-        write_jsonl(os.path.join(args.out, "predictions.jsonl"), questions)
     if args.bench_d:
         print(f"{len(questions)} descriptions")
+    if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
+        write_jsonl(args.out / "predictions.jsonl", questions)
     if args.judge:
         scores |= judge([question for question in questions if "error" not in question], args)
     errors = [question["error"] for question in questions if "error" in question]
     scores["not_asked"] = len(errors)
-    with data.atomic_write(os.path.join(args.out, "scores.json")) as temporary, open(temporary, "w") as file:
+    with data.atomic_write(args.out / "scores.json") as temporary, open(temporary, "w") as file:
         json.dump(scores, file, indent=2)
     if errors:
         fate = "wrong above" if args.bench_q else "not judged"
-        count = f"{len(errors)} of {len(questions)}"
-        print(f"{count} questions could not be asked: {fate}; the first: {errors[0]}")
+        print(f"{len(errors)} of {len(questions)} questions could not be asked: {fate}; ", end="")
+        print(f"the first: {errors[0]}")
 
 
 # ---- A first reading may end here. Below stand resuming, the judge's server and the options. ----
@@ -524,14 +484,13 @@ def open_run(args):
     """
     run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
     run["task"] = "data" if args.data else "bench-q" if args.bench_q else "bench-d"
-    model_files = []
-    for pattern in ("*.json", "*.safetensors"):
-        model_files += sorted(glob.glob(os.path.join(glob.escape(args.model), pattern)))
-    run["files"] = []  # in order, because OUT/parts names a question by its index
-    for path in [*(args.data or [args.bench_q or args.bench_d]), *model_files]:
+    paths = args.data or [args.bench_q or args.bench_d]  # in order: OUT/parts names a question by its index
+    model_files = sorted(Path(args.model).glob("[!.]*.*"))
+    run["files"] = []
+    for path in [*paths, *model_files]:
         run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
-    os.makedirs(args.out, exist_ok=True)
-    path = os.path.join(args.out, "run.json")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "run.json"
     if all(name.endswith(".tmp") for name in os.listdir(args.out)):  # a kill may have left run.json.*.tmp
         write_jsonl(path, [run])
     elif read_jsonl(path) != [run]:
@@ -540,27 +499,27 @@ def open_run(args):
 
 def read_settings(predictions):
     """Returns mode and no_options of the run that wrote the predictions, or {} if they are not eval.py's."""
-    folder, name = os.path.split(predictions)
-    runs = read_jsonl(os.path.join(folder, "run.json")) if name == "predictions.jsonl" else []
+    path = Path(predictions)
+    runs = read_jsonl(path.with_name("run.json")) if path.name == "predictions.jsonl" else []
     return {key: run[key] for run in runs for key in ("mode", "no_options")}
 
 
 def ask_all(model, processor, samples, keys, control, args):
-    """Asks the questions. Returns {question index: reply, or DataError of a bad sample}, on every rank.
+    """Returns {question index: reply, or DataError of a bad sample}, on every rank.
 
     keys: {question index: (sample index, turn index)}. Each rank asks its share of what OUT/parts does not
     hold yet, and appends every reply at once to a file of its own. A DataError is not written, so that a
     resumed run asks again: the video may be there by then.
     """
-    parts = os.path.join(args.out, "parts")
-    # Rank 0 reads for all ranks: a fast rank may write before a slow one has read.
-    replies = gather_over_ranks(read_replies(parts, control) if rank() == 0 else None)[0]
+    parts = args.out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    # All use what rank 0 has read, because a fast rank may write before a slow one has read.
+    replies = gather_over_ranks(read_replies(parts, control))[0]
     share = [i for i in keys if i not in replies][rank() :: world_size()]
     dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
     loading = {"batch_size": args.batch_size, "workers": args.workers}
     generated = generate_replies(model, processor, dataset, share_keys, args.max_new_tokens, **loading)
-    os.makedirs(parts, exist_ok=True)
-    path = os.path.join(parts, f"{control}-{rank()}-{time.time_ns()}.jsonl")
+    path = parts / f"{control}-{rank()}-{time.time_ns()}.jsonl"
     new_replies = {}
     for i, reply in zip(share, generated):
         new_replies[i] = reply
@@ -573,70 +532,66 @@ def ask_all(model, processor, samples, keys, control, args):
 
 
 def read_replies(parts, control):
-    """Returns {question index: reply} from all files in the folder.
+    """Returns {question index: reply} from the files of all ranks and runs.
 
-    Raises data.DataError if two replies to a question differ, which can happen when two runs write there at
-    once.
+    Raises data.DataError if two replies to a question differ, as two runs at once could write them.
     """
     replies = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(parts), f"{control}-*.jsonl"))):
+    for path in sorted(parts.glob(f"{control}-*.jsonl")):
         for line in read_jsonl(path):
             i, reply = line["question"], line["answer"]
-            if replies.setdefault(i, reply) != reply:
-                found = f"{replies[i]!r} and {reply!r}"
-                raise data.DataError(f"expected one answer to question {i}, found {found}", path)
+            first = replies.setdefault(i, reply)
+            with data.within(str(path)):
+                data.expect(first == reply, f"one answer to question {i}", [first, reply])
     return replies
 
 
-def index_by_id(questions):
-    """Returns {id as JSON text: question index}. Raises data.DataError if an id occurs twice."""
-    index = {}
-    for i, question in enumerate(questions):
-        id = json.dumps(question["id"])  # as text, because an id may be a list
-        data.expect(id not in index, "each id once", question["id"])
-        index[id] = i
-    return index
+def questions_by_id(questions):
+    """Returns {id as JSON text: question}; an id may be a list. Raises data.DataError if one repeats."""
+    by_id = {}
+    for question in questions:
+        id = json.dumps(question["id"])
+        data.expect(id not in by_id, "each id once", question["id"])
+        by_id[id] = question
+    return by_id
 
 
-def read_predictions(path, questions):
-    """Reads {"id": ..., "pred": text}, one for each question. Returns {question index: text or DataError}."""
-    lines, index, replies = data.read_samples(path), index_by_id(questions), {}
-    for line_index in range(len(lines)):
-        line, place, *_ = lines.read(line_index)
+def read_predictions(path, by_id):
+    """Adds "pred" to the questions from a file of {"id": ..., "pred": text}, exactly one for each."""
+    lines, missing = data.read_samples(path), dict(by_id)
+    for i in range(len(lines)):
+        line, place, *_ = lines.read(i)
         with data.within(*place):
             is_prediction = isinstance(line, dict) and "id" in line and "pred" in line
             data.expect(is_prediction, 'an object with "id" and "pred"', line)
-            i = index.get(json.dumps(line["id"]))
-            data.expect(i is not None and i not in replies, "the id of a question, each once", line["id"])
-        replies[i] = line["pred"]
+            question = missing.pop(json.dumps(line["id"]), None)
+            data.expect(question is not None, "the id of a question, each once", line["id"])
+        question["pred"] = line["pred"]
         if not isinstance(line["pred"], str):
-            replies[i] = data.DataError(str(line.get("error", "its pred is not a text")))
-    missing = [question["id"] for i, question in enumerate(questions) if i not in replies]
+            question["pred"] = None
+            question["error"] = str(line.get("error", "its pred is not a text"))
     with data.within(path):
-        wanted = f"a prediction for each of {len(questions)} questions"
-        data.expect(not missing, wanted, f"none for {missing}")
-    return replies
+        data.expect(not missing, "a prediction for each question", f"none for {', '.join(missing)}")
 
 
 # ---- the judge's server ----
 
-RETRIES, JUDGE_TIMEOUT = 5, 120  # seconds
+ATTEMPTS = 6
+JUDGE_TIMEOUT = 120  # seconds
 
 
-def judge(lines, args):
+def judge(questions, args):
     """Has descriptions judged, prints the mean marks, and returns what scores.json says of them.
 
     Each reply becomes a line of OUT/judged.jsonl at once, and is not asked for again. Raises data.DataError
     if that file holds marks of other predictions, or of another judge or prompt.
     """
-    source = args.judge_prompt or "the prompt in eval.py, not the published one"
     prompt_hash = hashlib.sha256(args.judge_system.encode()).hexdigest()[:12]
     setting = {"judge": args.judge_model, "prompt": prompt_hash}
-    path = os.path.join(args.out, "judged.jsonl")
     wanted, judged = {}, {}
-    for line in lines:
-        fields = {name: line.get(name) for name in ("id", "video", "caption", "pred")}
-        wanted[json.dumps(line["id"])] = fields | setting
+    for id, question in questions_by_id(questions).items():
+        wanted[id] = {name: question.get(name) for name in ("id", "video", "caption", "pred")} | setting
+    path = args.out / "judged.jsonl"
     for line in read_jsonl(path):
         id = json.dumps(line["id"])
         is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
@@ -648,10 +603,15 @@ def judge(lines, args):
         reply, model = chat(args, texts)
         judged[id] = wanted[id] | {"model": model, "reply": reply, "marks": read_marks(reply)}
         append_jsonl(path, judged[id])
-    names = sorted({str(line["model"]) for line in judged.values()})
-    means, failed = mean_marks(judged.values())
-    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}; ", end="")
-    print(f"prompt {prompt_hash} ({source})")
+
+    marks = [line["marks"] for line in judged.values() if line["marks"]]
+    means = dict.fromkeys((*ASPECTS, "Average"))
+    if marks:
+        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
+        means["Average"] = sum(means.values()) / len(ASPECTS)
+    names, failed = sorted({str(line["model"]) for line in judged.values()}), len(judged) - len(marks)
+    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}")
+    print(f"prompt {prompt_hash}: {args.judge_prompt or 'the one in eval.py, not the published one'}")
     for aspect, mean in means.items():
         print(f"{aspect:26}{'-' if mean is None else f'{mean:.2f}':>6}")
     print(f"{len(judged)} replies, {failed} of them without four scores: left out of the means")
@@ -661,7 +621,8 @@ def judge(lines, args):
 def chat(args, user):
     """Asks the chat-completions server of --judge. Returns (its reply, the model it says it is).
 
-    Faults that may pass, such as a busy server, are retried; others, such as a wrong key, raise SystemExit.
+    Retries after faults that may pass, such as a busy server. Raises SystemExit after the last attempt, or
+    at once for other faults, such as a wrong key.
     """
     url = args.judge.rstrip("/") + "/chat/completions"
     messages = [{"role": "system", "content": args.judge_system}, {"role": "user", "content": user}]
@@ -669,95 +630,67 @@ def chat(args, user):
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     if os.environ.get("OPENAI_API_KEY"):  # unredirected: the key must not follow to another server
         request.add_unredirected_header("Authorization", f"Bearer {os.environ['OPENAI_API_KEY']}")
-    for attempt in range(RETRIES + 1):
-        if attempt:
-            time.sleep(min(2**attempt, 30))
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT) as response:
                 reply = json.load(response)
             text = reply["choices"][0]["message"]["content"]
             return text if isinstance(text, str) else "", reply.get("model")  # null: withheld by a filter
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code} {error.reason}"
-            if error.code < 500 and error.code not in (408, 409, 429):
-                raise SystemExit(f"--judge {url}: {problem}") from None
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-    problem = f"no answer in {RETRIES + 1} tries, the last: {problem}"
-    raise SystemExit(f"--judge {url}: {problem}. The same command resumes from here.")
+            status = error.code if isinstance(error, urllib.error.HTTPError) else None
+            may_pass = status is None or status >= 500 or status in (408, 409, 429)
+            if attempt == ATTEMPTS or not may_pass:
+                found = f"attempt {attempt} of {ATTEMPTS}: {type(error).__name__}: {error}"
+                raise SystemExit(f"--judge {url}: {found}. The same command resumes from here.") from None
+        time.sleep(min(2**attempt, 30))
 
 
 # ---- the command line ----
 
 
-def run_ask(args):
-    info = data.media_info(args.video)
-    objects = read_objects(args.pointed, info)
-    model, processor = load(args.model, args.device)
-    if args.preview:
-        dataset = question_dataset(processor, args.video, args.ask, objects)
-        frames = {frame for frames in objects for frame in frames}
-        picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(info.height, 480))
-        data.save_picture(picture, args.preview)
-    print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens))
+def x_y_w_h(text):
+    return box(*map(float, text.split(",")))
 
 
-class Pointing(argparse.Action):
-    """Appends (option, value) to args.pointed: the order of --frame, --object and the masks matters."""
-
-    def __call__(self, parser, args, text, option_string=None):
-        option = self.option_strings[0]
-        try:
-            args.pointed = [*args.pointed, (option, read_pointing(option, text))]
-        except ValueError as error:  # also a DataError
-            raise argparse.ArgumentError(self, f"invalid {self.metavar} value {text!r}: {error}") from None
+def corners(text):
+    return [float(number) for number in text.split(",")]
 
 
-def read_pointing(option, text):
-    if option == "--object":
-        return None
-    if option == "--frame":
-        return int(text)
-    if option == "--mask":
-        return np.asarray(Image.open(text).convert("L"))
-    numbers = [float(number) for number in text.split(",")]
-    if option == "--polygon":
-        return numbers
-    x, y, w, h = numbers
-    return box(x, y, w, h)
+def picture(path):
+    return np.asarray(Image.open(path).convert("L"))
 
 
 def read_objects(pointed, info):
-    """Returns what args.pointed says as ask takes it: for each object a dict {frame index: mask}.
+    """Returns the objects that the command line points at, as ask takes them. info: the data.MediaInfo.
 
-    A mask lies on the --frame named last; --object begins the next object. info: the data.MediaInfo.
+    pointed: the options in their order. A number is the frame that the next masks lie on, None begins the
+    next object, and all else is a mask.
     """
-    objects, frames_named, frame = [{}], set(), 0 if info.is_image else None
-    for option, value in pointed:
-        if option == "--object":
+    objects, frame = [{}], 0 if info.is_image else None
+    for value in pointed:
+        if value is None:
             objects.append({})
-            continue
-        if option == "--frame":
+        elif isinstance(value, int):
             frame = value
-            frames_named.add(frame)
-            continue
-        data.expect(frame is not None, "--frame before the first mask of a video", option)
-        again = frame in objects[-1]
-        data.expect(not again, "one mask a frame (--object begins the next object)", f"two on frame {frame}")
-        if option != "--mask":
-            in_width = all(0 <= x <= info.width for x in value[0::2])
-            in_height = all(0 <= y <= info.height for y in value[1::2])
-            picture = f"the picture, {info.width}x{info.height} (width x height)"
-            data.expect(in_width and in_height, f"{option} inside {picture}", value)
-        objects[-1][frame] = value
-    unused = sorted(frames_named.difference(*objects))
+        else:
+            data.expect(frame is not None, "--frame before the first mask of a video", pointed)
+            again = frame in objects[-1]
+            data.expect(not again, "one mask a frame (--object begins the next)", f"two on frame {frame}")
+            if isinstance(value, list):  # a box or a polygon
+                x_inside = all(0 <= x <= info.width for x in value[0::2])
+                y_inside = all(0 <= y <= info.height for y in value[1::2])
+                wanted = f"corners x,y,... inside the picture, {info.width}x{info.height} (width x height)"
+                data.expect(x_inside and y_inside, wanted, value)
+            objects[-1][frame] = value
+    unused = {value for value in pointed if isinstance(value, int)}.difference(*objects)
     data.expect(not unused, "a mask (--box, --polygon or --mask) after each --frame", f"none on {unused}")
-    return [frames for frames in objects if frames]
+    return [masks for masks in objects if masks]
 
 
 def parse(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--model", help="a folder that train.py wrote (OUT/final), or a pretrained backbone")
@@ -768,66 +701,70 @@ def parse(argv=None):
     task("--bench-q", metavar="JSON", help="VideoRefer-Bench-Q: multiple choice")
     task("--bench-d", metavar="JSON", help="VideoRefer-Bench-D: descriptions")
     add("--video", "--image", help="what --ask is about")
-    point = partial(add, action=Pointing, dest="pointed", default=[])
-    point("--frame", metavar="N", help="the frame that the next masks lie on, from 0")
-    point("--box", metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels of the frame")
-    point("--polygon", metavar="X1,Y1,X2,Y2,...", help="a mask: its corners")
-    point("--mask", metavar="PICTURE", help="a mask: all that is not black")
-    point("--object", nargs=0, help="the masks that follow belong to the next object")
+    # One list for all of these, because their order matters.
+    point = partial(add, dest="pointed", action="append", default=[])
+    point("--frame", type=int, metavar="N", help="the frame that the next masks lie on, from 0")
+    point("--box", type=x_y_w_h, metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels")
+    point("--polygon", type=corners, metavar="X1,Y1,X2,Y2,...", help="a mask: its corners, in pixels")
+    point("--mask", type=picture, metavar="PICTURE", help="a mask: all that is not black")
+    add("--object", dest="pointed", action="append_const", const=None, help="begins the next object")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
-    controls, modes = ("full", "shuffle"), ("single", "multi")
+    controls = ("full", "shuffle")
     add("--control", nargs="+", choices=controls, default=[], help="ask --data again with other masks")
-    add("--mode", choices=modes, help="benchmarks: masks on the published frame (single, default), or on all")
+    on_frames = "benchmarks: masks on the published frame alone (default), or on all"
+    add("--mode", choices=("single", "multi"), help=on_frames)
     add("--no-options", action="store_true", help="--bench-q: ask without options; an option's text is right")
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
     add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
     add("--judge-prompt", metavar="FILE", help="the published system.txt, instead of eval.py's own words")
-    add("--out", help="a new folder for predictions.jsonl and scores.json, or that of a run to resume")
+    add(
+        "--out",
+        type=Path,
+        help="a new folder for what is written, or that of a run to resume",
+    )
     add("--batch-size", type=int, default=32)
     add("--max-new-tokens", type=int, default=128)
     add("--workers", type=int, default=2)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
-    shows = args.video or args.pointed or args.preview
-    for is_wrong, message in (
-        (args.score and not bench, "--score: goes with --bench-q or --bench-d"),
-        (args.control and not args.data, "--control: goes with --data"),
-        (args.mode and not (bench and args.model), "--mode: goes with --model and a benchmark"),
-        (args.no_options and not (args.bench_q and args.model), "--no-options: goes with --model, --bench-q"),
-        (args.judge and not args.bench_d, "--judge: goes with --bench-d"),
-        (args.judge and not re.match("https?://", args.judge), "--judge: expected http:// or https:// first"),
-        (args.judge_prompt and not args.judge, "--judge-prompt: goes with --judge"),
-        (bench and not args.out and (args.judge or not args.score), "--out is missing"),
-        (asks and args.out, "--out: does not go with --ask"),
-        (asks and not args.video, "--ask: --video or --image is missing"),
-        (shows and not asks, "--video, masks, --preview: go with --ask"),
-        (args.batch_size < 1, f"--batch-size: expected a whole number from 1, found {args.batch_size}"),
-        (args.workers < 0, f"--workers: expected a whole number from 0, found {args.workers}"),
-        (args.max_new_tokens < 1, f"--max-new-tokens: expected 1 or more, found {args.max_new_tokens}"),
+    points = args.video or args.pointed or args.preview
+    for option, is_given, fits, needed in (
+        ("--ask", asks, args.video, "--video or --image"),
+        ("--video, masks, --preview", points, asks, "--ask"),
+        ("--score", args.score, bench, "--bench-q or --bench-d"),
+        ("--control", args.control, args.data, "--data"),
+        ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
+        ("--no-options", args.no_options, args.bench_q and args.model, "--model and --bench-q"),
+        ("--judge", args.judge, args.bench_d, "--bench-d"),
+        ("--judge", args.judge, re.match("https?://", args.judge or ""), "an http:// or https:// address"),
+        ("--judge-prompt", args.judge_prompt, args.judge, "--judge"),
+        ("a benchmark", bench and (args.model or args.judge), args.out, "--out"),
+        ("--out", args.out, not asks, "--data or a benchmark"),
+        ("--batch-size, --max-new-tokens", True, min(args.batch_size, args.max_new_tokens) > 0, "1 or more"),
+        ("--workers", True, args.workers >= 0, "0 or more"),
     ):
-        if is_wrong:
-            parser.error(message)
-    args.mode = args.mode or "single"
-    args.judge_system = JUDGE_PROMPT
-    if args.judge_prompt:
-        with open(args.judge_prompt) as file:
-            args.judge_system = file.read()
+        if is_given and not fits:
+            parser.error(f"{option} needs {needed}")
+    # --score reads no masks, so there need not be one on the published frame.
+    args.mode = args.mode or ("multi" if args.score else "single")
+    args.judge_system = Path(args.judge_prompt).read_text() if args.judge_prompt else JUDGE_PROMPT
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     args.device = init_distributed(args.device)
-    if args.ask is not None:
-        if rank() == 0:
-            run_ask(args)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        args.out = args.out or scratch
-        evaluate(args)
+    if args.ask is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            args.out = args.out or Path(scratch)
+            evaluate(args)
+    elif rank() == 0:
+        objects = read_objects(args.pointed, data.media_info(args.video))
+        model, processor = load(args.model, args.device)
+        print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens, args.preview))
 
 
 if __name__ == "__main__":

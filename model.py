@@ -96,44 +96,41 @@ class ReferringVideoLLM(nn.Module):
 
     def _inputs(self, batch):
         """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), how far these run ahead
-        of the number of tokens (B, 1), and the keyword arguments for Qwen3-VL's deepstack features.
+        of the number of tokens (B, 1), and Qwen3-VL's deepstack features as keyword arguments.
         """
         ids = batch["input_ids"]
         config = self.backbone.config
         is_image = ids == config.image_token_id
         is_video = ids == config.video_token_id
-        is_region = ids == self.region_token_id
+        is_visual = is_image | is_video
         embeddings = self.backbone.get_input_embeddings()(ids)
 
-        # The tower's rows: prompt images, annotated frames, videos, and in a batch without media one black
-        # cell, which no token reads.
+        # The rows of the vision tower: prompt images, then annotated frames, then videos.
         patches_per_cell = config.vision_config.spatial_merge_size**2
         still_cells = batch["still_grid_thw"].prod(1) // patches_per_cell  # (S,), cells of each still
+        num_image_cells = int(still_cells[: batch["prompt_images"]].sum())
+        num_video_cells = len(batch["video_patches"]) // patches_per_cell
         videos_begin = len(batch["still_patches"]) // patches_per_cell
-        videos_end = videos_begin + len(batch["video_patches"]) // patches_per_cell
-        of_images = slice(0, int(still_cells[: batch["prompt_images"]].sum()))
-        of_videos = slice(videos_begin, videos_end)
         vision = self._encode_media(batch)
         cells = vision.pooler_output
-        embeddings = place(embeddings, is_image, cells[of_images])
-        embeddings = place(embeddings, is_video, cells[of_videos])
+        rows = torch.arange(len(cells), device=ids.device)[:, None]
+        row_of = torch.zeros_like(ids)[:, :, None]  # (B, L, 1), the row that each visual token takes
+        row_of = place(row_of, is_image, rows[:num_image_cells])
+        row_of = place(row_of, is_video, rows[videos_begin : videos_begin + num_video_cells])
+        visual_rows = row_of[is_visual][:, 0]
+        embeddings = place(embeddings, is_visual, cells[visual_rows])
 
-        # Qwen3-VL's deepstack features: what each of the LLM's first layers adds to the visual tokens.
-        is_visual = is_image | is_video
-        added = []
-        for features in getattr(vision, "deepstack_features", []):  # Qwen2.5-VL has none
-            rows = place(torch.zeros_like(embeddings), is_image, features[of_images])
-            rows = place(rows, is_video, features[of_videos])
-            added.append(rows[is_visual])
+        # What each of the LLM's first layers adds to the visual tokens; Qwen2.5-VL has no such features.
+        added = [features[visual_rows] for features in getattr(vision, "deepstack_features", [])]
         deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added} if added else {}
 
         if len(batch["object_frames"]):
             frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
             names = ("coverage", "coverage_start", "boxes", "object_frames", "region_tokens")
             tokens = self.region_encoder(cells, frame_start, **{name: batch[name] for name in names})
-            embeddings = place(embeddings, is_region, tokens)
+            embeddings = place(embeddings, ids == self.region_token_id, tokens)
         elif self.training:
-            # No regions here: add 0 times each parameter, so that DDP finds its gradient on this rank, too.
+            # Add 0 times each parameter, so that DDP finds its gradient on a rank without regions, too.
             embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())
 
         images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
@@ -148,9 +145,9 @@ class ReferringVideoLLM(nn.Module):
         return embeddings, positions, ahead, deepstack
 
     def _encode_media(self, batch):
-        """Returns the vision tower's output for all stills, then all videos.
+        """Returns the vision tower's output for all stills, then all videos, or else for one black cell.
 
-        Without media, it encodes a black still of one cell: in training, ranks wait for each other's
+        Without media the tower runs all the same, because in training the ranks wait for each other's
         gradients of every parameter, and under FSDP also for its weights.
         """
         stills, videos = batch["still_patches"], batch["video_patches"]
@@ -170,7 +167,7 @@ class ReferringVideoLLM(nn.Module):
     def _pixels(self, patches, repeat=False):
         """Normalises patches, uint8 (P, 3 * n), as the checkpoint's image processor does.
 
-        repeat: fills the temporal patch with copies of a still, as that does too.
+        repeat: fills the temporal patch with copies of a still.
         """
         pixels = (patches.view(len(patches), 3, -1).float() / 255 - self.image_mean) / self.image_std
         if repeat:
@@ -179,16 +176,15 @@ class ReferringVideoLLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, end_token_ids, max_new_tokens=128):
-        """Answers a batch that is padded on the left, each time with the token of the highest score.
-
-        end_token_ids: an answer ends before the first of these. Returns B lists of token ids.
+        """Answers a batch that is padded on the left, greedily. Returns B lists of token ids, each up to the
+        first of end_token_ids.
         """
         embeddings, positions, ahead, deepstack = self._inputs(batch)
         mask = batch["attention_mask"]
         cache = DynamicCache(config=self.backbone.config.text_config)
         end_tokens = torch.tensor(end_token_ids, device=mask.device)
         unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        columns = []  # one (B,) for each step: its tokens, -1 in rows that are finished
+        columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: its tokens, -1 in finished rows
         for _ in range(max_new_tokens):
             output = self.backbone.model.language_model(
                 inputs_embeds=embeddings,
@@ -204,22 +200,17 @@ class ReferringVideoLLM(nn.Module):
             unfinished = unfinished & ~torch.isin(token, end_tokens)
             if not unfinished.any():
                 break
-            columns.append(torch.where(unfinished, token, -1))
+            columns.append(torch.where(unfinished, token, -1)[:, None])
             # From here on, the LLM reads only the new token; the cache holds what came before.
             embeddings = self.backbone.get_input_embeddings()(token[:, None])
             positions = (mask.sum(1, keepdim=True) + ahead).expand(3, -1, -1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             deepstack = {}
-        if not columns:
-            return [[] for _ in mask]
-        rows = torch.stack(columns, dim=1).tolist()
+        rows = torch.cat(columns, dim=1).tolist()
         return [[token for token in row if token >= 0] for row in rows]
 
     def end_token_ids(self, tokenizer):
-        """Returns the ids of all tokens that end an answer, a list.
-
-        One is the tokenizer's; the checkpoint's generation_config.json may list several others.
-        """
+        """Returns a list: the tokenizer's end token, and those of the checkpoint's generation_config.json."""
         ids = self.backbone.generation_config.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
         return sorted({*ids, tokenizer.eos_token_id} - {None})
@@ -229,7 +220,7 @@ class ReferringVideoLLM(nn.Module):
         return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
 
     def parameter_groups(self):
-        """Returns {"region", "projector", "llm", "vision": list of parameters}, each parameter once."""
+        """Returns {"region", "projector", "llm", "vision": list of parameters}, each once."""
         visual = self.backbone.model.visual
         projector = list(visual.merger.parameters())
         for merger in getattr(visual, "deepstack_merger_list", []):
@@ -264,7 +255,7 @@ class ReferringVideoLLM(nn.Module):
 class RegionEncoder(nn.Module):
     """Cells and coverage -> region tokens: token = merged + MLP(merged) + P(box).
 
-    merged averages the region's cells. The MLP and P end in zeros, so a region token starts as that average.
+    merged averages the region's cells. The MLP and P end in zeros, so initially a token is that average.
     """
 
     FREQUENCIES = 4  # sinusoids of 1/2, 1, 2 and 4 periods over the picture or the video
@@ -281,8 +272,8 @@ class RegionEncoder(nn.Module):
     def forward(self, cells, frame_start, coverage, coverage_start, boxes, object_frames, region_tokens):
         """Returns the region tokens, (T, D), where T is the sum of region_tokens.
 
-        cells: (N, D), of all frames. frame_start: int64 (R,), the row of cells where a region frame's still
-        begins. The others are as data.collate makes them.
+        cells: (N, D). frame_start: int64 (R,), the row of cells where each region frame begins. The others
+        are as data.collate makes them.
         """
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
         merged, boxes = temporal_merge(pooled, boxes, object_frames, region_tokens)  # (T, D), (T, 5)
@@ -291,9 +282,9 @@ class RegionEncoder(nn.Module):
     def _position(self, boxes):
         """Returns P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
 
-        P sees each number scaled to [-1, 1], the same times t (scaled too), and sinusoids: from these alone,
-        the direction of a motion takes several times as long to learn. All of it is in float32, also where
-        autocast or FSDP would take bfloat16, because t in steps of 1/256 would be too coarse.
+        P sees each number scaled to [-1, 1], its product with the scaled t, and sinusoids: from sinusoids
+        alone, the direction of a motion takes several times as long to learn. It computes in float32 even
+        under autocast and FSDP, because bfloat16 would give t in steps of 1/256.
         """
         scaled = 2 * boxes - 1
         frequencies = 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
@@ -309,30 +300,26 @@ def temporal_merge(pooled, boxes, object_frames, region_tokens):
     """Joins neighbours in time until object o has region_tokens[o] rows (VideoRefer, section 3.2.2).
 
     Of an object's n rows, the n - u most similar pairs of neighbours are joined, and each run of joined rows
-    is replaced by its average. Similarity is the cosine; ties go to the earlier pair.
+    becomes its average. Similarity is the cosine; ties go to the earlier pair.
 
-    pooled: (R, D) and boxes: (R, 5), a row for each region frame, ordered by object, then time.
-    object_frames: int64 (O,), the rows of each object (n), R in all. region_tokens: int64 (O,), the rows to
-    keep (u), from 1 to n. Returns (T, D) and (T, 5), where T is the sum of region_tokens.
+    pooled: (R, D) and boxes: (R, 5), a row for each region frame, ordered by object, then time. object_frames
+    and region_tokens: int64 (O,), each object's n, and its u from 1 to n. Returns (T, D) and (T, 5), where T
+    is the sum of region_tokens.
     """
     frame_counts, token_counts = object_frames.tolist(), region_tokens.tolist()
     assert sum(frame_counts) == len(pooled), f"{sum(frame_counts)} region frames, but {len(pooled)} rows"
-    # Pair i is rows i and i + 1. Which pairs are joined is decided on the host, without gradients.
+    # Pair i is rows i and i + 1. Which pairs are joined is decided without gradients.
     similarity = F.cosine_similarity(pooled[:-1].float(), pooled[1:].float(), dim=-1).tolist()
-    run_lengths = []  # of all objects, one after another: together R rows in T runs
+    ends = []  # of all runs of all objects: the row behind each
     start = 0
     for n, u in zip(frame_counts, token_counts):
         pairs = range(start, start + n - 1)
         most_similar = sorted(pairs, key=lambda i: similarity[i], reverse=True)  # leaves ties in order
-        joined = set(most_similar[: n - u])
-        for row in range(start, start + n):
-            if row - 1 in joined:  # the pair (row - 1, row)
-                run_lengths[-1] += 1
-            else:
-                run_lengths.append(1)
+        apart = sorted(most_similar[n - u :])
         start += n
-    merged = [run.mean(0) for run in pooled.split(run_lengths)]
-    merged_boxes = [run.mean(0) for run in boxes.split(run_lengths)]
+        ends += [*(i + 1 for i in apart), start]
+    merged = [run.mean(0) for run in pooled.tensor_split(ends[:-1])]
+    merged_boxes = [run.mean(0) for run in boxes.tensor_split(ends[:-1])]
     return torch.stack(merged), torch.stack(merged_boxes)
 
 
@@ -347,7 +334,7 @@ def place(embeddings, is_placeholder, rows):
 
 
 def load_processor(path, texts=(), **settings):
-    """Returns the data.Processor of a path: "tiny", a Hugging Face name, or a folder (also one of train.py).
+    """Returns the data.Processor of "tiny", a Hugging Face name, or a folder (also one that train.py wrote).
 
     settings: fields of data.Settings. Those that are None or not given are the ones with which the folder's
     model was trained, else defaults. texts: what the tiny model's tokenizer learns its words from. Raises
@@ -373,8 +360,8 @@ def load_processor(path, texts=(), **settings):
 def load_model(path, processor):
     """Returns the ReferringVideoLLM of a path as for load_processor, in float32, on the CPU.
 
-    The tiny one has random weights, from torch's global seed. Others are loaded strictly: raises
-    data.DataError when weights are missing, left over, or of another shape.
+    The tiny one has random weights, from torch's global seed. For others, raises data.DataError when weights
+    are missing, left over, or of another shape.
     """
     if path == "tiny":
         return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
@@ -424,11 +411,10 @@ TINY_TEMPLATE = (
 
 
 def build_tiny(texts):
-    """Returns (config, tokenizer, image processor) of a small Qwen3-VL. Nothing is downloaded.
+    """Returns (config, tokenizer, image processor) of a small Qwen3-VL, built as a published checkpoint is.
 
-    It has the class, the inputs and the files of a published checkpoint, so that it takes the path that those
-    take. The tokenizer is byte-level BPE: frequent words of texts (an iterable of str) become one token each,
-    and any other text still has its bytes.
+    The tokenizer is byte-level BPE: frequent words of texts (an iterable of str) become one token each, and
+    any other text still has its bytes.
     """
     words = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
     control_tokens = [f"<|{word}|>" for word in words]
@@ -444,10 +430,7 @@ def build_tiny(texts):
     tokenizer.add_tokens(control_tokens, special_tokens=True)
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
-    ids = dict(zip(control_tokens, tokenizer.convert_tokens_to_ids(control_tokens)))
-    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True}
-    rope["mrope_section"] = [6, 5, 5]  # frequencies for time, height and width
-    text = {
+    llm = {
         "vocab_size": 512,  # at most 500 for the texts, 7 control tokens, 3 words, and the region placeholder
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -456,7 +439,12 @@ def build_tiny(texts):
         "num_key_value_heads": 4,
         "head_dim": 32,
         "initializer_range": 0.16,
-        "rope_parameters": rope,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "mrope_interleaved": True,
+            "mrope_section": [6, 5, 5],  # frequencies for time, height and width
+        },
     }
     vision = {
         "depth": 2,
@@ -470,12 +458,12 @@ def build_tiny(texts):
         "deepstack_visual_indexes": [0],
     }
     config = Qwen3VLConfig(
-        text_config=text,
+        text_config=llm,
         vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     half = [0.5, 0.5, 0.5]
