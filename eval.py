@@ -649,7 +649,10 @@ def chat(args, user):
 
 
 def x_y_w_h(text):
-    return box(*map(float, text.split(",")))
+    try:
+        return box(*map(float, text.split(",")))
+    except data.DataError as error:  # as a ValueError, it would lose its reason
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def corners(text):

@@ -1196,8 +1196,14 @@ def test_a_model_of_random_weights_is_not_evaluated():
             "--box: invalid x_y_w_h value",
         ),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "a,b,c,d"], "--box: invalid"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,0,3"], "--box: invalid"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,nan,3"], "--box: invalid"),
+        (
+            ["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,0,3"],
+            "of a size above 0, found (0.0",
+        ),
+        (
+            ["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,nan,3"],
+            "of a size above 0, found (nan",
+        ),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--polygon", "1;2"], "--polygon: invalid"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--frame", "two"], "--frame: invalid"),
         (["--model", "m", "--ask", "Why?"], "--ask needs --video or --image"),
