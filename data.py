@@ -19,10 +19,10 @@ a DataError, which names file, sample and field, what was expected and what was 
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import math
-import mmap
 import os
 import queue
 import re
@@ -966,6 +966,7 @@ def sample_texts(samples, limit=10_000):
 # ---- the index of a data file ----
 
 FILE_CHANGED = "expected the file as it was when it was opened, found that it has changed"
+TOO_DEEP = "expected JSON of ordinary depth, found brackets nested too deeply to parse"
 
 
 class Samples:
@@ -1018,9 +1019,9 @@ class Samples:
             if changed:
                 raise DataError(FILE_CHANGED)
             try:
-                entry = _parse(text.decode(), parse_constant=_refuse_constant)
-            except DataError:
-                raise
+                entry = json.loads(text, parse_constant=_refuse_constant)
+            except RecursionError:  # the index was made where the stack was less deep
+                raise DataError(TOO_DEEP) from None
             except ValueError as error:  # of _refuse_constant, or of int(), which refuses thousands of digits
                 raise DataError(f"expected ordinary numbers, found: {error}") from None
         if isinstance(entry, dict) and "id" in entry:
@@ -1032,29 +1033,11 @@ def _refuse_constant(name):
     raise ValueError(f"{name}, which JSON does not know")
 
 
-def _parse(text, **hooks):
-    """json.loads, but brackets that are nested too deeply for it are a DataError."""
-    try:
-        return json.loads(text, **hooks)
-    except RecursionError:
-        reason = "expected JSON of ordinary depth, found brackets nested too deeply to parse"
-        raise DataError(reason) from None
-
-
 _INDEX_FORMAT = 2  # to be raised when the content of an index file means something else
-_CHUNK = 1 << 24  # bytes of a file that are copied into memory at a time
+_WINDOW = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
 _MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
-
-# Strings hide brackets and commas. Possessive quantifiers (*+, ++) never go back, so that a search takes
-# linear time and constant memory. A string without an end reaches to the end of the file; json.loads
-# complains.
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
-_NEXT_BRACKET = re.compile(rb'(?:[^][{}"]++|' + _STRING + rb")*+([][{}]|\Z)", re.DOTALL)
-_STRING_OR_COMMA = re.compile(_STRING + rb"|(,)", re.DOTALL)
-_VISIBLE = re.compile(rb"[^ \t\r\n]")  # a character that is not JSON's white space
-_ARRAY_END = re.compile(rb"\]?[ \t\r\n]*")
-_LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # what there is of a line, if it is not blank
-_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: every byte of a character but its first
+# NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
+_DECODER = json.JSONDecoder(parse_int=float)
 
 
 def _version(file):
@@ -1081,7 +1064,7 @@ def _open_index(path):
                 # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
                 with suppress(OSError, ValueError, EOFError):
                     return version, np.asarray(np.load(index_path, mmap_mode="r"))
-                spans = _find_samples(file)
+                spans = np.fromiter(_find_samples(file), np.dtype((np.int64, 2)))
         except OSError as error:
             raise DataError(f"expected a readable file, found: {error.strerror}") from None
     try:
@@ -1095,69 +1078,64 @@ def _open_index(path):
 
 
 def _find_samples(file):
-    """Returns int64 (samples, 2): first byte and last byte + 1 of each element of an array or line of JSONL.
+    """Yields (first byte, last byte + 1) of each element of a JSON array or line of JSONL.
 
     Every sample is parsed, so that a syntax error is reported before training starts, with line and column.
+    The parser gets a part of the file as Latin-1, where a character is a byte, so its positions are offsets.
     """
-    expect(_version(file)[0] > 0, "at least one sample", "none")  # an empty file cannot be mapped
-    # The map is not closed by hand, because an unfinished search still refers to it while an error is raised.
-    text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 3 if text[:3] == b"\xef\xbb\xbf" else 0  # skip a byte order mark
-    first = _VISIBLE.search(text, start)
-    if first and first[0] == b"[":
-        spans = _array_spans(text, start, first.end())
-    else:
-        spans = (line.span() for line in _LINE.finditer(text, start))
-    checked = (_check_syntax(text, start, *span) for span in spans)
-    index = np.fromiter(checked, np.dtype((np.int64, 2)))
-    expect(len(index), "at least one sample", "none")
-    return index
+    file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+    first = _next_visible(file)
+    # A value, some white space, and one of the marks: those between two values, or those that may come last.
+    gap, between, last = re.compile(r"[ \t\r]*(\n?)[ \t\r\n]*"), ["\n"], ["\n", ""]
+    if first == b"[":
+        gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
+        first = _next_visible(file)
+    expect(first not in (b"", b"]"), "at least one sample", "none")
+    offset, size = file.tell() - 1, _WINDOW
+    while True:
+        file.seek(offset)
+        window = file.read(size)
+        text, is_rest, begin = window.decode("latin-1"), len(window) < size, 0
+        try:
+            while True:
+                _, end = _DECODER.raw_decode(text, begin)
+                window[begin:end].decode()
+                after = gap.match(text, end)
+                is_last = after.end() == len(text)
+                if after[1] not in (last if is_last else between) or (is_last and not is_rest):
+                    raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
+                yield offset + begin, offset + end
+                if is_last:
+                    return
+                begin = after.end()
+        except RecursionError:
+            raise DataError(TOO_DEEP) from None
+        except UnicodeDecodeError as error:
+            raise _syntax_error(file, offset + begin + error.start, "not UTF-8") from None
+        except json.JSONDecodeError as error:
+            if is_rest or (begin == 0 and size >= _MAX_SAMPLE):
+                raise _syntax_error(file, offset + error.pos, f"not valid JSON: {error.msg}") from None
+        # The window may end within this sample: continue with one that begins there, longer if it did before.
+        offset, size = offset + begin, _WINDOW if begin else 2 * size
 
 
-def _check_syntax(text, start, begin, end):
-    """Returns (begin, end), the span of a sample, or raises DataError unless valid JSON stands there.
-
-    NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
-    """
-    try:
-        _parse(text[begin : min(end, begin + _MAX_SAMPLE)].decode(), parse_int=float)
-    except UnicodeDecodeError as error:
-        raise _syntax_error(text, start, begin + error.start, "not UTF-8") from None
-    except json.JSONDecodeError as error:
-        byte = begin + len(error.doc[: error.pos].encode())
-        raise _syntax_error(text, start, byte, f"not valid JSON: {error.msg}") from None
-    return begin, end
+def _next_visible(file):
+    """Reads up to the next byte that is not white space, and returns it; b"" at the end of the file."""
+    byte = file.read(1)
+    while byte and byte in b" \t\r\n":
+        byte = file.read(1)
+    return byte
 
 
-def _array_spans(text, start, begin):
-    """Yields (first byte, last byte + 1) of what stands between the commas of an array, from begin on."""
-    after_bracket, depth, is_empty = begin, 1, True
-    for bracket in _NEXT_BRACKET.finditer(text, begin):
-        position = bracket.start(1)
-        if depth == 1:
-            for comma in _STRING_OR_COMMA.finditer(text, after_bracket, position):
-                if comma[1]:
-                    yield begin, comma.start()
-                    begin, is_empty = comma.end(), False
-        depth += 1 if bracket[1] in (b"[", b"{") else -1
-        after_bracket = bracket.end()
-        if depth == 0 or not bracket[1]:
-            break
-    if not is_empty or _VISIBLE.search(text, begin, position):
-        yield begin, position
-    end = _ARRAY_END.match(text, position).end()
-    if bracket[1] != b"]" or end < len(text):
-        raise _syntax_error(text, start, end, "not valid JSON: Expecting ',' or the end of array and file")
-
-
-def _syntax_error(text, start, byte, reason):
-    """Returns a DataError with a byte's line and column, in characters from 1; start: where line 1 begins."""
-    line = 1 + sum(1 for _ in re.compile(b"\n").finditer(text, start, byte))
-    line_start = max(start, text.rfind(b"\n", start, byte) + 1)
-    column = 1
-    for position in range(line_start, byte, _CHUNK):
-        piece = text[position : min(position + _CHUNK, byte)]
-        column += len(piece.translate(None, _CONTINUATION_BYTES))
+def _syntax_error(file, offset, reason):
+    """Returns a DataError with the line and column, in characters from 1, of a byte of the file."""
+    line = column = 1
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    for begin in range(0, offset, _WINDOW):
+        file.seek(begin)
+        text = decoder.decode(file.read(min(_WINDOW, offset - begin)))
+        line += text.count("\n")
+        column = len(text) - text.rfind("\n") if "\n" in text else column + len(text)
     return DataError(f"line {line}, column {column}: {reason}")
 
 

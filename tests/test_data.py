@@ -139,7 +139,7 @@ def test_missing_and_undecodable_files_are_refused(folder):
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_samples_are_found_as_json_finds_them(folder, monkeypatch, chunk):
-    monkeypatch.setattr(data, "_CHUNK", chunk)  # bytes in which the characters of a line are counted
+    monkeypatch.setattr(data, "_WINDOW", chunk)  # bytes that are read at a time, unless a sample is longer
     entries = [
         {"id": 0, "deep": [[{"a": []}], "]},{["]},
         12345678,
