@@ -796,7 +796,7 @@ def _decode_masks(segmentations, frames, size, info):
 
 
 def check_segmentation(segmentation):
-    """Raises DataError unless segmentation is COCO RLE, compressed or not, or one or more polygons.
+    """Returns the name of the segmentation's form; DataError unless it is COCO RLE or one or more polygons.
 
     pycocotools decodes an RLE whose runs fall short of h * w into stale memory, without an error, and hangs
     on a polygon with NaN or 1e30. So everything is checked before it is called.
@@ -813,15 +813,17 @@ def check_segmentation(segmentation):
         height, width = size
         expected = f"run lengths that sum to {height} * {width} = {height * width}"
         expect(sum(runs) == height * width, expected, sum(runs))
-        return
+        return "compressed RLE" if isinstance(counts, str) else "uncompressed RLE"
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
-    for polygon in _as_polygons(segmentation):
+    polygons = _as_polygons(segmentation)
+    for polygon in polygons:
         expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
         is_even = len(polygon) >= 6 and len(polygon) % 2 == 0
         expect(is_even, "at least 3 points, an even count of numbers", polygon)
         numbers = all(type(x) in (int, float) for x in polygon)
         # The comparison is also False for NaN.
         expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)
+    return "one polygon" if len(polygons) == 1 else "several polygons"
 
 
 def _as_polygons(segmentation):
@@ -1233,7 +1235,11 @@ class Images:
     def __init__(self, folder, names, is_image):
         self.folder, self.names = folder, names
         self.nbytes = 100 * len(names)  # about what they take in memory, for a cache to count
-        height, width = _image_size(folder / names[0])
+        with _open_image(folder / names[0]) as image:
+            height, width = image.height, image.width
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if is_turned:
+            height, width, _ = _load_image(folder / names[0]).shape
         self.info = MediaInfo(len(names), UNKNOWN_FPS, height, width, is_image)
 
     def read(self, indices):
@@ -1260,14 +1266,6 @@ def _open_image(file):
         raise DataError(reason, str(file)) from error
 
 
-def _image_size(file):
-    """Returns the (height, width) that _load_image gives: the header's, unless EXIF turns the image."""
-    with _open_image(file) as image:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            return image.height, image.width
-    return _load_image(file).shape[:2]
-
-
 def _load_image(file):
     """Returns uint8 (H, W, 3) RGB, turned as EXIF says (as Hugging Face's load_image does)."""
     with _open_image(file) as image:
@@ -1280,10 +1278,10 @@ class Video:
     Frames are found by their pts (presentation time), because they are not stored in the order in which they
     are shown, and a seek leads to a time, not to a number. The packets are listed once, without decoding:
     their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last keyframe
-    that is shown at or before k, and continues until a frame with the pts of k comes out. If a seek fails or
-    leads elsewhere, or if other frames come out than the packets announced, everything is decoded from the
-    first packet on. (decord 0.6.0 returns wrong frames without an error: after a seek in open-GOP H.264 and
-    HEVC and in MPEG-4 AVI, and even without one in MPEG-TS and past an edit list.)
+    that is shown at or before k, and continues until a frame with the pts of k comes out. Whenever that is
+    odd (a seek fails or leads elsewhere, other frames come out than the packets announced), everything is
+    decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error: after a seek in
+    open-GOP H.264 and HEVC and in MPEG-4 AVI, and even without one in MPEG-TS and past an edit list.)
 
     times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not tell them, so
     that frames are decoded from the first packet on and counted. keyframes: int64, the frames where decoding
@@ -1306,7 +1304,6 @@ class Video:
             except av.error.FFmpegError:  # some files refuse to be sought in
                 pictures = {}
             if len(pictures) < len(wanted):
-                # A seek led astray, or packets and frames do not match: decode from the first packet.
                 pictures = self._decode(wanted, keyframes=[0], skip=False)
             missing = [k for k in wanted if k not in pictures]
             if missing:
@@ -1323,39 +1320,31 @@ class Video:
         skip: leave out H.264 frames that are not wanted and that no other frame refers to (most B-frames).
         Where frames are counted, none may be left out.
         """
-        asked, pictures, reformatter = set(wanted), {}, VideoReformatter()
+        pictures, reformatter = {}, VideoReformatter()
         with _open_video(self.path) as (container, stream):
             skip = skip and self.times is not None and stream.codec.canonical_name == "h264"
             needed = set(self.times[wanted].tolist()) if skip else None
             index_of = {} if self.times is None else {pts: k for k, pts in enumerate(self.times.tolist())}
-            for keyframe, group in _plan(wanted, keyframes):
-                start = self.times[keyframe] if keyframe else None
-                previous, is_damaged = None, False
-                for count, frame in enumerate(_frames_from(container, stream, start, needed)):
-                    k = count if self.times is None else index_of.get(frame.pts)
-                    is_gap = not skip and previous is not None and k != previous + 1
+            frames, index, is_damaged = _frames_from(container, stream, None, needed), -1, False
+            for k in wanted:
+                keyframe = int(keyframes[bisect_right(keyframes, k) - 1])
+                if keyframe > index + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
+                    frames = _frames_from(container, stream, self.times[keyframe], needed)
+                    index, is_damaged = -1, False
+                for frame in frames:
+                    previous = index
+                    index = previous + 1 if self.times is None else index_of.get(frame.pts)
+                    is_gap = not skip and previous >= 0 and index != previous + 1
                     # FFmpeg does not flag the frames that are predicted from a damaged one.
                     is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
-                    if k is None or is_gap or (is_damaged and k in asked):
-                        break  # packets and frames do not match one to one, or the frame is not as it was
-                    if k in asked:
-                        pictures[k] = _to_rgb(frame, reformatter)
-                    if k >= group[-1]:
+                    if index is None or is_gap:
+                        return pictures  # packets and frames do not match one to one
+                    if index >= k:
                         break
-                    previous = k
+                if index != k or is_damaged:
+                    return pictures
+                pictures[k] = _to_rgb(frame, reformatter)
         return pictures
-
-
-def _plan(wanted, keyframes):
-    """Returns [(keyframe to start at, frames to fetch in one go from there)] for rising frame indices."""
-    plan, previous = [(0, [])], 0
-    for k in wanted:
-        keyframe = int(keyframes[bisect_right(keyframes, k) - 1])
-        if keyframe > previous + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
-            plan.append((keyframe, []))
-        plan[-1][1].append(k)
-        previous = k
-    return [(keyframe, group) for keyframe, group in plan if group]
 
 
 @contextmanager
@@ -1412,11 +1401,11 @@ def _open_video(path):
 
 
 def _index_video(path, count_frames=False):
-    """Returns (MediaInfo, times, keyframes) of a Video, from its packets alone where they can tell them.
+    """Returns (MediaInfo, times, keyframes) of a Video.
 
-    MP4/MOV and Matroska/WebM store a pts with each packet. For AVI and other containers FFmpeg has to guess
-    it, so there all frames are decoded and counted (count_frames). So they are for codecs whose packets may
-    show nothing, and where two packets have the same pts or one has none.
+    count_frames: all frames are decoded and counted, because the packets do not tell their times: in AVI and
+    other containers FFmpeg has to guess the pts, packets of some codecs show nothing, and a pts may be
+    missing or there twice.
     """
     frame_times, keyframe_times, first, hidden_packets = [], [], None, 0
     with _open_video(path) as (container, stream):
@@ -1464,31 +1453,25 @@ def _frames_from(container, stream, time, needed):
     """Yields decoded frames from the keyframe with the pts `time` on; None: from the first packet.
 
     The container's own index may lead to an earlier keyframe, from which it starts then. It yields nothing
-    where that is not safe: the keyframe must be the first frame to come out. In H.264 with intra refresh it
-    is not, because such a "keyframe" is where a gradual refresh begins, and frames before its end were seen
-    to be grey in places. needed: the pts of the frames that must come (None: all); of the others, those that
-    no frame refers to may be missing.
+    unless the keyframe is the first frame to come out: in H.264 with intra refresh, a "keyframe" is where a
+    gradual refresh begins, and frames before its end were seen to be grey in places. needed: the pts of the
+    frames that must come (None: all); of the others, those that no frame refers to may be missing.
     """
     if time is not None:
         container.seek(int(time), stream=stream)
-    packets = container.demux(stream)
-    start = next(packets)
-    frames = _decode_packets(chain([start], packets), stream, needed)
-    if time is not None:
-        if not start.is_keyframe or start.pts > time:
-            return
-        first = next(frames, None)
-        if first is None or first.pts != start.pts:
-            return
-        yield first
-    yield from frames
-
-
-def _decode_packets(packets, stream, needed):
-    for packet in packets:
+    first_pts = None
+    for packet in container.demux(stream):
+        if time is not None and first_pts is None:
+            if not packet.is_keyframe or packet.pts > time:
+                return
+            first_pts = packet.pts
         may_skip = needed is not None and packet.pts not in needed
         stream.codec_context.skip_frame = "NONREF" if may_skip else "DEFAULT"
-        yield from packet.decode()
+        for frame in packet.decode():
+            if time is not None and frame.pts != first_pts:
+                return
+            time = None  # the first frame is right, and so are those that follow
+            yield frame
 
 
 def _to_rgb(frame, reformatter):
@@ -1511,7 +1494,7 @@ def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     """
     rows = []
     for i in sample_indices:
-        sample = dataset.samples[int(i)]
+        sample = dataset.samples[i]
         with within(*sample.place):
             panels = _draw_frames(dataset, sample, frames_shown, panel_height)
         rows.append(_draw_row(panels, sample))
@@ -1617,9 +1600,9 @@ def save_picture(image, path):
 
 
 class CheckedDataset(ReferringDataset):
-    """Reads each sample as training would; keys are sample indices.
+    """Reads each sample as training would, and all its masks. Keys are sample indices.
 
-    Returns (facts, None), the facts being (name of a statistic, value) pairs, or (None, DataError).
+    Returns what is to be counted, (statistic, value) pairs, or the sample's DataError.
     """
 
     def __init__(self, samples, processor, structure_only, timeout):
@@ -1628,143 +1611,129 @@ class CheckedDataset(ReferringDataset):
 
     def __getitem__(self, i):
         try:
-            sample = self.samples[i]
-            with within(*sample.place):
-                return self._facts(sample), None
+            return self.facts(self.samples[i])
         except DataError as error:
-            return None, error
+            return error
 
-    def _facts(self, sample):
-        info = None
-        if sample.media is not None and not self.structure_only:
-            info = self.media_of(sample).info
-        facts, most_frames = [], 0
-        for i, segmentations in enumerate(sample.objects):
-            with within(f"object {i}"):
-                # All of them, because training chooses among them at random.
+    def facts(self, sample):
+        facts, kind = [], "media" if sample.media else None
+        with within(*sample.place):
+            # All masks are checked, because training chooses among them at random.
+            for i, segmentations in enumerate(sample.objects):
+                facts.append(("frames per object", len(segmentations)))
                 for frame, segmentation in segmentations.items():
-                    with within(f"frame {frame}"):
-                        check_segmentation(segmentation)
-                    facts.append(("mask forms", mask_form(segmentation)))
-                if info is not None:
-                    size = sample.size or (info.height, info.width)
-                    _decode_masks(segmentations, sorted(segmentations), size, info)
-            facts.append(("frames per object", len(segmentations)))
-            most_frames = max(most_frames, len(segmentations))
-        kind = "media" if sample.media else None
+                    with within(f"object {i}", f"frame {frame}"):
+                        facts.append(("mask forms", check_segmentation(segmentation)))
+            if kind and not self.structure_only:
+                info = self.media_of(sample).info
+                for i, segmentations in enumerate(sample.objects):
+                    with within(f"object {i}"):
+                        size = sample.size or (info.height, info.width)
+                        _decode_masks(segmentations, sorted(segmentations), size, info)
+                facts.append(("sizes", f"{info.width}x{info.height}"))
+                if not info.is_image:
+                    facts.append(("frames per video", info.num_frames))
+                if info.hidden_packets:
+                    facts.append(("edit lists", sample.media))
         if not self.structure_only:
-            encoded = self.encode(replace(sample, place=()), np.random.default_rng(0))
-            kind = encoded["kind"]
+            encoded = self.encode(sample, np.random.default_rng(0))
             facts.append(("tokens", len(encoded["input_ids"])))
+            kind = encoded["kind"]
+        most_frames = max(map(len, sample.objects), default=0)
         regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
         facts.append(("kinds", f"{kind}, {regions}" if kind else "text only"))
-        if info is not None:
-            facts.append(("sizes", f"{info.width}x{info.height}"))
-            if not info.is_image:
-                facts.append(("frames per video", info.num_frames))
-            if info.hidden_packets:
-                facts.append(("edit lists", sample.media))
         return facts
 
 
-def mask_form(segmentation):
-    """The name of the form that a checked segmentation has."""
-    if isinstance(segmentation, dict):
-        return "compressed RLE" if isinstance(segmentation["counts"], str) else "uncompressed RLE"
-    return "one polygon" if len(_as_polygons(segmentation)) == 1 else "several polygons"
+def read_all(dataset, workers):
+    """Yields what the dataset returns for each sample, in order.
+
+    If a sample crashes the worker that reads it, each of the samples that the workers had in hand becomes a
+    DataError, and reading continues behind them.
+    """
+    num_read = 0
+    while num_read < len(dataset):
+        rest = range(num_read, len(dataset))
+        try:
+            for found in DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers):
+                num_read += 1
+                yield found
+        except RuntimeError as crash:
+            if not str(crash).startswith("DataLoader worker"):  # what it says of a worker that died
+                raise
+            reason = f"expected to be read, found that its process ended: {crash}"
+            in_hand = range(num_read, len(dataset))[: 2 * workers]  # two a worker at most
+            for _ in in_hand:
+                num_read += 1
+                yield DataError(reason, "samples", f"one of {in_hand[0]} to {in_hand[-1]}")
 
 
 NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|\S+\.\w+|\d+")
 
 
 class Findings:
-    """What a check found: statistics, and problems, grouped by reason.
+    """What a check found: which samples are usable, statistics, and problems, grouped by reason."""
 
-    It does not grow with the data, except for the names of videos with an edit list.
-    """
-
-    def __init__(self, file):
-        self.file = file  # gets one JSON line for each problem
+    def __init__(self):
+        self.usable = []  # of each sample
         self.statistics = defaultdict(Counter)  # name -> how often each value occurs
-        self.problems = {}  # kind of problem -> [how many, the first three errors]
+        self.problems = Counter()  # how often each kind of problem occurs
+        self.examples = defaultdict(list)  # kind of problem -> the first three errors
 
-    def add_facts(self, facts):
-        for name, value in facts:
-            self.statistics[name][value] += 1
-
-    def add_problem(self, error):
-        reason, *places = error.args
+    def add(self, found, problems_file):
+        """Adds what CheckedDataset returned for the next sample."""
+        self.usable.append(not isinstance(found, DataError))
+        if self.usable[-1]:
+            for name, value in found:
+                self.statistics[name][value] += 1
+            return
+        reason, *places = found.args
         # Problems are of one kind if they are alike up to numbers, file names and what was found.
         kind = NAMES_AND_NUMBERS.sub("#", ": ".join((*places[2:], reason.split(", found")[0])))
-        group = self.problems.setdefault(kind, [0, []])
-        group[0] += 1
-        if len(group[1]) < 3:
-            group[1].append(error)
-        self.file.write(json.dumps({"places": places, "reason": reason}) + "\n")
+        self.problems[kind] += 1
+        if self.problems[kind] <= 3:
+            self.examples[kind].append(found)
+        problems_file.write(json.dumps({"places": places, "reason": reason}) + "\n")
 
-    def report(self, num_samples, num_bad):
-        print(f"{num_samples} samples, {num_samples - num_bad} of them right")
+    def report(self):
+        print(f"{len(self.usable)} samples, {sum(self.usable)} of them right")
         print(f"{self.statistics['frames per object'].total()} objects")
-        for name in ("kinds", "mask forms", "sizes"):
-            counter = self.statistics[name]
-            shown = [f"{value} {count}" for value, count in counter.most_common(8)]
-            if len(counter) > 8:
-                shown.append(f"{len(counter) - 8} more")
-            if shown:
-                print(f"{name}: " + "; ".join(shown))
-        for name in ("frames per object", "frames per video", "tokens"):
-            values, counts = list(self.statistics[name]), list(self.statistics[name].values())
-            if values:
+        clips = self.statistics.pop("edit lists", {})
+        for name, counter in sorted(self.statistics.items()):
+            values, counts = list(counter), list(counter.values())
+            if not values:
+                continue
+            if isinstance(values[0], str):
+                shown = "; ".join(f"{value} {count}" for value, count in counter.most_common(8))
+                shown += f"; {len(counter) - 8} more" if len(counter) > 8 else ""
+            else:
                 spread = np.quantile(values, [0, 0.5, 1], weights=counts, method="inverted_cdf")
-                print(f"{name}: min {spread[0]}, median {spread[1]}, max {spread[2]}")
-        clips = self.statistics["edit lists"]
+                shown = "min {}, median {}, max {}".format(*spread)
+            print(f"{name}: {shown}")
         if clips:
             print(
                 f"{len(clips)} videos, such as {next(iter(clips))}, were cut by an edit list: they hold "
                 "frames that are not shown, which we do not count, and decord does. Check masks made with it."
             )
-        for count, errors in sorted(self.problems.values(), key=lambda group: -group[0]):
-            print(f"\n{count} x {errors[0].args[0]}")
-            for error in errors:
+        for kind, count in self.problems.most_common():
+            print(f"\n{count} x {self.examples[kind][0].args[0]}")
+            for error in self.examples[kind]:
                 print("    " + ": ".join(error.args[1:]))
-            if count > len(errors):
-                print(f"    and {count - len(errors)} more")
+            if count > 3:
+                print(f"    and {count - 3} more")
 
 
 def check(dataset, workers, problems_path=None):
-    """Reads all samples. Returns (Findings, which samples are usable: bool (samples,)).
+    """Reads all samples. Returns Findings.
 
-    problems_path: a file that gets one JSON line for each problem, as soon as it is found. If a sample
-    crashes the worker that reads it, the samples that the workers had in hand become problems, and the check
-    continues behind them.
+    problems_path: a file that gets one JSON line for each problem, as soon as it is found.
     """
-    usable, num_read = np.zeros(len(dataset), bool), 0
-    progress = tqdm(total=len(dataset), unit="sample", leave=False, mininterval=0.5)
-    with open(problems_path or os.devnull, "w", buffering=1) as file, progress:
-        findings = Findings(file)
-        while num_read < len(dataset):
-            rest = range(num_read, len(dataset))
-            loader = DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers)
-            try:
-                for facts, error in loader:
-                    if error is None:
-                        usable[num_read] = True
-                        findings.add_facts(facts)
-                    else:
-                        findings.add_problem(error)
-                    num_read += 1
-                    progress.update()
-            except RuntimeError as crash:
-                if not str(crash).startswith("DataLoader worker"):  # what it says of a worker that died
-                    raise
-                reason = f"expected to be read, found that its process ended: {crash}"
-                in_hand = range(num_read, min(num_read + 2 * workers, len(dataset)))  # two a worker at most
-                for _ in in_hand:
-                    place = f"one of {in_hand[0]} to {in_hand[-1]}"
-                    findings.add_problem(DataError(reason, "samples", place))
-                    num_read += 1
-                    progress.update()
-    return findings, usable
+    findings = Findings()
+    everything = read_all(dataset, workers)
+    with open(problems_path or os.devnull, "w", buffering=1) as file:
+        for found in tqdm(everything, total=len(dataset), unit="sample", leave=False, mininterval=0.5):
+            findings.add(found, file)
+    return findings
 
 
 def main(argv=None):
@@ -1799,13 +1768,14 @@ def main(argv=None):
     settings = {field.name: getattr(options, field.name) for field in fields(Settings)}
     processor = model.load_processor(options.model, sample_texts(samples), **settings)
     dataset = CheckedDataset(samples, processor, options.structure_only, options.timeout)
-    findings, usable = check(dataset, options.workers, options.problems)
-    findings.report(len(samples), int((~usable).sum()))
-    if options.preview and usable.any():
-        candidates = evenly(np.flatnonzero(usable), 200)
-        with_objects = [i for i in candidates if samples[int(i)].objects]
+    findings = check(dataset, options.workers, options.problems)
+    findings.report()
+    usable = np.flatnonzero(findings.usable).tolist()
+    if options.preview and usable:
+        candidates = evenly(usable, 200)
+        with_objects = [i for i in candidates if samples[i].objects]
         save_picture(preview(dataset, evenly(with_objects or candidates, 5)), options.preview)
-    return int(not usable.all())
+    return int(not all(findings.usable))
 
 
 if __name__ == "__main__":
