@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import struct
@@ -248,8 +247,7 @@ FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False
 class Processor:
     """Turns a conversation and its frames into a checkpoint's token ids and patches.
 
-    It stands in for transformers' AutoProcessor, whose video half needs torchvision, and the tests compare
-    the results of the two.
+    It stands in for transformers' AutoProcessor, whose video half needs torchvision.
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
@@ -331,7 +329,7 @@ class Processor:
 
         frames: indices of the sampled frames. cells: how many one pair of frames has. With timestamps,
         vision_start and vision_end enclose each pair of frames but not the whole video, as in transformers
-        4.57, with which Qwen3-VL was published. (From 5.10 on, transformers encloses the whole video, too.)
+        4.57, with which Qwen3-VL was published (5.10 encloses the whole video, too).
         """
         pair = self.temporal_patch_size
         frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
@@ -365,27 +363,23 @@ class Processor:
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             placeholder = self.vision_start + pad + self.vision_end
-            expect(
-                placeholder in prompts[0], f"a chat template that writes {placeholder} for media", prompts[0]
-            )
+            expect(placeholder in prompts[0], f"a chat template with {placeholder} for media", prompts[0])
             prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
         token_counts = iter(region_tokens)
-        texts, supervised = [], []
+        pieces = []  # (text, whether it is supervised)
         for prompt, (_, answer) in zip(prompts, turns):
             prompt = prompt.removeprefix(end)  # it belongs to the answer before, with which it is supervised
-            texts.append(re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt))
-            texts.append(answer + end)
-            supervised += [False, True]
+            pieces.append((re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt), False))
+            pieces.append((answer + end, True))
         if for_generation:
-            texts.pop()
-            supervised.pop()
+            pieces.pop()
         else:
-            texts.append(prompts[-1].removeprefix(end))
-            supervised.append(False)
+            pieces.append((prompts[-1].removeprefix(end), False))
         input_ids, labels = [], []
-        for ids, is_answer in zip(self.tokenizer(texts, add_special_tokens=False)["input_ids"], supervised):
+        for text, is_supervised in pieces:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             input_ids += ids
-            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
+            labels += ids if is_supervised else [IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
             visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
             expected = f"expected at most --max-length {self.settings.max_length} tokens"
@@ -405,12 +399,9 @@ class Processor:
 
 # ---- encoded samples ----
 
-NO_MEDIA = {
-    "still_frames": [],
-    "still_patches": [],
-    "still_grid": (0, 0),
-    "video_patches": None,
-}  # the part of an encoded sample that stays so for text
+# The part of an encoded sample that stays so for text, and the lists that grow with its regions.
+NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
 
 
 class ReferringDataset(Dataset):
@@ -484,8 +475,8 @@ class ReferringDataset(Dataset):
     def choose_masks(self, sample, object_index, info, rng):
         """The masks used of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
 
-        A mask without a pixel says that the object is hidden there. If one is found, all masks of the object
-        are decoded, and frames are chosen anew among those where it is visible.
+        An empty mask says that the object is hidden there. If one is found, all masks are decoded, and frames
+        are chosen anew among those where it is visible.
         """
         segmentations, size = sample.objects[object_index], sample.size or (info.height, info.width)
         is_single = rng.random() < self.single_frame
@@ -566,7 +557,7 @@ class ReferringDataset(Dataset):
         """Adds coverage and box of each region frame; region frames are ordered by object, then time."""
         gh, gw = (side // self.processor.merge_size for side in encoded["still_grid"])
         last_frame = max(media.info.num_frames - 1, 1) if media else 1
-        encoded |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
+        encoded |= {name: [] for name in REGION_LISTS}
         for masks in objects:
             for frame, mask in masks.items():
                 encoded["coverage"].append(coverage(mask, gh, gw).ravel())
@@ -579,7 +570,7 @@ class ReferringDataset(Dataset):
 # What a rank computes on if none of its samples can be used: a single token, and nothing to learn.
 EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
-EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
+EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
 
 
 def evenly(items, count):
@@ -627,22 +618,24 @@ def collate(samples, pad_token_id, pad_left=False):
         labels[row, columns] = sample["labels"]
         attention_mask[row, columns] = 1
 
+    # The images that stand in prompts come first.
     image_rows = [row for row, sample in enumerate(samples) if sample["kind"] == "image"]
     other_rows = [row for row, sample in enumerate(samples) if sample["kind"] != "image"]
-    stills, still_grids, stills_of_row = [], [], {}
-    for row in image_rows + other_rows:  # the images that stand in prompts come first
+    stills, still_grids, first_still = [], [], {}
+    for row in image_rows + other_rows:
         sample = samples[row]
-        stills_of_row[row] = [len(stills) + i for i in sample["region_still"]]
+        first_still[row] = len(stills)
         stills += sample["still_patches"]
         still_grids += [(1, *sample["still_grid"])] * len(sample["still_patches"])
-    region_still = []
-    for row in range(len(samples)):
-        region_still += stills_of_row[row]
     videos = [sample for sample in samples if sample["video_patches"] is not None]
-    coverages = list(chain.from_iterable(sample["coverage"] for sample in samples))
+    region_still = []
+    for row, sample in enumerate(samples):
+        region_still += [first_still[row] + i for i in sample["region_still"]]
     joined = {}
-    for name in ("boxes", "object_frames", "region_tokens"):
+    for name in REGION_LISTS:
         joined[name] = list(chain.from_iterable(sample[name] for sample in samples))
+    video_grids = [video["video_grid"] for video in videos]
+    seconds = [video["seconds_per_pair"] for video in videos]
     return {
         "errors": errors,
         "ids": [sample["id"] for sample in samples],
@@ -655,14 +648,10 @@ def collate(samples, pad_token_id, pad_left=False):
         "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
         "prompt_images": len(image_rows),
         "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
-        "video_grid_thw": torch.tensor([video["video_grid"] for video in videos], dtype=torch.long).view(
-            -1, 3
-        ),
-        "seconds_per_pair": torch.tensor(
-            [video["seconds_per_pair"] for video in videos], dtype=torch.float32
-        ),
-        "coverage": _concatenate(coverages, np.float32),
-        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in coverages])),
+        "video_grid_thw": torch.tensor(video_grids, dtype=torch.long).view(-1, 3),
+        "seconds_per_pair": torch.tensor(seconds, dtype=torch.float32),
+        "coverage": _concatenate(joined["coverage"], np.float32),
+        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in joined["coverage"]])),
         "region_still": torch.tensor(region_still, dtype=torch.long),
         "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
         "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
@@ -718,23 +707,20 @@ def _parse_turns(conversations, has_media):
             speaker, value = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
-            halves = LONE_SURROGATE.search(value)
-            expect(not halves, "value: characters, not halves of surrogate pairs", value)
+            expect(not LONE_SURROGATE.search(value), "value: no halves of surrogate pairs", value)
             if speaker == "gpt" and not questions:
                 continue  # an answer without a question teaches nothing
             expected = "gpt" if len(questions) > len(answers) else "human"
             expect(speaker == expected, f"human and gpt in turn, {expected} as turn {i}", speaker)
-            has_tag = MEDIA_TAG.search(value)
-            expect(not questions or not has_tag, "a media tag only in the first human turn", value)
+            allowed = not questions or not MEDIA_TAG.search(value)
+            expect(allowed, "a media tag only in the first human turn", value)
             if speaker == "human":
                 questions.append(value)
             else:
-                has_region = REGION_TAG in value
-                expect(not has_region, f"no {REGION_TAG} in an answer, as a model cannot write one", value)
+                expect(REGION_TAG not in value, f"no {REGION_TAG} in an answer", value)
                 answers.append(value)
-    answered = "a human turn with its gpt answer, so that there is a supervised token"
-    expect(answers, answered, conversations)
-    expect(len(questions) == len(answers), "a gpt answer to the last human turn", questions[-1])
+    valid = answers and len(questions) == len(answers)
+    expect(valid, "human turns, each followed by its gpt answer", conversations[-1])
     tags = len(MEDIA_TAG.findall(questions[0]))
     expect(tags <= 1, "one media tag", questions[0])
     expect(has_media or not tags, "a video or image key for the media tag", questions[0])
@@ -768,18 +754,16 @@ def _parse_objects(entry, is_image):
 
 def _parse_masks(masks, has_segmentation_key):
     """{"36": ...} -> {36: segmentation} of one object; it is hidden where the mask is null or absent."""
-    seen, visible = set(), {}
+    found = {}  # also the frames on which it is hidden
     for key, mask in masks.items():
         with within(f"frame {key[:20]!r}"):
             expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
-            frame = int(key)
-            expect(frame not in seen, "each frame once", key)
-            seen.add(frame)
+            expect(int(key) not in found, "each frame once", key)
             if has_segmentation_key and mask is not None:
                 expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
                 mask = mask.get("segmentation")
-            if mask is not None:
-                visible[frame] = mask
+            found[int(key)] = mask
+    visible = {frame: mask for frame, mask in found.items() if mask is not None}
     expect(visible, "a mask on at least one frame", sorted(masks))
     return visible
 
@@ -865,10 +849,7 @@ def _check_same_shape(size, frame_size, name):
 
 
 class FrameCache:
-    """The most recently used media and resized frames of one worker.
-
-    With it, a small data set is decoded once and not in every epoch.
-    """
+    """The most recently used media and resized frames of one worker: a small data set is decoded once."""
 
     def __init__(self, limit):
         self.limit, self.used = limit, 0  # bytes
@@ -882,15 +863,11 @@ class FrameCache:
     def put(self, key, value):
         """Adds a value that has nbytes, and drops the least recently used ones. Returns the value."""
         self.entries[key] = value
-        self.used += self._size(value)
+        self.used += value.nbytes + 200  # 200: about what the key and the entry weigh
         while self.used > self.limit:
             _, dropped = self.entries.popitem(last=False)
-            self.used -= self._size(dropped)
+            self.used -= dropped.nbytes + 200
         return value
-
-    @staticmethod
-    def _size(value):
-        return value.nbytes + 200  # 200: about what the key and the entry weigh
 
 
 class TimedReader:
@@ -904,26 +881,26 @@ class TimedReader:
 
     def run(self, path, function, *arguments):
         """Returns function(*arguments), or raises what it raises; DataError if it takes too long."""
-        result = queue.SimpleQueue()
-        try:
-            if path in self.hung_paths:
-                raise queue.Empty
-            threading.Thread(target=self._work, args=(result, function, arguments), daemon=True).start()
-            value, error = result.get(timeout=self.timeout)
-        except queue.Empty:
+        outcome = []
+        thread = threading.Thread(target=self._work, args=(outcome, function, arguments), daemon=True)
+        if path not in self.hung_paths:
+            thread.start()
+            thread.join(self.timeout)
+        if not outcome:
             self.hung_paths.add(path)
             expected = f"expected to be read within {self.timeout:g} s (--timeout)"
-            raise DataError(f"{expected}, found that it was not", path) from None
+            raise DataError(f"{expected}, found that it was not", path)
+        value, error = outcome[0]
         if error is not None:
             raise error
         return value
 
     @staticmethod
-    def _work(result, function, arguments):
+    def _work(outcome, function, arguments):
         try:
-            result.put((function(*arguments), None))
+            outcome.append((function(*arguments), None))
         except Exception as error:  # any error: it is raised again by the thread that waits
-            result.put((None, error))
+            outcome.append((None, error))
 
 
 @contextmanager
@@ -972,10 +949,9 @@ TOO_DEEP = "expected JSON of ordinary depth, found brackets nested too deeply to
 
 
 class Samples:
-    """The sequence that read_samples returns.
+    """The sequence that read_samples returns. It holds no samples, so it may be handed to worker processes.
 
-    It holds no samples. Each access opens a file and reads the few bytes where the index says that the sample
-    is. So it may be handed to worker processes, and all processes of a machine share the memory of the index.
+    Each access opens a file and reads the few bytes where the index says that the sample is.
     """
 
     def __init__(self, files, outside_paths=False, versions=None):
@@ -984,9 +960,8 @@ class Samples:
         self.versions = [version for version, _ in self.indices]
         if versions is not None and versions != self.versions:
             raise DataError(FILE_CHANGED, ", ".join(path for path, _ in files))
-        self.first = np.cumsum(
-            [0] + [len(spans) for _, spans in self.indices]
-        )  # of each file, its first sample
+        # Of each file, its first sample.
+        self.first = np.cumsum([0] + [len(spans) for _, spans in self.indices])
 
     def __reduce__(self):
         # A spawned process opens the index itself, because a pickled memory map would become a copy.
@@ -1001,8 +976,7 @@ class Samples:
             return parse_sample(entry, place, media, position, self.outside_paths)
 
     def read(self, i):
-        """Returns the i-th JSON value as its file has it, its place (file, sample name), its media folder and
-        its position in the file."""
+        """Returns the i-th JSON value, place (file, sample name), media folder and position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         file_index = int(np.searchsorted(self.first, i, side="right")) - 1
@@ -1143,8 +1117,7 @@ def _syntax_error(file, offset, reason):
 
 # ---- the inside of a media file ----
 
-# Demuxers that may open a file. Of FFmpeg's others one draws a .txt as a film of letters; playlists fetch
-# URLs.
+# Demuxers that may open a file. FFmpeg's others draw a .txt as a film of letters, or fetch a playlist's URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
 INDEXED_CODECS = {"h264", "hevc", "vp9", "av1"}
@@ -1159,8 +1132,8 @@ class MediaInfo:
     height: int  # pixels, as displayed: a phone's portrait video is higher than wide
     width: int
     is_image: bool
-    # Packets that are decoded but not shown, because an edit list cuts them off, as in a clip that was cut
-    # without being encoded anew. decord counts them when it seeks, so its frame numbers differ from ours.
+    # Packets that are decoded but not shown, because an edit list cuts them off. decord counts them when it
+    # seeks, so its frame numbers differ from ours.
     hidden_packets: int = 0
 
 
@@ -1184,12 +1157,10 @@ def open_media(path):
     """Returns Video or Images, which have the same members: info, a MediaInfo, and read(indices), the frames.
 
     Frame k is the k-th shown, counted from 0, at the height and width that it is displayed with. It is never
-    another frame than the one asked for: what cannot be had is a DataError. A file is looked through once,
-    here, but it does not stay open and no pixels are held, so the object may live in a cache and be used in
-    forked or spawned workers.
+    another frame than the one asked for: what cannot be had is a DataError. The file does not stay open and
+    no pixels are held, so the object may live in a cache and be used in forked or spawned workers.
     """
     path = Path(path)
-    found = None
     try:
         if path.is_dir():
             names = [name for name in os.listdir(path) if _is_image_path(name) and not name.startswith(".")]
@@ -1280,12 +1251,10 @@ class Video:
     their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last keyframe
     that is shown at or before k, and continues until a frame with the pts of k comes out. Whenever that is
     odd (a seek fails or leads elsewhere, other frames come out than the packets announced), everything is
-    decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error: after a seek in
-    open-GOP H.264 and HEVC and in MPEG-4 AVI, and even without one in MPEG-TS and past an edit list.)
+    decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error in such files.)
 
     times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not tell them, so
-    that frames are decoded from the first packet on and counted. keyframes: int64, the frames where decoding
-    may start, rising; the first is 0.
+    that frames are counted. keyframes: int64, the frames where decoding may start, rising; the first is 0.
     """
 
     def __init__(self, path):
@@ -1354,15 +1323,15 @@ def _ffmpeg_errors(path):
         with within(str(path)):
             yield
     except (av.error.FFmpegError, OSError) as error:
-        expected = "expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no video)"
-        raise DataError(f"{expected}: {error.strerror}", str(path)) from error
+        found = "found what FFmpeg can't open or decode"
+        raise DataError(f"expected a video, {found}: {error.strerror}", str(path)) from error
 
 
 def _check_whole(path):
     """Raises DataError if a Matroska or WebM file is shorter than its header says: FFmpeg would not mind.
 
-    Such a file is made of EBML elements: an id, a size, and as many bytes. First comes a header, its id of 4
-    bytes, and then the Segment, which holds everything else (RFC 8794, RFC 9559).
+    It consists of two EBML elements, a header and the Segment: an id of 4 bytes, a size, and as many bytes
+    (RFC 8794, RFC 9559).
     """
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -1376,7 +1345,7 @@ def _check_whole(path):
 
 
 def _ebml_size(head, position):
-    """Returns where an EBML element's content begins, and its size in bytes, which is stored at position."""
+    """Returns where an EBML element's content begins, and its size, which is stored at position."""
     first_byte = int.from_bytes(head[position : position + 1], "big")
     num_bytes = 9 - first_byte.bit_length()  # the leading zero bits tell
     unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
@@ -1428,8 +1397,7 @@ def _index_video(path, count_frames=False):
         # Not compared with the number of frames in the header: an edit list makes the packets fewer.
         indexed = len(stream.index_entries)
         if not count_frames and num_packets < indexed:
-            reason = f"expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
-            raise DataError(reason)
+            raise DataError(f"expected {indexed} packets, as its index says, found {num_packets}: cut off")
         fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
     if first is None:
         raise DataError("expected at least one frame, found none that decodes")
@@ -1489,8 +1457,8 @@ PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
 def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     """Returns a PIL image with a row for each of the samples.
 
-    It shows some annotated frames with the objects outlined; below each frame its cells, as bright as they
-    are covered; and the conversation, its `<region>` tags numbered as the outlines are.
+    It shows some annotated frames with the objects outlined, below each frame its cells, as bright as they
+    are covered, and the conversation, its `<region>` tags numbered as the outlines are.
     """
     rows = []
     for i in sample_indices:
@@ -1520,13 +1488,11 @@ def _draw_frames(dataset, sample, frames_shown, panel_height):
     for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
         masks = [masks_of_object.get(frame) for masks_of_object in objects]
         small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
-        covered = np.zeros((gh, gw), np.float32)
-        for mask in masks:
-            if mask is not None:
-                covered = np.maximum(covered, coverage(mask, gh, gw))
-        light = Image.fromarray(np.uint8(255 * (0.15 + 0.85 * covered)))
-        light = np.asarray(light.resize(panel_size, Image.Resampling.NEAREST))[:, :, None] / 255
-        panels.append((frame, np.concatenate([draw_regions(small, masks), np.uint8(small * light)])))
+        grids = [coverage(mask, gh, gw) for mask in masks if mask is not None]
+        light = 0.15 + 0.85 * np.max(grids or [np.zeros((gh, gw))], axis=0)
+        light = Image.fromarray(np.float32(light)).resize(panel_size, Image.Resampling.NEAREST)
+        lit = np.uint8(small * np.asarray(light)[:, :, None])
+        panels.append((frame, np.concatenate([draw_regions(small, masks), lit])))
     return panels
 
 
@@ -1563,11 +1529,10 @@ def draw_regions(picture, masks):
     for inside, indices in outlined:
         top, bottom, left, _ = mask_bounds(inside)
         text = ",".join(str(i + 1) for i in indices)
+        # Above the object if there is room, else below it.
+        y, anchor = (top, "lb") if top > size else (min(bottom + 1, height - size), "lt")
         style = dict(fill=COLOURS[indices[0] % len(COLOURS)], font=font, stroke_width=2, stroke_fill="black")
-        if top > size:  # above the object if there is room, else below it
-            pen.text((left, top), text, anchor="lb", **style)
-        else:
-            pen.text((left, min(bottom + 1, height - size)), text, anchor="lt", **style)
+        pen.text((left, y), text, anchor=anchor, **style)
     return np.asarray(image)
 
 
@@ -1737,9 +1702,7 @@ def check(dataset, workers, problems_path=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Reads data files as training would. Exit status 1: there are problems."
-    )
+    parser = argparse.ArgumentParser(description="Reads data as training would. Exit status 1: problems.")
     add = parser.add_argument
     add("files", nargs="+", help="data files: JSON arrays or JSONL")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
@@ -1748,9 +1711,7 @@ def main(argv=None):
     add("--problems", metavar="JSONL", help="write every problem to this file")
     add("--preview", metavar="PNG", help="draw some of the samples that are right")
     add("--workers", type=int, default=2, help="processes that read (default: 2)")
-    add(
-        "--timeout", type=float, default=120, help="seconds that reading a media file may take (default: 120)"
-    )
+    add("--timeout", type=float, default=120, help="seconds to read a media file in (default: 120)")
     add("--model", default="tiny", help="whose tokens are counted: as for train.py (default: tiny)")
     for field in fields(Settings):
         add("--" + field.name.replace("_", "-"), type=int, help="as for train.py")

@@ -393,9 +393,12 @@ BAD_SAMPLES = {
     ),  # JSON can write it
     "empty answer": (spoil([C, 1, "value"], " "), "turn 1.*not empty"),
     "two human turns": (spoil([C, 1, "from"], "human"), "gpt as turn 1, found 'human'"),
-    "no answer": (spoil([C], [{"from": "human", "value": "<region> <region>"}]), "supervised token"),
-    "only answers": (spoil([C], [{"from": "gpt", "value": "x"}]), "supervised token"),
-    "unanswered end": (spoil([C, 3], ...), "gpt answer to the last"),
+    "no answer": (
+        spoil([C], [{"from": "human", "value": "<region> <region>"}]),
+        "each followed by its gpt answer",
+    ),
+    "only answers": (spoil([C], [{"from": "gpt", "value": "x"}]), "each followed by its gpt answer"),
+    "unanswered end": (spoil([C, 3], ...), "each followed by its gpt answer.*found .*And <region>"),
     "too few tags": (spoil([C, 2, "value"], "And?"), r"as many <region> tags .*\(2\), found 1"),
     "too many tags": (spoil([C, 2, "value"], "<region><region>"), r"as many <region> tags .*\(2\), found 3"),
     "tag in an answer": (spoil([C, 1, "value"], "A <region>."), "turn 1|no <region> in an answer"),
