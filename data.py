@@ -80,6 +80,15 @@ def within(*places):
         raise DataError(error.args[0], *places, *error.args[1:]) from None
 
 
+@contextmanager
+def os_errors(expected):
+    """Turns an OSError into a DataError that says what was expected."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"expected {expected}, found: {error.strerror}") from None
+
+
 def expect(condition, expected, found):
     """Raises a DataError that says what was expected and what was found, unless condition holds."""
     if not condition:
@@ -141,12 +150,12 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
     expect(media is not None or not objects, "a video or image for the annotated objects", "neither key")
-    height, width = entry.get("height"), entry.get("width")
-    size = None
-    if height is not None or width is not None:
-        size = height, width
-        valid = all(type(side) is int and side > 0 for side in size) and height * width <= MAX_MASK_PIXELS
-        expect(valid, f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels", size)
+    size = entry.get("height"), entry.get("width")
+    if size == (None, None):
+        size = None
+    else:
+        expected = f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels"
+        expect(_is_size(size), expected, size)
     question_type = "" if entry.get("type") is None else entry["type"]
     expect(isinstance(question_type, str), "type: a string", question_type)
     return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
@@ -787,8 +796,7 @@ def check_segmentation(segmentation):
     """
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
-        is_pair = isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)
-        valid = is_pair and math.prod(size) <= MAX_MASK_PIXELS
+        valid = isinstance(size, list) and _is_size(size)
         expect(valid, f"size: [height, width] of at most {MAX_MASK_PIXELS} pixels", size)
         expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
         runs = _rle_runs(counts) if isinstance(counts, str) else counts
@@ -808,6 +816,12 @@ def check_segmentation(segmentation):
         # The comparison is also False for NaN.
         expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)
     return "one polygon" if len(polygons) == 1 else "several polygons"
+
+
+def _is_size(size):
+    """Whether size is a pair of height and width that a mask may have."""
+    is_pair = len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return is_pair and math.prod(size) <= MAX_MASK_PIXELS
 
 
 def _as_polygons(segmentation):
@@ -985,15 +999,11 @@ class Samples:
         start, end = spans[position].tolist()
         name = f"sample {position}"
         with within(path, name):
-            try:
-                with open(path, "rb") as file:
-                    changed = _version(file) != version
-                    file.seek(start)
-                    text = file.read(end - start)
-            except OSError as error:
-                raise DataError(f"expected a readable file, found: {error.strerror}") from None
-            if changed:
-                raise DataError(FILE_CHANGED)
+            with os_errors("a readable file"), open(path, "rb") as file:
+                if _version(file) != version:
+                    raise DataError(FILE_CHANGED)
+                file.seek(start)
+                text = file.read(end - start)
             try:
                 entry = json.loads(text, parse_constant=_refuse_constant)
             except RecursionError:  # the index was made where the stack was less deep
@@ -1032,24 +1042,17 @@ def _open_index(path):
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:24]
-    with within(path):
-        try:
-            with open(path, "rb") as file:
-                size, time_ns = version = _version(file)
-                index_path = Path(cache, "nanorefer", f"{name}-{_INDEX_FORMAT}-{size}-{time_ns}.npy")
-                # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
-                with suppress(OSError, ValueError, EOFError):
-                    return version, np.asarray(np.load(index_path, mmap_mode="r"))
-                spans = np.fromiter(_find_samples(file), np.dtype((np.int64, 2)))
-        except OSError as error:
-            raise DataError(f"expected a readable file, found: {error.strerror}") from None
-    try:
+    with within(path), os_errors("a readable file"), open(path, "rb") as file:
+        size, time_ns = version = _version(file)
+        index_path = Path(cache, "nanorefer", f"{name}-{_INDEX_FORMAT}-{size}-{time_ns}.npy")
+        # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
+        with suppress(OSError, ValueError, EOFError):
+            return version, np.asarray(np.load(index_path, mmap_mode="r"))
+        spans = np.fromiter(_find_samples(file), np.dtype((np.int64, 2)))
+    with within(str(index_path)), os_errors("a cache folder that can be written to (set XDG_CACHE_HOME)"):
         index_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(index_path) as temporary, open(temporary, "wb") as file:
             np.save(file, spans)
-    except OSError as error:
-        expected = "expected a cache folder that can be written to (set XDG_CACHE_HOME)"
-        raise DataError(f"{expected}, found: {error.strerror}", str(index_path)) from None
     return version, spans
 
 
@@ -1144,13 +1147,10 @@ def media_info(path):
 
 def read_frames(path, indices):
     """Returns uint8 (len(indices), H, W, 3) RGB: the frames in the order of the indices, which may repeat."""
-    indices = list(indices)
-    media = open_media(path)
+    indices, media = list(indices), open_media(path)
     pictures = media.read(indices)
-    frames = np.empty((len(indices), media.info.height, media.info.width, 3), np.uint8)
-    for row, k in enumerate(indices):
-        frames[row] = pictures[k]
-    return frames
+    frames = [pictures[k] for k in indices]
+    return np.stack(frames) if frames else np.empty((0, media.info.height, media.info.width, 3), np.uint8)
 
 
 def open_media(path):
@@ -1251,7 +1251,7 @@ class Video:
     their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last keyframe
     that is shown at or before k, and continues until a frame with the pts of k comes out. Whenever that is
     odd (a seek fails or leads elsewhere, other frames come out than the packets announced), everything is
-    decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error in such files.)
+    decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error after many a seek.)
 
     times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not tell them, so
     that frames are counted. keyframes: int64, the frames where decoding may start, rising; the first is 0.
@@ -1337,20 +1337,16 @@ def _check_whole(path):
         head = file.read(4096)
     if not head.startswith(b"\x1a\x45\xdf\xa3"):
         return
-    position, size = _ebml_size(head, 4)
-    position, size = _ebml_size(head, position + size + 4)
-    expected, found = position + size, path.stat().st_size
-    if found < expected:
-        raise DataError(f"expected {expected} bytes, as its header says, found {found}: it is cut off")
-
-
-def _ebml_size(head, position):
-    """Returns where an EBML element's content begins, and its size, which is stored at position."""
-    first_byte = int.from_bytes(head[position : position + 1], "big")
-    num_bytes = 9 - first_byte.bit_length()  # the leading zero bits tell
-    unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
-    size = int.from_bytes(head[position : position + num_bytes], "big") & unknown
-    return position + num_bytes, 0 if size == unknown else size
+    end = 0
+    for _ in range(2):
+        start = end + 4  # of the size, whose leading zero bits tell how many bytes it has
+        num_bytes = 9 - int.from_bytes(head[start : start + 1], "big").bit_length()
+        unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
+        size = int.from_bytes(head[start : start + num_bytes], "big") & unknown
+        end = start + num_bytes + (0 if size == unknown else size)
+    found = path.stat().st_size
+    if found < end:
+        raise DataError(f"expected {end} bytes, as its header says, found {found}: it is cut off")
 
 
 @contextmanager
@@ -1633,9 +1629,6 @@ def read_all(dataset, workers):
                 yield DataError(reason, "samples", f"one of {in_hand[0]} to {in_hand[-1]}")
 
 
-NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|\S+\.\w+|\d+")
-
-
 class Findings:
     """What a check found: which samples are usable, statistics, and problems, grouped by reason."""
 
@@ -1653,8 +1646,7 @@ class Findings:
                 self.statistics[name][value] += 1
             return
         reason, *places = found.args
-        # Problems are of one kind if they are alike up to numbers, file names and what was found.
-        kind = NAMES_AND_NUMBERS.sub("#", ": ".join((*places[2:], reason.split(", found")[0])))
+        kind = re.sub("[0-9]+", "#", reason.split(", found")[0])  # problems that are alike up to numbers
         self.problems[kind] += 1
         if self.problems[kind] <= 3:
             self.examples[kind].append(found)
