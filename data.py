@@ -41,7 +41,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
@@ -1289,7 +1288,7 @@ class Video:
         skip: leave out H.264 frames that are not wanted and that no other frame refers to (most B-frames).
         Where frames are counted, none may be left out.
         """
-        pictures, reformatter = {}, VideoReformatter()
+        pictures = {}
         with _open_video(self.path) as (container, stream):
             skip = skip and self.times is not None and stream.codec.canonical_name == "h264"
             needed = set(self.times[wanted].tolist()) if skip else None
@@ -1312,7 +1311,7 @@ class Video:
                         break
                 if index != k or is_damaged:
                     return pictures
-                pictures[k] = _to_rgb(frame, reformatter)
+                pictures[k] = _to_rgb(frame)
         return pictures
 
 
@@ -1438,9 +1437,9 @@ def _frames_from(container, stream, time, needed):
             yield frame
 
 
-def _to_rgb(frame, reformatter):
+def _to_rgb(frame):
     """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in masks."""
-    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    rgb = frame.to_ndarray(format="rgb24", threads=1)
     return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
 
 
@@ -1460,8 +1459,7 @@ def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     for i in sample_indices:
         sample = dataset.samples[i]
         with within(*sample.place):
-            panels = _draw_frames(dataset, sample, frames_shown, panel_height)
-        rows.append(_draw_row(panels, sample))
+            rows.append(_draw_row(_draw_frames(dataset, sample, frames_shown, panel_height), sample))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
