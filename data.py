@@ -259,11 +259,11 @@ class Processor:
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
-        known = config.model_type in FAMILIES
-        expect(known, f"a model of one of the families {sorted(FAMILIES)}", config.model_type)
+        family = config.model_type
+        expect(family in FAMILIES, f"a model of one of the families {sorted(FAMILIES)}", family)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
         self.settings = settings
-        self.timestamps = FAMILIES[config.model_type]["timestamps"]
+        self.timestamps = FAMILIES[family]["timestamps"]
         self.patch_size = config.vision_config.patch_size
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
@@ -1311,7 +1311,9 @@ class Video:
                         break
                 if index != k or is_damaged:
                     return pictures
-                pictures[k] = _to_rgb(frame)
+                # As displayed (both count counterclockwise); pixels that aren't square stay so, as in masks.
+                picture = frame.to_ndarray(format="rgb24", threads=1)
+                pictures[k] = np.rot90(picture, round(frame.rotation / 90))
         return pictures
 
 
@@ -1435,12 +1437,6 @@ def _frames_from(container, stream, time, needed):
                 return
             time = None  # the first frame is right, and so are those that follow
             yield frame
-
-
-def _to_rgb(frame):
-    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in masks."""
-    rgb = frame.to_ndarray(format="rgb24", threads=1)
-    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
 
 
 # ---- the preview ----
