@@ -19,12 +19,11 @@ a DataError, which names file, sample and field, what was expected and what was 
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import math
-import mmap
 import os
-import queue
 import re
 import shutil
 import struct
@@ -42,7 +41,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
@@ -79,6 +77,15 @@ def within(*places):
         yield
     except DataError as error:
         raise DataError(error.args[0], *places, *error.args[1:]) from None
+
+
+@contextmanager
+def os_errors(expected):
+    """Turns an OSError into a DataError that says what was expected."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"expected {expected}, found: {error.strerror}") from None
 
 
 def expect(condition, expected, found):
@@ -142,12 +149,12 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
     expect(media is not None or not objects, "a video or image for the annotated objects", "neither key")
-    height, width = entry.get("height"), entry.get("width")
-    size = None
-    if height is not None or width is not None:
-        size = height, width
-        valid = all(type(side) is int and side > 0 for side in size) and height * width <= MAX_MASK_PIXELS
-        expect(valid, f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels", size)
+    size = entry.get("height"), entry.get("width")
+    if size == (None, None):
+        size = None
+    else:
+        expected = f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels"
+        expect(_is_size(size), expected, size)
     question_type = "" if entry.get("type") is None else entry["type"]
     expect(isinstance(question_type, str), "type: a string", question_type)
     return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
@@ -248,16 +255,15 @@ FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False
 class Processor:
     """Turns a conversation and its frames into a checkpoint's token ids and patches.
 
-    It stands in for transformers' AutoProcessor, whose video half needs torchvision, and the tests compare
-    the results of the two.
+    It stands in for transformers' AutoProcessor, whose video half needs torchvision.
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
-        known = config.model_type in FAMILIES
-        expect(known, f"a model of one of the families {sorted(FAMILIES)}", config.model_type)
+        family = config.model_type
+        expect(family in FAMILIES, f"a model of one of the families {sorted(FAMILIES)}", family)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
         self.settings = settings
-        self.timestamps = FAMILIES[config.model_type]["timestamps"]
+        self.timestamps = FAMILIES[family]["timestamps"]
         self.patch_size = config.vision_config.patch_size
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
@@ -331,7 +337,7 @@ class Processor:
 
         frames: indices of the sampled frames. cells: how many one pair of frames has. With timestamps,
         vision_start and vision_end enclose each pair of frames but not the whole video, as in transformers
-        4.57, with which Qwen3-VL was published. (From 5.10 on, transformers encloses the whole video, too.)
+        4.57, with which Qwen3-VL was published (5.10 encloses the whole video, too).
         """
         pair = self.temporal_patch_size
         frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
@@ -365,27 +371,23 @@ class Processor:
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             placeholder = self.vision_start + pad + self.vision_end
-            expect(
-                placeholder in prompts[0], f"a chat template that writes {placeholder} for media", prompts[0]
-            )
+            expect(placeholder in prompts[0], f"a chat template with {placeholder} for media", prompts[0])
             prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
         token_counts = iter(region_tokens)
-        texts, supervised = [], []
+        pieces = []  # (text, whether it is supervised)
         for prompt, (_, answer) in zip(prompts, turns):
             prompt = prompt.removeprefix(end)  # it belongs to the answer before, with which it is supervised
-            texts.append(re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt))
-            texts.append(answer + end)
-            supervised += [False, True]
+            pieces.append((re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt), False))
+            pieces.append((answer + end, True))
         if for_generation:
-            texts.pop()
-            supervised.pop()
+            pieces.pop()
         else:
-            texts.append(prompts[-1].removeprefix(end))
-            supervised.append(False)
+            pieces.append((prompts[-1].removeprefix(end), False))
         input_ids, labels = [], []
-        for ids, is_answer in zip(self.tokenizer(texts, add_special_tokens=False)["input_ids"], supervised):
+        for text, is_supervised in pieces:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             input_ids += ids
-            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
+            labels += ids if is_supervised else [IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
             visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
             expected = f"expected at most --max-length {self.settings.max_length} tokens"
@@ -405,12 +407,9 @@ class Processor:
 
 # ---- encoded samples ----
 
-NO_MEDIA = {
-    "still_frames": [],
-    "still_patches": [],
-    "still_grid": (0, 0),
-    "video_patches": None,
-}  # the part of an encoded sample that stays so for text
+# The part of an encoded sample that stays so for text, and the lists that grow with its regions.
+NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
 
 
 class ReferringDataset(Dataset):
@@ -484,8 +483,8 @@ class ReferringDataset(Dataset):
     def choose_masks(self, sample, object_index, info, rng):
         """The masks used of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
 
-        A mask without a pixel says that the object is hidden there. If one is found, all masks of the object
-        are decoded, and frames are chosen anew among those where it is visible.
+        An empty mask says that the object is hidden there. If one is found, all masks are decoded, and frames
+        are chosen anew among those where it is visible.
         """
         segmentations, size = sample.objects[object_index], sample.size or (info.height, info.width)
         is_single = rng.random() < self.single_frame
@@ -566,7 +565,7 @@ class ReferringDataset(Dataset):
         """Adds coverage and box of each region frame; region frames are ordered by object, then time."""
         gh, gw = (side // self.processor.merge_size for side in encoded["still_grid"])
         last_frame = max(media.info.num_frames - 1, 1) if media else 1
-        encoded |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
+        encoded |= {name: [] for name in REGION_LISTS}
         for masks in objects:
             for frame, mask in masks.items():
                 encoded["coverage"].append(coverage(mask, gh, gw).ravel())
@@ -579,7 +578,7 @@ class ReferringDataset(Dataset):
 # What a rank computes on if none of its samples can be used: a single token, and nothing to learn.
 EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
-EMPTY_SAMPLE |= {"coverage": [], "boxes": [], "region_still": [], "object_frames": [], "region_tokens": []}
+EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
 
 
 def evenly(items, count):
@@ -627,22 +626,24 @@ def collate(samples, pad_token_id, pad_left=False):
         labels[row, columns] = sample["labels"]
         attention_mask[row, columns] = 1
 
+    # The images that stand in prompts come first.
     image_rows = [row for row, sample in enumerate(samples) if sample["kind"] == "image"]
     other_rows = [row for row, sample in enumerate(samples) if sample["kind"] != "image"]
-    stills, still_grids, stills_of_row = [], [], {}
-    for row in image_rows + other_rows:  # the images that stand in prompts come first
+    stills, still_grids, first_still = [], [], {}
+    for row in image_rows + other_rows:
         sample = samples[row]
-        stills_of_row[row] = [len(stills) + i for i in sample["region_still"]]
+        first_still[row] = len(stills)
         stills += sample["still_patches"]
         still_grids += [(1, *sample["still_grid"])] * len(sample["still_patches"])
-    region_still = []
-    for row in range(len(samples)):
-        region_still += stills_of_row[row]
     videos = [sample for sample in samples if sample["video_patches"] is not None]
-    coverages = list(chain.from_iterable(sample["coverage"] for sample in samples))
+    region_still = []
+    for row, sample in enumerate(samples):
+        region_still += [first_still[row] + i for i in sample["region_still"]]
     joined = {}
-    for name in ("boxes", "object_frames", "region_tokens"):
+    for name in REGION_LISTS:
         joined[name] = list(chain.from_iterable(sample[name] for sample in samples))
+    video_grids = [video["video_grid"] for video in videos]
+    seconds = [video["seconds_per_pair"] for video in videos]
     return {
         "errors": errors,
         "ids": [sample["id"] for sample in samples],
@@ -655,14 +656,10 @@ def collate(samples, pad_token_id, pad_left=False):
         "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
         "prompt_images": len(image_rows),
         "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
-        "video_grid_thw": torch.tensor([video["video_grid"] for video in videos], dtype=torch.long).view(
-            -1, 3
-        ),
-        "seconds_per_pair": torch.tensor(
-            [video["seconds_per_pair"] for video in videos], dtype=torch.float32
-        ),
-        "coverage": _concatenate(coverages, np.float32),
-        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in coverages])),
+        "video_grid_thw": torch.tensor(video_grids, dtype=torch.long).view(-1, 3),
+        "seconds_per_pair": torch.tensor(seconds, dtype=torch.float32),
+        "coverage": _concatenate(joined["coverage"], np.float32),
+        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in joined["coverage"]])),
         "region_still": torch.tensor(region_still, dtype=torch.long),
         "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
         "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
@@ -718,23 +715,20 @@ def _parse_turns(conversations, has_media):
             speaker, value = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(value, str) and value.strip(), "value: a text that is not empty", value)
-            halves = LONE_SURROGATE.search(value)
-            expect(not halves, "value: characters, not halves of surrogate pairs", value)
+            expect(not LONE_SURROGATE.search(value), "value: no halves of surrogate pairs", value)
             if speaker == "gpt" and not questions:
                 continue  # an answer without a question teaches nothing
             expected = "gpt" if len(questions) > len(answers) else "human"
             expect(speaker == expected, f"human and gpt in turn, {expected} as turn {i}", speaker)
-            has_tag = MEDIA_TAG.search(value)
-            expect(not questions or not has_tag, "a media tag only in the first human turn", value)
+            allowed = not questions or not MEDIA_TAG.search(value)
+            expect(allowed, "a media tag only in the first human turn", value)
             if speaker == "human":
                 questions.append(value)
             else:
-                has_region = REGION_TAG in value
-                expect(not has_region, f"no {REGION_TAG} in an answer, as a model cannot write one", value)
+                expect(REGION_TAG not in value, f"no {REGION_TAG} in an answer", value)
                 answers.append(value)
-    answered = "a human turn with its gpt answer, so that there is a supervised token"
-    expect(answers, answered, conversations)
-    expect(len(questions) == len(answers), "a gpt answer to the last human turn", questions[-1])
+    valid = answers and len(questions) == len(answers)
+    expect(valid, "human turns, each followed by its gpt answer", conversations[-1])
     tags = len(MEDIA_TAG.findall(questions[0]))
     expect(tags <= 1, "one media tag", questions[0])
     expect(has_media or not tags, "a video or image key for the media tag", questions[0])
@@ -768,18 +762,16 @@ def _parse_objects(entry, is_image):
 
 def _parse_masks(masks, has_segmentation_key):
     """{"36": ...} -> {36: segmentation} of one object; it is hidden where the mask is null or absent."""
-    seen, visible = set(), {}
+    found = {}  # also the frames on which it is hidden
     for key, mask in masks.items():
         with within(f"frame {key[:20]!r}"):
             expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
-            frame = int(key)
-            expect(frame not in seen, "each frame once", key)
-            seen.add(frame)
+            expect(int(key) not in found, "each frame once", key)
             if has_segmentation_key and mask is not None:
                 expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
                 mask = mask.get("segmentation")
-            if mask is not None:
-                visible[frame] = mask
+            found[int(key)] = mask
+    visible = {frame: mask for frame, mask in found.items() if mask is not None}
     expect(visible, "a mask on at least one frame", sorted(masks))
     return visible
 
@@ -796,15 +788,14 @@ def _decode_masks(segmentations, frames, size, info):
 
 
 def check_segmentation(segmentation):
-    """Raises DataError unless segmentation is COCO RLE, compressed or not, or one or more polygons.
+    """Returns the name of the segmentation's form; DataError unless it is COCO RLE or one or more polygons.
 
     pycocotools decodes an RLE whose runs fall short of h * w into stale memory, without an error, and hangs
     on a polygon with NaN or 1e30. So everything is checked before it is called.
     """
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
-        is_pair = isinstance(size, list) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)
-        valid = is_pair and math.prod(size) <= MAX_MASK_PIXELS
+        valid = isinstance(size, list) and _is_size(size)
         expect(valid, f"size: [height, width] of at most {MAX_MASK_PIXELS} pixels", size)
         expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
         runs = _rle_runs(counts) if isinstance(counts, str) else counts
@@ -813,15 +804,23 @@ def check_segmentation(segmentation):
         height, width = size
         expected = f"run lengths that sum to {height} * {width} = {height * width}"
         expect(sum(runs) == height * width, expected, sum(runs))
-        return
+        return "compressed RLE" if isinstance(counts, str) else "uncompressed RLE"
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
-    for polygon in _as_polygons(segmentation):
+    polygons = _as_polygons(segmentation)
+    for polygon in polygons:
         expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
         is_even = len(polygon) >= 6 and len(polygon) % 2 == 0
         expect(is_even, "at least 3 points, an even count of numbers", polygon)
         numbers = all(type(x) in (int, float) for x in polygon)
         # The comparison is also False for NaN.
         expect(numbers and all(abs(x) < 1e6 for x in polygon), "polygon coordinates in pixels", polygon)
+    return "one polygon" if len(polygons) == 1 else "several polygons"
+
+
+def _is_size(size):
+    """Whether size is a pair of height and width that a mask may have."""
+    is_pair = len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    return is_pair and math.prod(size) <= MAX_MASK_PIXELS
 
 
 def _as_polygons(segmentation):
@@ -863,10 +862,7 @@ def _check_same_shape(size, frame_size, name):
 
 
 class FrameCache:
-    """The most recently used media and resized frames of one worker.
-
-    With it, a small data set is decoded once and not in every epoch.
-    """
+    """The most recently used media and resized frames of one worker: a small data set is decoded once."""
 
     def __init__(self, limit):
         self.limit, self.used = limit, 0  # bytes
@@ -880,15 +876,11 @@ class FrameCache:
     def put(self, key, value):
         """Adds a value that has nbytes, and drops the least recently used ones. Returns the value."""
         self.entries[key] = value
-        self.used += self._size(value)
+        self.used += value.nbytes + 200  # 200: about what the key and the entry weigh
         while self.used > self.limit:
             _, dropped = self.entries.popitem(last=False)
-            self.used -= self._size(dropped)
+            self.used -= dropped.nbytes + 200
         return value
-
-    @staticmethod
-    def _size(value):
-        return value.nbytes + 200  # 200: about what the key and the entry weigh
 
 
 class TimedReader:
@@ -902,26 +894,26 @@ class TimedReader:
 
     def run(self, path, function, *arguments):
         """Returns function(*arguments), or raises what it raises; DataError if it takes too long."""
-        result = queue.SimpleQueue()
-        try:
-            if path in self.hung_paths:
-                raise queue.Empty
-            threading.Thread(target=self._work, args=(result, function, arguments), daemon=True).start()
-            value, error = result.get(timeout=self.timeout)
-        except queue.Empty:
+        outcome = []
+        thread = threading.Thread(target=self._work, args=(outcome, function, arguments), daemon=True)
+        if path not in self.hung_paths:
+            thread.start()
+            thread.join(self.timeout)
+        if not outcome:
             self.hung_paths.add(path)
             expected = f"expected to be read within {self.timeout:g} s (--timeout)"
-            raise DataError(f"{expected}, found that it was not", path) from None
+            raise DataError(f"{expected}, found that it was not", path)
+        value, error = outcome[0]
         if error is not None:
             raise error
         return value
 
     @staticmethod
-    def _work(result, function, arguments):
+    def _work(outcome, function, arguments):
         try:
-            result.put((function(*arguments), None))
+            outcome.append((function(*arguments), None))
         except Exception as error:  # any error: it is raised again by the thread that waits
-            result.put((None, error))
+            outcome.append((None, error))
 
 
 @contextmanager
@@ -966,13 +958,13 @@ def sample_texts(samples, limit=10_000):
 # ---- the index of a data file ----
 
 FILE_CHANGED = "expected the file as it was when it was opened, found that it has changed"
+TOO_DEEP = "expected JSON of ordinary depth, found brackets nested too deeply to parse"
 
 
 class Samples:
-    """The sequence that read_samples returns.
+    """The sequence that read_samples returns. It holds no samples, so it may be handed to worker processes.
 
-    It holds no samples. Each access opens a file and reads the few bytes where the index says that the sample
-    is. So it may be handed to worker processes, and all processes of a machine share the memory of the index.
+    Each access opens a file and reads the few bytes where the index says that the sample is.
     """
 
     def __init__(self, files, outside_paths=False, versions=None):
@@ -981,9 +973,8 @@ class Samples:
         self.versions = [version for version, _ in self.indices]
         if versions is not None and versions != self.versions:
             raise DataError(FILE_CHANGED, ", ".join(path for path, _ in files))
-        self.first = np.cumsum(
-            [0] + [len(spans) for _, spans in self.indices]
-        )  # of each file, its first sample
+        # Of each file, its first sample.
+        self.first = np.cumsum([0] + [len(spans) for _, spans in self.indices])
 
     def __reduce__(self):
         # A spawned process opens the index itself, because a pickled memory map would become a copy.
@@ -998,8 +989,7 @@ class Samples:
             return parse_sample(entry, place, media, position, self.outside_paths)
 
     def read(self, i):
-        """Returns the i-th JSON value as its file has it, its place (file, sample name), its media folder and
-        its position in the file."""
+        """Returns the i-th JSON value, place (file, sample name), media folder and position in the file."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         file_index = int(np.searchsorted(self.first, i, side="right")) - 1
@@ -1008,19 +998,15 @@ class Samples:
         start, end = spans[position].tolist()
         name = f"sample {position}"
         with within(path, name):
+            with os_errors("a readable file"), open(path, "rb") as file:
+                if _version(file) != version:
+                    raise DataError(FILE_CHANGED)
+                file.seek(start)
+                text = file.read(end - start)
             try:
-                with open(path, "rb") as file:
-                    changed = _version(file) != version
-                    file.seek(start)
-                    text = file.read(end - start)
-            except OSError as error:
-                raise DataError(f"expected a readable file, found: {error.strerror}") from None
-            if changed:
-                raise DataError(FILE_CHANGED)
-            try:
-                entry = _parse(text.decode(), parse_constant=_refuse_constant)
-            except DataError:
-                raise
+                entry = json.loads(text, parse_constant=_refuse_constant)
+            except RecursionError:  # the index was made where the stack was less deep
+                raise DataError(TOO_DEEP) from None
             except ValueError as error:  # of _refuse_constant, or of int(), which refuses thousands of digits
                 raise DataError(f"expected ordinary numbers, found: {error}") from None
         if isinstance(entry, dict) and "id" in entry:
@@ -1032,29 +1018,11 @@ def _refuse_constant(name):
     raise ValueError(f"{name}, which JSON does not know")
 
 
-def _parse(text, **hooks):
-    """json.loads, but brackets that are nested too deeply for it are a DataError."""
-    try:
-        return json.loads(text, **hooks)
-    except RecursionError:
-        reason = "expected JSON of ordinary depth, found brackets nested too deeply to parse"
-        raise DataError(reason) from None
-
-
 _INDEX_FORMAT = 2  # to be raised when the content of an index file means something else
-_CHUNK = 1 << 24  # bytes of a file that are copied into memory at a time
+_WINDOW = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
 _MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
-
-# Strings hide brackets and commas. Possessive quantifiers (*+, ++) never go back, so that a search takes
-# linear time and constant memory. A string without an end reaches to the end of the file; json.loads
-# complains.
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
-_NEXT_BRACKET = re.compile(rb'(?:[^][{}"]++|' + _STRING + rb")*+([][{}]|\Z)", re.DOTALL)
-_STRING_OR_COMMA = re.compile(_STRING + rb"|(,)", re.DOTALL)
-_VISIBLE = re.compile(rb"[^ \t\r\n]")  # a character that is not JSON's white space
-_ARRAY_END = re.compile(rb"\]?[ \t\r\n]*")
-_LINE = re.compile(rb"[^ \t\r\n][^\n]*")  # what there is of a line, if it is not blank
-_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: every byte of a character but its first
+# NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
+_DECODER = json.JSONDecoder(parse_int=float)
 
 
 def _version(file):
@@ -1073,98 +1041,85 @@ def _open_index(path):
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:24]
-    with within(path):
-        try:
-            with open(path, "rb") as file:
-                size, time_ns = version = _version(file)
-                index_path = Path(cache, "nanorefer", f"{name}-{_INDEX_FORMAT}-{size}-{time_ns}.npy")
-                # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
-                with suppress(OSError, ValueError, EOFError):
-                    return version, np.asarray(np.load(index_path, mmap_mode="r"))
-                spans = _find_samples(file)
-        except OSError as error:
-            raise DataError(f"expected a readable file, found: {error.strerror}") from None
-    try:
+    with within(path), os_errors("a readable file"), open(path, "rb") as file:
+        size, time_ns = version = _version(file)
+        index_path = Path(cache, "nanorefer", f"{name}-{_INDEX_FORMAT}-{size}-{time_ns}.npy")
+        # A missing or damaged index is made below. np.asarray: slices of a np.memmap are slow.
+        with suppress(OSError, ValueError, EOFError):
+            return version, np.asarray(np.load(index_path, mmap_mode="r"))
+        spans = np.fromiter(_find_samples(file), np.dtype((np.int64, 2)))
+    with within(str(index_path)), os_errors("a cache folder that can be written to (set XDG_CACHE_HOME)"):
         index_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(index_path) as temporary, open(temporary, "wb") as file:
             np.save(file, spans)
-    except OSError as error:
-        expected = "expected a cache folder that can be written to (set XDG_CACHE_HOME)"
-        raise DataError(f"{expected}, found: {error.strerror}", str(index_path)) from None
     return version, spans
 
 
 def _find_samples(file):
-    """Returns int64 (samples, 2): first byte and last byte + 1 of each element of an array or line of JSONL.
+    """Yields (first byte, last byte + 1) of each element of a JSON array or line of JSONL.
 
     Every sample is parsed, so that a syntax error is reported before training starts, with line and column.
+    The parser gets a part of the file as Latin-1, where a character is a byte, so its positions are offsets.
     """
-    expect(_version(file)[0] > 0, "at least one sample", "none")  # an empty file cannot be mapped
-    # The map is not closed by hand, because an unfinished search still refers to it while an error is raised.
-    text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 3 if text[:3] == b"\xef\xbb\xbf" else 0  # skip a byte order mark
-    first = _VISIBLE.search(text, start)
-    if first and first[0] == b"[":
-        spans = _array_spans(text, start, first.end())
-    else:
-        spans = (line.span() for line in _LINE.finditer(text, start))
-    checked = (_check_syntax(text, start, *span) for span in spans)
-    index = np.fromiter(checked, np.dtype((np.int64, 2)))
-    expect(len(index), "at least one sample", "none")
-    return index
+    file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+    first = _next_visible(file)
+    # A value, some white space, and one of the marks: those between two values, or those that may come last.
+    gap, between, last = re.compile(r"[ \t\r]*(\n?)[ \t\r\n]*"), ["\n"], ["\n", ""]
+    if first == b"[":
+        gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
+        first = _next_visible(file)
+    expect(first not in (b"", b"]"), "at least one sample", "none")
+    offset, size = file.tell() - 1, _WINDOW
+    while True:
+        file.seek(offset)
+        window = file.read(size)
+        text, is_rest, begin = window.decode("latin-1"), len(window) < size, 0
+        try:
+            while True:
+                _, end = _DECODER.raw_decode(text, begin)
+                window[begin:end].decode()
+                after = gap.match(text, end)
+                is_last = after.end() == len(text)
+                if after[1] not in (last if is_last else between) or (is_last and not is_rest):
+                    raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
+                yield offset + begin, offset + end
+                if is_last:
+                    return
+                begin = after.end()
+        except RecursionError:
+            raise DataError(TOO_DEEP) from None
+        except UnicodeDecodeError as error:
+            raise _syntax_error(file, offset + begin + error.start, "not UTF-8") from None
+        except json.JSONDecodeError as error:
+            if is_rest or (begin == 0 and size >= _MAX_SAMPLE):
+                raise _syntax_error(file, offset + error.pos, f"not valid JSON: {error.msg}") from None
+        # The window may end within this sample: continue with one that begins there, longer if it did before.
+        offset, size = offset + begin, _WINDOW if begin else 2 * size
 
 
-def _check_syntax(text, start, begin, end):
-    """Returns (begin, end), the span of a sample, or raises DataError unless valid JSON stands there.
-
-    NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
-    """
-    try:
-        _parse(text[begin : min(end, begin + _MAX_SAMPLE)].decode(), parse_int=float)
-    except UnicodeDecodeError as error:
-        raise _syntax_error(text, start, begin + error.start, "not UTF-8") from None
-    except json.JSONDecodeError as error:
-        byte = begin + len(error.doc[: error.pos].encode())
-        raise _syntax_error(text, start, byte, f"not valid JSON: {error.msg}") from None
-    return begin, end
+def _next_visible(file):
+    """Reads up to the next byte that is not white space, and returns it; b"" at the end of the file."""
+    byte = file.read(1)
+    while byte and byte in b" \t\r\n":
+        byte = file.read(1)
+    return byte
 
 
-def _array_spans(text, start, begin):
-    """Yields (first byte, last byte + 1) of what stands between the commas of an array, from begin on."""
-    after_bracket, depth, is_empty = begin, 1, True
-    for bracket in _NEXT_BRACKET.finditer(text, begin):
-        position = bracket.start(1)
-        if depth == 1:
-            for comma in _STRING_OR_COMMA.finditer(text, after_bracket, position):
-                if comma[1]:
-                    yield begin, comma.start()
-                    begin, is_empty = comma.end(), False
-        depth += 1 if bracket[1] in (b"[", b"{") else -1
-        after_bracket = bracket.end()
-        if depth == 0 or not bracket[1]:
-            break
-    if not is_empty or _VISIBLE.search(text, begin, position):
-        yield begin, position
-    end = _ARRAY_END.match(text, position).end()
-    if bracket[1] != b"]" or end < len(text):
-        raise _syntax_error(text, start, end, "not valid JSON: Expecting ',' or the end of array and file")
-
-
-def _syntax_error(text, start, byte, reason):
-    """Returns a DataError with a byte's line and column, in characters from 1; start: where line 1 begins."""
-    line = 1 + sum(1 for _ in re.compile(b"\n").finditer(text, start, byte))
-    line_start = max(start, text.rfind(b"\n", start, byte) + 1)
-    column = 1
-    for position in range(line_start, byte, _CHUNK):
-        piece = text[position : min(position + _CHUNK, byte)]
-        column += len(piece.translate(None, _CONTINUATION_BYTES))
+def _syntax_error(file, offset, reason):
+    """Returns a DataError with the line and column, in characters from 1, of a byte of the file."""
+    line = column = 1
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    for begin in range(0, offset, _WINDOW):
+        file.seek(begin)
+        text = decoder.decode(file.read(min(_WINDOW, offset - begin)))
+        line += text.count("\n")
+        column = len(text) - text.rfind("\n") if "\n" in text else column + len(text)
     return DataError(f"line {line}, column {column}: {reason}")
 
 
 # ---- the inside of a media file ----
 
-# Demuxers that may open a file. Of FFmpeg's others one draws a .txt as a film of letters; playlists fetch
-# URLs.
+# Demuxers that may open a file. FFmpeg's others draw a .txt as a film of letters, or fetch a playlist's URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
 INDEXED_CODECS = {"h264", "hevc", "vp9", "av1"}
@@ -1179,8 +1134,8 @@ class MediaInfo:
     height: int  # pixels, as displayed: a phone's portrait video is higher than wide
     width: int
     is_image: bool
-    # Packets that are decoded but not shown, because an edit list cuts them off, as in a clip that was cut
-    # without being encoded anew. decord counts them when it seeks, so its frame numbers differ from ours.
+    # Packets that are decoded but not shown, because an edit list cuts them off. decord counts them when it
+    # seeks, so its frame numbers differ from ours.
     hidden_packets: int = 0
 
 
@@ -1191,25 +1146,20 @@ def media_info(path):
 
 def read_frames(path, indices):
     """Returns uint8 (len(indices), H, W, 3) RGB: the frames in the order of the indices, which may repeat."""
-    indices = list(indices)
-    media = open_media(path)
+    indices, media = list(indices), open_media(path)
     pictures = media.read(indices)
-    frames = np.empty((len(indices), media.info.height, media.info.width, 3), np.uint8)
-    for row, k in enumerate(indices):
-        frames[row] = pictures[k]
-    return frames
+    frames = [pictures[k] for k in indices]
+    return np.stack(frames) if frames else np.empty((0, media.info.height, media.info.width, 3), np.uint8)
 
 
 def open_media(path):
     """Returns Video or Images, which have the same members: info, a MediaInfo, and read(indices), the frames.
 
     Frame k is the k-th shown, counted from 0, at the height and width that it is displayed with. It is never
-    another frame than the one asked for: what cannot be had is a DataError. A file is looked through once,
-    here, but it does not stay open and no pixels are held, so the object may live in a cache and be used in
-    forked or spawned workers.
+    another frame than the one asked for: what cannot be had is a DataError. The file does not stay open and
+    no pixels are held, so the object may live in a cache and be used in forked or spawned workers.
     """
     path = Path(path)
-    found = None
     try:
         if path.is_dir():
             names = [name for name in os.listdir(path) if _is_image_path(name) and not name.startswith(".")]
@@ -1255,7 +1205,11 @@ class Images:
     def __init__(self, folder, names, is_image):
         self.folder, self.names = folder, names
         self.nbytes = 100 * len(names)  # about what they take in memory, for a cache to count
-        height, width = _image_size(folder / names[0])
+        with _open_image(folder / names[0]) as image:
+            height, width = image.height, image.width
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if is_turned:
+            height, width, _ = _load_image(folder / names[0]).shape
         self.info = MediaInfo(len(names), UNKNOWN_FPS, height, width, is_image)
 
     def read(self, indices):
@@ -1282,14 +1236,6 @@ def _open_image(file):
         raise DataError(reason, str(file)) from error
 
 
-def _image_size(file):
-    """Returns the (height, width) that _load_image gives: the header's, unless EXIF turns the image."""
-    with _open_image(file) as image:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            return image.height, image.width
-    return _load_image(file).shape[:2]
-
-
 def _load_image(file):
     """Returns uint8 (H, W, 3) RGB, turned as EXIF says (as Hugging Face's load_image does)."""
     with _open_image(file) as image:
@@ -1302,14 +1248,12 @@ class Video:
     Frames are found by their pts (presentation time), because they are not stored in the order in which they
     are shown, and a seek leads to a time, not to a number. The packets are listed once, without decoding:
     their sorted pts are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last keyframe
-    that is shown at or before k, and continues until a frame with the pts of k comes out. If a seek fails or
-    leads elsewhere, or if other frames come out than the packets announced, everything is decoded from the
-    first packet on. (decord 0.6.0 returns wrong frames without an error: after a seek in open-GOP H.264 and
-    HEVC and in MPEG-4 AVI, and even without one in MPEG-TS and past an edit list.)
+    that is shown at or before k, and continues until a frame with the pts of k comes out. Whenever that is
+    odd (a seek fails or leads elsewhere, other frames come out than the packets announced), everything is
+    decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error after many a seek.)
 
     times: int64 (num_frames,), the pts of each frame, rising; None where the packets do not tell them, so
-    that frames are decoded from the first packet on and counted. keyframes: int64, the frames where decoding
-    may start, rising; the first is 0.
+    that frames are counted. keyframes: int64, the frames where decoding may start, rising; the first is 0.
     """
 
     def __init__(self, path):
@@ -1328,7 +1272,6 @@ class Video:
             except av.error.FFmpegError:  # some files refuse to be sought in
                 pictures = {}
             if len(pictures) < len(wanted):
-                # A seek led astray, or packets and frames do not match: decode from the first packet.
                 pictures = self._decode(wanted, keyframes=[0], skip=False)
             missing = [k for k in wanted if k not in pictures]
             if missing:
@@ -1345,39 +1288,33 @@ class Video:
         skip: leave out H.264 frames that are not wanted and that no other frame refers to (most B-frames).
         Where frames are counted, none may be left out.
         """
-        asked, pictures, reformatter = set(wanted), {}, VideoReformatter()
+        pictures = {}
         with _open_video(self.path) as (container, stream):
             skip = skip and self.times is not None and stream.codec.canonical_name == "h264"
             needed = set(self.times[wanted].tolist()) if skip else None
             index_of = {} if self.times is None else {pts: k for k, pts in enumerate(self.times.tolist())}
-            for keyframe, group in _plan(wanted, keyframes):
-                start = self.times[keyframe] if keyframe else None
-                previous, is_damaged = None, False
-                for count, frame in enumerate(_frames_from(container, stream, start, needed)):
-                    k = count if self.times is None else index_of.get(frame.pts)
-                    is_gap = not skip and previous is not None and k != previous + 1
+            frames, index, is_damaged = _frames_from(container, stream, None, needed), -1, False
+            for k in wanted:
+                keyframe = int(keyframes[bisect_right(keyframes, k) - 1])
+                if keyframe > index + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
+                    frames = _frames_from(container, stream, self.times[keyframe], needed)
+                    index, is_damaged = -1, False
+                for frame in frames:
+                    previous = index
+                    index = previous + 1 if self.times is None else index_of.get(frame.pts)
+                    is_gap = not skip and previous >= 0 and index != previous + 1
                     # FFmpeg does not flag the frames that are predicted from a damaged one.
                     is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
-                    if k is None or is_gap or (is_damaged and k in asked):
-                        break  # packets and frames do not match one to one, or the frame is not as it was
-                    if k in asked:
-                        pictures[k] = _to_rgb(frame, reformatter)
-                    if k >= group[-1]:
+                    if index is None or is_gap:
+                        return pictures  # packets and frames do not match one to one
+                    if index >= k:
                         break
-                    previous = k
+                if index != k or is_damaged:
+                    return pictures
+                # As displayed (both count counterclockwise); pixels that aren't square stay so, as in masks.
+                picture = frame.to_ndarray(format="rgb24", threads=1)
+                pictures[k] = np.rot90(picture, round(frame.rotation / 90))
         return pictures
-
-
-def _plan(wanted, keyframes):
-    """Returns [(keyframe to start at, frames to fetch in one go from there)] for rising frame indices."""
-    plan, previous = [(0, [])], 0
-    for k in wanted:
-        keyframe = int(keyframes[bisect_right(keyframes, k) - 1])
-        if keyframe > previous + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
-            plan.append((keyframe, []))
-        plan[-1][1].append(k)
-        previous = k
-    return [(keyframe, group) for keyframe, group in plan if group]
 
 
 @contextmanager
@@ -1387,34 +1324,30 @@ def _ffmpeg_errors(path):
         with within(str(path)):
             yield
     except (av.error.FFmpegError, OSError) as error:
-        expected = "expected a video, found what FFmpeg can't open or decode (damaged, cut off, or no video)"
-        raise DataError(f"{expected}: {error.strerror}", str(path)) from error
+        found = "found what FFmpeg can't open or decode"
+        raise DataError(f"expected a video, {found}: {error.strerror}", str(path)) from error
 
 
 def _check_whole(path):
     """Raises DataError if a Matroska or WebM file is shorter than its header says: FFmpeg would not mind.
 
-    Such a file is made of EBML elements: an id, a size, and as many bytes. First comes a header, its id of 4
-    bytes, and then the Segment, which holds everything else (RFC 8794, RFC 9559).
+    It consists of two EBML elements, a header and the Segment: an id of 4 bytes, a size, and as many bytes
+    (RFC 8794, RFC 9559).
     """
     with open(path, "rb") as file:
         head = file.read(4096)
     if not head.startswith(b"\x1a\x45\xdf\xa3"):
         return
-    position, size = _ebml_size(head, 4)
-    position, size = _ebml_size(head, position + size + 4)
-    expected, found = position + size, path.stat().st_size
-    if found < expected:
-        raise DataError(f"expected {expected} bytes, as its header says, found {found}: it is cut off")
-
-
-def _ebml_size(head, position):
-    """Returns where an EBML element's content begins, and its size in bytes, which is stored at position."""
-    first_byte = int.from_bytes(head[position : position + 1], "big")
-    num_bytes = 9 - first_byte.bit_length()  # the leading zero bits tell
-    unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
-    size = int.from_bytes(head[position : position + num_bytes], "big") & unknown
-    return position + num_bytes, 0 if size == unknown else size
+    end = 0
+    for _ in range(2):
+        start = end + 4  # of the size, whose leading zero bits tell how many bytes it has
+        num_bytes = 9 - int.from_bytes(head[start : start + 1], "big").bit_length()
+        unknown = (1 << 7 * num_bytes) - 1  # all ones: a live recording, written before its size was known
+        size = int.from_bytes(head[start : start + num_bytes], "big") & unknown
+        end = start + num_bytes + (0 if size == unknown else size)
+    found = path.stat().st_size
+    if found < end:
+        raise DataError(f"expected {end} bytes, as its header says, found {found}: it is cut off")
 
 
 @contextmanager
@@ -1434,11 +1367,11 @@ def _open_video(path):
 
 
 def _index_video(path, count_frames=False):
-    """Returns (MediaInfo, times, keyframes) of a Video, from its packets alone where they can tell them.
+    """Returns (MediaInfo, times, keyframes) of a Video.
 
-    MP4/MOV and Matroska/WebM store a pts with each packet. For AVI and other containers FFmpeg has to guess
-    it, so there all frames are decoded and counted (count_frames). So they are for codecs whose packets may
-    show nothing, and where two packets have the same pts or one has none.
+    count_frames: all frames are decoded and counted, because the packets do not tell their times: in AVI and
+    other containers FFmpeg has to guess the pts, packets of some codecs show nothing, and a pts may be
+    missing or there twice.
     """
     frame_times, keyframe_times, first, hidden_packets = [], [], None, 0
     with _open_video(path) as (container, stream):
@@ -1461,8 +1394,7 @@ def _index_video(path, count_frames=False):
         # Not compared with the number of frames in the header: an edit list makes the packets fewer.
         indexed = len(stream.index_entries)
         if not count_frames and num_packets < indexed:
-            reason = f"expected {indexed} packets, as its index says, found {num_packets}: it is cut off"
-            raise DataError(reason)
+            raise DataError(f"expected {indexed} packets, as its index says, found {num_packets}: cut off")
         fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
     if first is None:
         raise DataError("expected at least one frame, found none that decodes")
@@ -1486,37 +1418,25 @@ def _frames_from(container, stream, time, needed):
     """Yields decoded frames from the keyframe with the pts `time` on; None: from the first packet.
 
     The container's own index may lead to an earlier keyframe, from which it starts then. It yields nothing
-    where that is not safe: the keyframe must be the first frame to come out. In H.264 with intra refresh it
-    is not, because such a "keyframe" is where a gradual refresh begins, and frames before its end were seen
-    to be grey in places. needed: the pts of the frames that must come (None: all); of the others, those that
-    no frame refers to may be missing.
+    unless the keyframe is the first frame to come out: in H.264 with intra refresh, a "keyframe" is where a
+    gradual refresh begins, and frames before its end were seen to be grey in places. needed: the pts of the
+    frames that must come (None: all); of the others, those that no frame refers to may be missing.
     """
     if time is not None:
         container.seek(int(time), stream=stream)
-    packets = container.demux(stream)
-    start = next(packets)
-    frames = _decode_packets(chain([start], packets), stream, needed)
-    if time is not None:
-        if not start.is_keyframe or start.pts > time:
-            return
-        first = next(frames, None)
-        if first is None or first.pts != start.pts:
-            return
-        yield first
-    yield from frames
-
-
-def _decode_packets(packets, stream, needed):
-    for packet in packets:
+    first_pts = None
+    for packet in container.demux(stream):
+        if time is not None and first_pts is None:
+            if not packet.is_keyframe or packet.pts > time:
+                return
+            first_pts = packet.pts
         may_skip = needed is not None and packet.pts not in needed
         stream.codec_context.skip_frame = "NONREF" if may_skip else "DEFAULT"
-        yield from packet.decode()
-
-
-def _to_rgb(frame, reformatter):
-    """Decoded frame -> uint8 (H, W, 3) RGB, as displayed; pixels that aren't square stay so, as in masks."""
-    rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, round(frame.rotation / 90))  # both count counterclockwise
+        for frame in packet.decode():
+            if time is not None and frame.pts != first_pts:
+                return
+            time = None  # the first frame is right, and so are those that follow
+            yield frame
 
 
 # ---- the preview ----
@@ -1528,15 +1448,14 @@ PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
 def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     """Returns a PIL image with a row for each of the samples.
 
-    It shows some annotated frames with the objects outlined; below each frame its cells, as bright as they
-    are covered; and the conversation, its `<region>` tags numbered as the outlines are.
+    It shows some annotated frames with the objects outlined, below each frame its cells, as bright as they
+    are covered, and the conversation, its `<region>` tags numbered as the outlines are.
     """
     rows = []
     for i in sample_indices:
-        sample = dataset.samples[int(i)]
+        sample = dataset.samples[i]
         with within(*sample.place):
-            panels = _draw_frames(dataset, sample, frames_shown, panel_height)
-        rows.append(_draw_row(panels, sample))
+            rows.append(_draw_row(_draw_frames(dataset, sample, frames_shown, panel_height), sample))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -1559,13 +1478,11 @@ def _draw_frames(dataset, sample, frames_shown, panel_height):
     for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
         masks = [masks_of_object.get(frame) for masks_of_object in objects]
         small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
-        covered = np.zeros((gh, gw), np.float32)
-        for mask in masks:
-            if mask is not None:
-                covered = np.maximum(covered, coverage(mask, gh, gw))
-        light = Image.fromarray(np.uint8(255 * (0.15 + 0.85 * covered)))
-        light = np.asarray(light.resize(panel_size, Image.Resampling.NEAREST))[:, :, None] / 255
-        panels.append((frame, np.concatenate([draw_regions(small, masks), np.uint8(small * light)])))
+        grids = [coverage(mask, gh, gw) for mask in masks if mask is not None]
+        light = 0.15 + 0.85 * np.max(grids or [np.zeros((gh, gw))], axis=0)
+        light = Image.fromarray(np.float32(light)).resize(panel_size, Image.Resampling.NEAREST)
+        lit = np.uint8(small * np.asarray(light)[:, :, None])
+        panels.append((frame, np.concatenate([draw_regions(small, masks), lit])))
     return panels
 
 
@@ -1602,11 +1519,10 @@ def draw_regions(picture, masks):
     for inside, indices in outlined:
         top, bottom, left, _ = mask_bounds(inside)
         text = ",".join(str(i + 1) for i in indices)
+        # Above the object if there is room, else below it.
+        y, anchor = (top, "lb") if top > size else (min(bottom + 1, height - size), "lt")
         style = dict(fill=COLOURS[indices[0] % len(COLOURS)], font=font, stroke_width=2, stroke_fill="black")
-        if top > size:  # above the object if there is room, else below it
-            pen.text((left, top), text, anchor="lb", **style)
-        else:
-            pen.text((left, min(bottom + 1, height - size)), text, anchor="lt", **style)
+        pen.text((left, y), text, anchor=anchor, **style)
     return np.asarray(image)
 
 
@@ -1639,9 +1555,9 @@ def save_picture(image, path):
 
 
 class CheckedDataset(ReferringDataset):
-    """Reads each sample as training would; keys are sample indices.
+    """Reads each sample as training would, and all its masks. Keys are sample indices.
 
-    Returns (facts, None), the facts being (name of a statistic, value) pairs, or (None, DataError).
+    Returns what is to be counted, (statistic, value) pairs, or the sample's DataError.
     """
 
     def __init__(self, samples, processor, structure_only, timeout):
@@ -1650,149 +1566,129 @@ class CheckedDataset(ReferringDataset):
 
     def __getitem__(self, i):
         try:
-            sample = self.samples[i]
-            with within(*sample.place):
-                return self._facts(sample), None
+            return self.facts(self.samples[i])
         except DataError as error:
-            return None, error
+            return error
 
-    def _facts(self, sample):
-        info = None
-        if sample.media is not None and not self.structure_only:
-            info = self.media_of(sample).info
-        facts, most_frames = [], 0
-        for i, segmentations in enumerate(sample.objects):
-            with within(f"object {i}"):
-                # All of them, because training chooses among them at random.
+    def facts(self, sample):
+        facts, kind = [], "media" if sample.media else None
+        with within(*sample.place):
+            # All masks are checked, because training chooses among them at random.
+            for i, segmentations in enumerate(sample.objects):
+                facts.append(("frames per object", len(segmentations)))
                 for frame, segmentation in segmentations.items():
-                    with within(f"frame {frame}"):
-                        check_segmentation(segmentation)
-                    facts.append(("mask forms", mask_form(segmentation)))
-                if info is not None:
-                    size = sample.size or (info.height, info.width)
-                    _decode_masks(segmentations, sorted(segmentations), size, info)
-            facts.append(("frames per object", len(segmentations)))
-            most_frames = max(most_frames, len(segmentations))
-        kind = "media" if sample.media else None
+                    with within(f"object {i}", f"frame {frame}"):
+                        facts.append(("mask forms", check_segmentation(segmentation)))
+            if kind and not self.structure_only:
+                info = self.media_of(sample).info
+                for i, segmentations in enumerate(sample.objects):
+                    with within(f"object {i}"):
+                        size = sample.size or (info.height, info.width)
+                        _decode_masks(segmentations, sorted(segmentations), size, info)
+                facts.append(("sizes", f"{info.width}x{info.height}"))
+                if not info.is_image:
+                    facts.append(("frames per video", info.num_frames))
+                if info.hidden_packets:
+                    facts.append(("edit lists", sample.media))
         if not self.structure_only:
-            encoded = self.encode(replace(sample, place=()), np.random.default_rng(0))
-            kind = encoded["kind"]
+            encoded = self.encode(sample, np.random.default_rng(0))
             facts.append(("tokens", len(encoded["input_ids"])))
+            kind = encoded["kind"]
+        most_frames = max(map(len, sample.objects), default=0)
         regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
         facts.append(("kinds", f"{kind}, {regions}" if kind else "text only"))
-        if info is not None:
-            facts.append(("sizes", f"{info.width}x{info.height}"))
-            if not info.is_image:
-                facts.append(("frames per video", info.num_frames))
-            if info.hidden_packets:
-                facts.append(("edit lists", sample.media))
         return facts
 
 
-def mask_form(segmentation):
-    """The name of the form that a checked segmentation has."""
-    if isinstance(segmentation, dict):
-        return "compressed RLE" if isinstance(segmentation["counts"], str) else "uncompressed RLE"
-    return "one polygon" if len(_as_polygons(segmentation)) == 1 else "several polygons"
+def read_all(dataset, workers):
+    """Yields what the dataset returns for each sample, in order.
 
-
-NAMES_AND_NUMBERS = re.compile(r"\S*/\S*|\S+\.\w+|\d+")
+    If a sample crashes the worker that reads it, each of the samples that the workers had in hand becomes a
+    DataError, and reading continues behind them.
+    """
+    num_read = 0
+    while num_read < len(dataset):
+        rest = range(num_read, len(dataset))
+        try:
+            for found in DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers):
+                num_read += 1
+                yield found
+        except RuntimeError as crash:
+            if not str(crash).startswith("DataLoader worker"):  # what it says of a worker that died
+                raise
+            reason = f"expected to be read, found that its process ended: {crash}"
+            in_hand = range(num_read, len(dataset))[: 2 * workers]  # two a worker at most
+            for _ in in_hand:
+                num_read += 1
+                yield DataError(reason, "samples", f"one of {in_hand[0]} to {in_hand[-1]}")
 
 
 class Findings:
-    """What a check found: statistics, and problems, grouped by reason.
+    """What a check found: which samples are usable, statistics, and problems, grouped by reason."""
 
-    It does not grow with the data, except for the names of videos with an edit list.
-    """
-
-    def __init__(self, file):
-        self.file = file  # gets one JSON line for each problem
+    def __init__(self):
+        self.usable = []  # of each sample
         self.statistics = defaultdict(Counter)  # name -> how often each value occurs
-        self.problems = {}  # kind of problem -> [how many, the first three errors]
+        self.problems = Counter()  # how often each kind of problem occurs
+        self.examples = defaultdict(list)  # kind of problem -> the first three errors
 
-    def add_facts(self, facts):
-        for name, value in facts:
-            self.statistics[name][value] += 1
+    def add(self, found, problems_file):
+        """Adds what CheckedDataset returned for the next sample."""
+        self.usable.append(not isinstance(found, DataError))
+        if self.usable[-1]:
+            for name, value in found:
+                self.statistics[name][value] += 1
+            return
+        reason, *places = found.args
+        kind = re.sub("[0-9]+", "#", reason.split(", found")[0])  # problems that are alike up to numbers
+        self.problems[kind] += 1
+        if self.problems[kind] <= 3:
+            self.examples[kind].append(found)
+        problems_file.write(json.dumps({"places": places, "reason": reason}) + "\n")
 
-    def add_problem(self, error):
-        reason, *places = error.args
-        # Problems are of one kind if they are alike up to numbers, file names and what was found.
-        kind = NAMES_AND_NUMBERS.sub("#", ": ".join((*places[2:], reason.split(", found")[0])))
-        group = self.problems.setdefault(kind, [0, []])
-        group[0] += 1
-        if len(group[1]) < 3:
-            group[1].append(error)
-        self.file.write(json.dumps({"places": places, "reason": reason}) + "\n")
-
-    def report(self, num_samples, num_bad):
-        print(f"{num_samples} samples, {num_samples - num_bad} of them right")
+    def report(self):
+        print(f"{len(self.usable)} samples, {sum(self.usable)} of them right")
         print(f"{self.statistics['frames per object'].total()} objects")
-        for name in ("kinds", "mask forms", "sizes"):
-            counter = self.statistics[name]
-            shown = [f"{value} {count}" for value, count in counter.most_common(8)]
-            if len(counter) > 8:
-                shown.append(f"{len(counter) - 8} more")
-            if shown:
-                print(f"{name}: " + "; ".join(shown))
-        for name in ("frames per object", "frames per video", "tokens"):
-            values, counts = list(self.statistics[name]), list(self.statistics[name].values())
-            if values:
+        clips = self.statistics.pop("edit lists", {})
+        for name, counter in sorted(self.statistics.items()):
+            values, counts = list(counter), list(counter.values())
+            if not values:
+                continue
+            if isinstance(values[0], str):
+                shown = "; ".join(f"{value} {count}" for value, count in counter.most_common(8))
+                shown += f"; {len(counter) - 8} more" if len(counter) > 8 else ""
+            else:
                 spread = np.quantile(values, [0, 0.5, 1], weights=counts, method="inverted_cdf")
-                print(f"{name}: min {spread[0]}, median {spread[1]}, max {spread[2]}")
-        clips = self.statistics["edit lists"]
+                shown = "min {}, median {}, max {}".format(*spread)
+            print(f"{name}: {shown}")
         if clips:
             print(
                 f"{len(clips)} videos, such as {next(iter(clips))}, were cut by an edit list: they hold "
                 "frames that are not shown, which we do not count, and decord does. Check masks made with it."
             )
-        for count, errors in sorted(self.problems.values(), key=lambda group: -group[0]):
-            print(f"\n{count} x {errors[0].args[0]}")
-            for error in errors:
+        for kind, count in self.problems.most_common():
+            print(f"\n{count} x {self.examples[kind][0].args[0]}")
+            for error in self.examples[kind]:
                 print("    " + ": ".join(error.args[1:]))
-            if count > len(errors):
-                print(f"    and {count - len(errors)} more")
+            if count > 3:
+                print(f"    and {count - 3} more")
 
 
 def check(dataset, workers, problems_path=None):
-    """Reads all samples. Returns (Findings, which samples are usable: bool (samples,)).
+    """Reads all samples. Returns Findings.
 
-    problems_path: a file that gets one JSON line for each problem, as soon as it is found. If a sample
-    crashes the worker that reads it, the samples that the workers had in hand become problems, and the check
-    continues behind them.
+    problems_path: a file that gets one JSON line for each problem, as soon as it is found.
     """
-    usable, num_read = np.zeros(len(dataset), bool), 0
-    progress = tqdm(total=len(dataset), unit="sample", leave=False, mininterval=0.5)
-    with open(problems_path or os.devnull, "w", buffering=1) as file, progress:
-        findings = Findings(file)
-        while num_read < len(dataset):
-            rest = range(num_read, len(dataset))
-            loader = DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers)
-            try:
-                for facts, error in loader:
-                    if error is None:
-                        usable[num_read] = True
-                        findings.add_facts(facts)
-                    else:
-                        findings.add_problem(error)
-                    num_read += 1
-                    progress.update()
-            except RuntimeError as crash:
-                if not str(crash).startswith("DataLoader worker"):  # what it says of a worker that died
-                    raise
-                reason = f"expected to be read, found that its process ended: {crash}"
-                in_hand = range(num_read, min(num_read + 2 * workers, len(dataset)))  # two a worker at most
-                for _ in in_hand:
-                    place = f"one of {in_hand[0]} to {in_hand[-1]}"
-                    findings.add_problem(DataError(reason, "samples", place))
-                    num_read += 1
-                    progress.update()
-    return findings, usable
+    findings = Findings()
+    everything = read_all(dataset, workers)
+    with open(problems_path or os.devnull, "w", buffering=1) as file:
+        for found in tqdm(everything, total=len(dataset), unit="sample", leave=False, mininterval=0.5):
+            findings.add(found, file)
+    return findings
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Reads data files as training would. Exit status 1: there are problems."
-    )
+    parser = argparse.ArgumentParser(description="Reads data as training would. Exit status 1: problems.")
     add = parser.add_argument
     add("files", nargs="+", help="data files: JSON arrays or JSONL")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
@@ -1801,9 +1697,7 @@ def main(argv=None):
     add("--problems", metavar="JSONL", help="write every problem to this file")
     add("--preview", metavar="PNG", help="draw some of the samples that are right")
     add("--workers", type=int, default=2, help="processes that read (default: 2)")
-    add(
-        "--timeout", type=float, default=120, help="seconds that reading a media file may take (default: 120)"
-    )
+    add("--timeout", type=float, default=120, help="seconds to read a media file in (default: 120)")
     add("--model", default="tiny", help="whose tokens are counted: as for train.py (default: tiny)")
     for field in fields(Settings):
         add("--" + field.name.replace("_", "-"), type=int, help="as for train.py")
@@ -1821,13 +1715,14 @@ def main(argv=None):
     settings = {field.name: getattr(options, field.name) for field in fields(Settings)}
     processor = model.load_processor(options.model, sample_texts(samples), **settings)
     dataset = CheckedDataset(samples, processor, options.structure_only, options.timeout)
-    findings, usable = check(dataset, options.workers, options.problems)
-    findings.report(len(samples), int((~usable).sum()))
-    if options.preview and usable.any():
-        candidates = evenly(np.flatnonzero(usable), 200)
-        with_objects = [i for i in candidates if samples[int(i)].objects]
+    findings = check(dataset, options.workers, options.problems)
+    findings.report()
+    usable = np.flatnonzero(findings.usable).tolist()
+    if options.preview and usable:
+        candidates = evenly(usable, 200)
+        with_objects = [i for i in candidates if samples[i].objects]
         save_picture(preview(dataset, evenly(with_objects or candidates, 5)), options.preview)
-    return int(not usable.all())
+    return int(not all(findings.usable))
 
 
 if __name__ == "__main__":

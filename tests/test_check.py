@@ -125,18 +125,19 @@ class Faulty(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if i in (5, 30):
             os.kill(os.getpid(), signal.SIGKILL)
-        return [("tokens", i)], None
+        return [("tokens", i)]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_sample_that_kills_its_reader_is_named_up_to_its_neighbours_and_the_rest_is_read(workers):
-    findings, right = data.check(Faulty(), workers)
+    findings = data.check(Faulty(), workers)
+    right = np.array(findings.usable)
     lost = np.flatnonzero(~right)
     read = findings.statistics["tokens"]
     assert right.sum() == read.total() and set(read).isdisjoint(lost)
     assert {5, 30} <= set(lost.tolist()) and len(lost) <= 2 * 2 * workers
-    for _, errors in findings.problems.values():
-        assert "killed" in str(errors[0]) or "exited unexpectedly" in str(errors[0])
+    for error, *_ in findings.examples.values():
+        assert "killed" in str(error) or "exited unexpectedly" in str(error)
 
 
 class Wrong(Faulty):
@@ -269,7 +270,7 @@ def test_problems_are_written_as_they_are_found(folder, tmp_path):
         def __getitem__(self, i):
             if i == 3:
                 raise KeyboardInterrupt
-            return None, data.DataError("expected a, found b", "file", f"sample {i}")
+            return data.DataError("expected a, found b", "file", f"sample {i}")
 
     with pytest.raises(KeyboardInterrupt):
         data.check(Interrupted(), 0, tmp_path / "problems.jsonl")

@@ -139,7 +139,7 @@ def test_missing_and_undecodable_files_are_refused(folder):
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_samples_are_found_as_json_finds_them(folder, monkeypatch, chunk):
-    monkeypatch.setattr(data, "_CHUNK", chunk)  # bytes in which the characters of a line are counted
+    monkeypatch.setattr(data, "_WINDOW", chunk)  # bytes that are read at a time, unless a sample is longer
     entries = [
         {"id": 0, "deep": [[{"a": []}], "]},{["]},
         12345678,
@@ -177,6 +177,42 @@ def test_samples_are_found_as_json_finds_them(folder, monkeypatch, chunk):
             json.loads(text)
         with pytest.raises(DataError, match=f"line {line}, column {column}: "):
             data.read_samples(write(folder, text))
+
+
+def test_a_value_of_jsonl_may_span_lines_but_needs_one_of_its_own(folder):
+    path = write(folder, '{\n  "id": 1\n}\n\n{"id": 2}', "data.jsonl")
+    samples = data.read_samples(path)
+    assert [samples.read(i)[0] for i in range(len(samples))] == [{"id": 1}, {"id": 2}]
+    for text, column in (
+        ('{"id": 1} {"id": 2}', 11),
+        ('{"id": 1}{"id": 2}', 10),
+        ('{"id": 1},\n{"id": 2}', 10),
+    ):
+        with pytest.raises(DataError, match=f"data.json: line 1, column {column}: not valid JSON"):
+            data.read_samples(write(folder, text))
+
+
+def test_a_sample_without_end_does_not_fill_the_memory(folder, monkeypatch):
+    """What is longer than _MAX_SAMPLE is a syntax error, even if the rest of the file completes it."""
+    monkeypatch.setattr(data, "_WINDOW", 8)
+    monkeypatch.setattr(data, "_MAX_SAMPLE", 32)
+    assert len(data.read_samples(write(folder, [1, "x" * 28]))) == 2
+    with pytest.raises(DataError, match="data.json: line 1, column 5: not valid JSON: Unterminated string"):
+        data.read_samples(write(folder, [1, "x" * 40]))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(folder, monkeypatch):
+    """It was mapped into memory, and the process died of a bus error."""
+    path = write(folder, [good()] * 40)
+    next_visible = data._next_visible
+
+    def cut(file):
+        os.truncate(path, 5000)
+        return next_visible(file)
+
+    monkeypatch.setattr(data, "_next_visible", cut)
+    with pytest.raises(DataError, match="data.json: line 1, column .*: not valid JSON"):
+        data.read_samples(path)
 
 
 def test_the_index_is_kept_and_made_anew_when_the_file_changes(folder, monkeypatch):
@@ -393,9 +429,12 @@ BAD_SAMPLES = {
     ),  # JSON can write it
     "empty answer": (spoil([C, 1, "value"], " "), "turn 1.*not empty"),
     "two human turns": (spoil([C, 1, "from"], "human"), "gpt as turn 1, found 'human'"),
-    "no answer": (spoil([C], [{"from": "human", "value": "<region> <region>"}]), "supervised token"),
-    "only answers": (spoil([C], [{"from": "gpt", "value": "x"}]), "supervised token"),
-    "unanswered end": (spoil([C, 3], ...), "gpt answer to the last"),
+    "no answer": (
+        spoil([C], [{"from": "human", "value": "<region> <region>"}]),
+        "each followed by its gpt answer",
+    ),
+    "only answers": (spoil([C], [{"from": "gpt", "value": "x"}]), "each followed by its gpt answer"),
+    "unanswered end": (spoil([C, 3], ...), "each followed by its gpt answer.*found .*And <region>"),
     "too few tags": (spoil([C, 2, "value"], "And?"), r"as many <region> tags .*\(2\), found 1"),
     "too many tags": (spoil([C, 2, "value"], "<region><region>"), r"as many <region> tags .*\(2\), found 3"),
     "tag in an answer": (spoil([C, 1, "value"], "A <region>."), "turn 1|no <region> in an answer"),

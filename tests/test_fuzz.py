@@ -505,15 +505,18 @@ BAD_NUMBER = (
 
 
 def spec_file(path):
-    """-> the values in a JSON array or else in lines, by JSON's own decoder, BAD_NUMBER being one of them."""
+    """-> the values in a JSON array or else in a row, by JSON's own decoder, BAD_NUMBER being one of them."""
     with open(path, "rb") as file:
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
-        if text.lstrip().startswith("["):
+        if text.lstrip(" \t\r\n").startswith("["):
             values = spec_array(text, text.index("[") + 1)
         else:
-            values = [spec_value(line, 0)[0] for line in text.split("\n") if line.strip()]
+            values, position = [], 0
+            while text[position:].strip(" \t\r\n"):
+                value, position = spec_value(text, position, None)
+                values.append(value)
     except (ValueError, RecursionError):
         need(False)
     need(values)
@@ -531,8 +534,8 @@ def spec_array(text, position):
     return values
 
 
-def spec_value(text, position, ends=("",)):
-    """-> a value or BAD_NUMBER, and where the text goes on after it: with one of the ends."""
+def spec_value(text, position, ends):
+    """-> a value or BAD_NUMBER, and where the text goes on: with one of the ends, or (None) on a new line."""
     bad = []
     decoder = json.JSONDecoder(
         parse_constant=bad.append,
@@ -540,8 +543,9 @@ def spec_value(text, position, ends=("",)):
     )
     start = re.compile(r"[ \t\r\n]*").match(text, position).end()
     value, end = decoder.raw_decode(text, start)
-    end = re.compile(r"[ \t\r\n]*").match(text, end).end()
-    need(text[end : end + 1] in ends and (ends == ("",) or end < len(text)))
+    gap = re.compile(r"[ \t\r\n]*").match(text, end)
+    end = gap.end()
+    need(text[end : end + 1] in [*ends] if ends else end == len(text) or "\n" in gap[0])
     return BAD_NUMBER if bad else value, end
 
 
