@@ -1600,29 +1600,6 @@ class CheckedDataset(ReferringDataset):
         return facts
 
 
-def read_all(dataset, workers):
-    """Yields what the dataset returns for each sample, in order.
-
-    If a sample crashes the worker that reads it, each of the samples that the workers had in hand becomes a
-    DataError, and reading continues behind them.
-    """
-    num_read = 0
-    while num_read < len(dataset):
-        rest = range(num_read, len(dataset))
-        try:
-            for found in DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers):
-                num_read += 1
-                yield found
-        except RuntimeError as crash:
-            if not str(crash).startswith("DataLoader worker"):  # what it says of a worker that died
-                raise
-            reason = f"expected to be read, found that its process ended: {crash}"
-            in_hand = range(num_read, len(dataset))[: 2 * workers]  # two a worker at most
-            for _ in in_hand:
-                num_read += 1
-                yield DataError(reason, "samples", f"one of {in_hand[0]} to {in_hand[-1]}")
-
-
 class Findings:
     """What a check found: which samples are usable, statistics, and problems, grouped by reason."""
 
@@ -1677,13 +1654,28 @@ class Findings:
 def check(dataset, workers, problems_path=None):
     """Reads all samples. Returns Findings.
 
-    problems_path: a file that gets one JSON line for each problem, as soon as it is found.
+    problems_path: a file that gets one JSON line for each problem, as soon as it is found. If a sample
+    crashes the worker that reads it, each of the samples that the workers had in hand becomes a problem, and
+    the check continues behind them.
     """
-    findings = Findings()
-    everything = read_all(dataset, workers)
-    with open(problems_path or os.devnull, "w", buffering=1) as file:
-        for found in tqdm(everything, total=len(dataset), unit="sample", leave=False, mininterval=0.5):
-            findings.add(found, file)
+    findings, num_samples = Findings(), len(dataset)
+    progress = tqdm(total=num_samples, unit="sample", leave=False, mininterval=0.5)
+    with open(problems_path or os.devnull, "w", buffering=1) as file, progress:
+        while len(findings.usable) < num_samples:
+            rest = range(len(findings.usable), num_samples)
+            try:
+                for found in DataLoader(dataset, batch_size=None, sampler=rest, num_workers=workers):
+                    findings.add(found, file)
+                    progress.update()
+            except RuntimeError as crash:  # it can come at any moment, by a signal that a worker has died
+                if not str(crash).startswith("DataLoader worker"):
+                    raise
+                reason = f"expected to be read, found that its process ended: {crash}"
+                in_hand = range(len(findings.usable), num_samples)[: 2 * workers]  # two a worker at most
+                for _ in in_hand:
+                    place = f"one of {in_hand[0]} to {in_hand[-1]}"
+                    findings.add(DataError(reason, "samples", place), file)
+                    progress.update()
     return findings
 
 
