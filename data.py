@@ -233,7 +233,7 @@ class Settings:
 
     num_frames: int = 8  # frames sampled evenly from a video
     frame_pixels: int = 32 * 32  # about the most pixels that each of them has after resizing
-    region_pixels: int = 96 * 96  # the same for stills, which are images and annotated frames
+    region_pixels: int = 96 * 96  # the same for stills: images and annotated frames
     region_frames: int = 8  # the most annotated frames used of one object, evenly spread
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
@@ -268,7 +268,7 @@ class Processor:
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        self.min_pixels = image_processor.size["shortest_edge"]  # these names notwithstanding, both are areas
+        self.min_pixels = image_processor.size["shortest_edge"]  # despite these names, both are areas
         self.max_pixels = image_processor.size["longest_edge"]
         self.image_pad = tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.video_pad = tokenizer.convert_ids_to_tokens(config.video_token_id)
@@ -329,7 +329,7 @@ class Processor:
         return rearrange(frames, pattern, ph=self.patch_size, pw=self.patch_size, **sizes)
 
     def image_prompt(self, cells):
-        """The text that stands for an image of so many cells."""
+        """The text that stands for an image of this many cells."""
         return self.vision_start + self.image_pad * cells + self.vision_end
 
     def video_prompt(self, frames, fps, cells):
@@ -376,7 +376,7 @@ class Processor:
         token_counts = iter(region_tokens)
         pieces = []  # (text, whether it is supervised)
         for prompt, (_, answer) in zip(prompts, turns):
-            prompt = prompt.removeprefix(end)  # it belongs to the answer before, with which it is supervised
+            prompt = prompt.removeprefix(end)  # it is supervised with the answer before it
             pieces.append((re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt), False))
             pieces.append((answer + end, True))
         if for_generation:
@@ -407,7 +407,7 @@ class Processor:
 
 # ---- encoded samples ----
 
-# The part of an encoded sample that stays so for text, and the lists that grow with its regions.
+# What an encoded sample without media has, and the lists with entries for its regions.
 NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
 REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
 
@@ -421,8 +421,8 @@ class ReferringDataset(Dataset):
 
     single_frame: the probability that an object is cut to one random annotated frame (the paper trains on a
     mix of both modes). control: "none"; "full" replaces every mask by the whole frame; "shuffle" by the masks
-    of a random object on other media. cache_bytes: memory for decoded frames. timeout: seconds that opening a
-    media file may take, and reading frames from it.
+    of a random object on other media. cache_bytes: memory for decoded frames. timeout: seconds allowed for
+    opening a media file, and again for reading frames from it.
     """
 
     def __init__(
@@ -481,7 +481,7 @@ class ReferringDataset(Dataset):
         return media
 
     def choose_masks(self, sample, object_index, info, rng):
-        """The masks used of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
+        """The masks chosen of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
 
         An empty mask says that the object is hidden there. If one is found, all masks are decoded, and frames
         are chosen anew among those where it is visible.
@@ -575,7 +575,7 @@ class ReferringDataset(Dataset):
             encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
 
 
-# What a rank computes on if none of its samples can be used: a single token, and nothing to learn.
+# What a batch holds if none of its samples can be used: a single token, and nothing to learn.
 EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
 EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}

@@ -13,7 +13,7 @@
 
 Every answer of a conversation is one question: the model reads the conversation up to there, and replies
 greedily. A control asks the questions about regions again with other masks: the whole frame (full), or the
-mask of another sample's object (shuffle). What is still right then does not come from the mask.
+masks of an object on other media (shuffle). What is still right then does not come from the mask.
 
 All of it runs under torchrun as well (--ask on the first rank alone). With --out, the same command resumes a
 run that was killed; the loss is computed again. A bad sample ends --data (python data.py FILE lists all of
@@ -69,7 +69,7 @@ def load(path, device=None):
 
 # ---- questions and replies ----
 
-# The fields of an entry that its lines in predictions.jsonl repeat.
+# The fields of an entry that are copied to predictions.jsonl.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
@@ -160,7 +160,7 @@ def mean_loss(model, processor, samples, args):
 def score(questions, columns):
     """Returns {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
-    columns: {column: its key in a question, absent where a control does not ask}. A reply is right if it
+    columns: {column: key of its reply in a question; no key: not asked}. A reply is right if it
     equals the answer; None is wrong. The rows are the types of questions, "about regions" (if only some are),
     and "all". The column "constant" is added: always the most frequent answer to questions of this type. It
     differs for those with and without regions, so that it can be compared with the controls.
@@ -174,7 +174,10 @@ def score(questions, columns):
 
     rows = {}
     for kind in sorted({question["type"] for question in questions}):
-        rows[kind or "(no type)"] = [question for question in questions if question["type"] == kind]
+        row = kind or "(no type)"
+        if kind in ("(no type)", "about regions", "all"):  # the names of other rows
+            row = f"type {kind}"
+        rows[row] = [question for question in questions if question["type"] == kind]
     about_regions = [question for question in questions if question["regions"]]
     if 0 < len(about_regions) < len(questions):
         rows["about regions"] = about_regions
@@ -294,7 +297,7 @@ def choose(reply, options):
     """Reads a reply to a multiple-choice question with the options {"A": text, ...}.
 
     Returns (letter, "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
-    The letter, of an option, stands at the beginning or after "The answer is", in one of the forms above, and
+    An option's letter stands at the beginning or after "The answer is", in one of the forms above, and
     no second letter may follow in such a form ("(A) or (B)"). A sentence has no letter ("A dog runs", "The
     answer is a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold
     type and \\boxed{} are removed.

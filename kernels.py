@@ -104,7 +104,7 @@ if triton:
     # The interpreter has no speed to compare, so there it takes the first configuration.
     CONFIGS_TO_TRY = slice(1) if triton.knobs.runtime.interpret else slice(None)
 
-    # N and M change with each batch; without do_not_specialize, their special values would be compiled anew.
+    # N and M change with each batch; without do_not_specialize, some values would compile the kernel anew.
     @triton.autotune(FORWARD_CONFIGS[CONFIGS_TO_TRY], key=["D"])
     @triton.jit(do_not_specialize=["N", "M"])
     def pool_forward(
@@ -217,8 +217,7 @@ def regions_over_rows(frame_start, weight_start, N):
 
     A region covers an interval of rows. Once the regions are sorted by their first row, those that begin at
     or before row n are order[:last[n]]. Of these, the ones in front of order[first[n]] all end at or before
-    row n. Regions that share a frame have the same first row, so they are neighbours and nothing else lies
-    between them.
+    row n. Regions that share a frame have the same first row, so they stand side by side in order.
     """
     start, order = frame_start.sort(stable=True)
     furthest_end = (start + weight_start.diff()[order]).cummax(0).values  # of the regions up to each position

@@ -2,7 +2,7 @@
 
     video patches --vision tower--> cells ---------------------------------> the video's tokens --.
     still patches --vision tower--> cells --masked_average_pool--> one vector for each region frame |
-                                        |      `--temporal_merge--> at most u for each region       |--> LLM
+                                        |      `--temporal_merge--> at most u for each object       |--> LLM
                                         |            `--RegionEncoder--> region tokens -------------|
                                         `----------------------------------> an image's tokens -----|
     text ----embedding-------------------------------------------------------> the other tokens ----'
@@ -95,8 +95,8 @@ class ReferringVideoLLM(nn.Module):
         return output.last_hidden_state
 
     def _inputs(self, batch):
-        """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), how far these run ahead
-        of the number of tokens (B, 1), and Qwen3-VL's deepstack features as keyword arguments.
+        """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), the next position minus
+        the number of tokens (B, 1), and Qwen3-VL's deepstack features as keyword arguments.
         """
         ids = batch["input_ids"]
         config = self.backbone.config
@@ -130,7 +130,7 @@ class ReferringVideoLLM(nn.Module):
             tokens = self.region_encoder(cells, frame_start, **{name: batch[name] for name in names})
             embeddings = place(embeddings, ids == self.region_token_id, tokens)
         elif self.training:
-            # Add 0 times each parameter, so that DDP finds its gradient on a rank without regions, too.
+            # Add an empty sum of each parameter: DDP needs its gradient on ranks without regions, too.
             embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())
 
         images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
@@ -255,7 +255,7 @@ class ReferringVideoLLM(nn.Module):
 class RegionEncoder(nn.Module):
     """Cells and coverage -> region tokens: token = merged + MLP(merged) + P(box).
 
-    merged averages the region's cells. The MLP and P end in zeros, so initially a token is that average.
+    merged is the average of its cells. The MLP and P end in zeros, so initially a token is that average.
     """
 
     FREQUENCIES = 4  # sinusoids of 1/2, 1, 2 and 4 periods over the picture or the video

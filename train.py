@@ -68,7 +68,7 @@ class Config:
     train: str = option(None, "what learns: region,projector,llm,vision (default: all if tiny, or region)")
     steps: int = option(560, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
-    batch_size: int = option(None, "samples per step, over all ranks (default: 16, or all if fewer)")
+    batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
     micro_batch: int = option(8, "samples per forward pass of a rank at most, grouped by length")
     lr: float = option(None, "peak learning rate of projector, llm, vision (default: 1e-3 if tiny, or 2e-5)")
     region_lr: float = option(None, "peak learning rate of region (default: 3e-3 if tiny, or 1e-3)")
@@ -101,8 +101,8 @@ class Config:
 class Order:
     """The batch sampler: for each step, the (epoch, sample index) pairs of this rank's samples.
 
-    All samples of all epochs stand in one long row, each epoch shuffled by (seed, epoch). Step s takes the
-    s-th batch_size of them, and each rank an equal stretch of those. So there is no state to save.
+    All epochs stand in one long row, each shuffled by (seed, epoch). Step s takes the s-th stretch of
+    batch_size samples, and each rank an equal part of it. So there is no state to save.
     """
 
     def __init__(self, num_samples, batch_size, steps, seed, rank, world_size, first_step=0):
@@ -131,7 +131,7 @@ def split_into_micro_batches(samples, micro_batch, pad_token_id):
 
     Samples of similar length go together, so that there is little padding; the gradient does not depend on
     it. Bad samples (DataErrors) come last and count, so that all ranks make the same number of batches:
-    they wait for each other in each forward pass. For a batch of bad samples it runs on a single token.
+    they wait for each other in each forward pass. A batch of bad samples alone holds a single token.
     """
     ordered = sorted(samples, key=_length)
     groups = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
@@ -373,8 +373,8 @@ def train(config):
         save(model, processor, final)
         print0(f"saved {final}")
     if dist.is_initialized():
-        # As the last owner of the process group, DDP would wait for gloo's threads with Python's lock in
-        # hand, which they need to free the tensors they sent.
+        # As the last owner of the process group, DDP would wait for gloo's threads while it holds
+        # the GIL, which they need to free the tensors they sent.
         del ddp_model
         dist.barrier()
         dist.destroy_process_group()

@@ -96,6 +96,15 @@ def test_an_options_text_may_begin_like_an_announcement_or_end_like_a_letter():
     assert evaluation.choose("(b) Vitamin C", options) == (None, "none"), "C is a second letter here"
 
 
+def test_a_type_that_is_called_as_another_row_keeps_its_own():
+    kinds = ["all", "about regions", "", "(no type)"]
+    questions = [{"type": kind, "regions": kind != "", "answer": "a", "reply": "a"} for kind in kinds]
+    rows = evaluation.score(questions, {"exact": "reply"})
+    counts = {row: columns["questions"] for row, columns in rows.items()}
+    assert counts["type all"] == counts["type about regions"] == counts["(no type)"] == 1
+    assert counts["about regions"] == 3 and counts["all"] == 4 and counts["type (no type)"] == 1
+
+
 def test_entries_without_an_answer_do_not_choose_the_constant_answer():
     """Worked by hand: three entries have no answer that can be read, and always saying A is right twice."""
     question = {"type": "x", "regions": True, "choice": None}
