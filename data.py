@@ -148,7 +148,8 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
-    expect(media is not None or not objects, "a video or image for the annotated objects", "neither key")
+    if objects and media is None:
+        raise DataError("expected a video or image for the annotated objects, found neither key")
     size = entry.get("height"), entry.get("width")
     if size == (None, None):
         size = None
@@ -971,9 +972,10 @@ class Samples:
         self.files, self.outside_paths = files, outside_paths  # files: (path, media folder) of each
         self.indices = [_open_index(path) for path, _ in files]
         self.versions = [version for version, _ in self.indices]
-        if versions is not None and versions != self.versions:
-            raise DataError(FILE_CHANGED, ", ".join(path for path, _ in files))
-        # Of each file, its first sample.
+        for (path, _), version, expected in zip(files, self.versions, versions or self.versions):
+            if version != expected:  # it changed before a spawned process opened it
+                raise DataError(FILE_CHANGED, path)
+        # The index of each file's first sample.
         self.first = np.cumsum([0] + [len(spans) for _, spans in self.indices])
 
     def __reduce__(self):
@@ -1068,7 +1070,8 @@ def _find_samples(file):
     if first == b"[":
         gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
         first = _next_visible(file)
-    expect(first not in (b"", b"]"), "at least one sample", "none")
+    if first in (b"", b"]"):
+        raise DataError("expected at least one sample, found none")
     offset, size = file.tell() - 1, _WINDOW
     while True:
         file.seek(offset)

@@ -237,8 +237,8 @@ class Bench:
                 return sample
             frame, objects = entry.get("frame_idx"), []
             data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
-            for i, masks in enumerate(sample.objects):
-                wanted = f"object {i}: a mask on frame {frame}, as frame_idx says"
+            for object_index, masks in enumerate(sample.objects):
+                wanted = f"object {object_index}: a mask on frame {frame}, as frame_idx says"
                 data.expect(int(frame) in masks, wanted, sorted(masks))
                 objects.append({int(frame): masks[int(frame)]})
             return replace(sample, objects=objects)

@@ -934,12 +934,15 @@ def test_another_spelling_of_the_same_file_is_no_other_media(folder, processor):
 
 def test_a_worker_that_opens_a_changed_file_says_so(folder):
     """A spawned worker opens the data file anew: it read other samples than the process that spawned it."""
-    path = write(folder, [good(), good()])
-    pickled = pickle.dumps(data.read_samples(path))
-    assert len(pickle.loads(pickled)) == 2
+    same, changed = write(folder, [good()], "same.json"), write(folder, [good(), good()])
+    pickled = pickle.dumps(data.read_samples([same, changed]))
+    assert len(pickle.loads(pickled)) == 3
     write(folder, [good()])
-    with pytest.raises(DataError, match="data.json: expected the file as it was when it was opened"):
+    with pytest.raises(
+        DataError, match="data.json: expected the file as it was when it was opened"
+    ) as caught:
         pickle.loads(pickled)
+    assert "same.json" not in str(caught.value)
 
 
 def test_a_size_that_is_too_large_is_called_so(folder):

@@ -534,36 +534,14 @@ def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsy
 
 def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, tmp_path):
     """A video may be there by then. On two ranks, for errors must cross over as well."""
-    process = start(
-        "--model",
-        checkpoint,
-        "--out",
-        tmp_path / "out",
-        "--bench-q",
-        bad_file,
-        "--device",
-        "cpu",
-        "--workers",
-        0,
-        ranks=2,
-    )
+    arguments = ["--model", checkpoint, "--out", tmp_path / "out", "--bench-q", bad_file]
+    arguments += ["--device", "cpu", "--workers", 0]
+    process = start(*arguments, ranks=2)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and "16 of 18 questions could not be asked" in output, output[-3000:]
     copy = bad_file.parent / "videos" / "none.mp4"
     copy.write_bytes((bad_file.parent / "videos" / "test0000.mp4").read_bytes())
     try:
-        arguments = (
-            "--model",
-            checkpoint,
-            "--out",
-            tmp_path / "out",
-            "--bench-q",
-            bad_file,
-            "--device",
-            "cpu",
-            "--workers",
-            0,
-        )
         evaluation.main([str(a) for a in arguments])
     finally:
         copy.unlink()
