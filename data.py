@@ -20,6 +20,7 @@ a DataError, which names file, sample and field, what was expected and what was 
 
 import argparse
 import codecs
+import copy
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ from collections import Counter, OrderedDict, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import chain, cycle
+from itertools import accumulate, chain, cycle
 from pathlib import Path
 
 import av
@@ -46,9 +47,15 @@ from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import cached_file
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised; torch's cross_entropy skips it
 REGION_TAG = "<region>"  # what a question in the data file writes for an object
@@ -279,6 +286,11 @@ class Processor:
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.control_tokens = re.compile("|".join(map(re.escape, [*special, ANSWER_MARK])))
+        # The backbone without layers, and without memory for weights, because it knows how positions count.
+        config = copy.deepcopy(config)
+        config.text_config.num_hidden_layers = config.vision_config.depth = 0
+        with torch.device("meta"):
+            self.empty_backbone = AutoModel.from_config(config)
 
     @classmethod
     def from_pretrained(cls, path, settings):
@@ -395,6 +407,53 @@ class Processor:
             raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
 
+    def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
+        """The position ids of a sample's tokens, int64 (3, L): time, row and column, as the backbone counts.
+
+        prompt_grid: (time, rows, columns) of the image or video in the prompt, in patches.
+        """
+        ids = torch.from_numpy(input_ids)[None]
+        is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
+        positions, _ = self.empty_backbone.get_rope_index(
+            ids,
+            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
+            image_grid_thw=torch.tensor([prompt_grid]) if kind == "image" else None,
+            video_grid_thw=torch.tensor([prompt_grid]) if kind == "video" else None,
+            second_per_grid_ts=torch.tensor([seconds_per_pair]),  # where the prompt has no timestamps
+        )
+        return positions[:, 0].numpy()
+
+    def tower_indices(self, grids):
+        """What the vision tower looks up for its patches, as its keyword arguments.
+
+        grids: (time, rows, columns) in patches for each still and video. Left to itself, the tower makes the
+        same in each forward pass, on the GPU, and waits for it.
+        """
+        tower, grids = self.empty_backbone.visual, torch.tensor(grids)
+        bounds = get_vision_cu_seqlens(grids)
+        indices = {
+            "grid_thw": grids,
+            "position_ids": get_vision_position_ids(grids, self.merge_size),
+            "cu_seqlens": bounds,  # attention stays within a frame
+            "max_seqlen": int(bounds.diff().max()),
+        }
+        if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
+            windows, bounds = get_vision_window_index(
+                grids, self.merge_size, tower.window_size, self.patch_size
+            )
+            indices |= {"window_index": windows, "cu_window_seqlens": bounds}
+            indices["max_window_seqlen"] = int(bounds.diff().max())
+        else:  # learned positions, which are interpolated to the size of the grid
+            rows, weights = get_vision_interpolation_indices_and_weights(
+                grids,
+                tower.num_grid_per_side,
+                tower.interpolation_mode,
+                tower.interpolation_align_corners,
+                self.merge_size,
+            )
+            indices |= {"interp_indices": rows, "interp_weights": weights}
+        return indices
+
     def _message_parts(self, question, media):
         """A question as the parts of a chat message. Its media tag becomes a part, without line breaks."""
         parts = []
@@ -410,6 +469,7 @@ class Processor:
 
 # What an encoded sample without media has, and the lists with entries for its regions.
 NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+NO_MEDIA |= {"prompt_grid": None, "seconds_per_pair": 1.0}
 REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
 
 
@@ -471,6 +531,8 @@ class ReferringDataset(Dataset):
             encoded["input_ids"], encoded["labels"] = self.processor.encode(
                 sample.turns, encoded["kind"], prompt, encoded["region_tokens"], for_generation
             )
+            names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
+            encoded["position_ids"] = self.processor.positions(*(encoded[name] for name in names))
         return encoded
 
     def media_of(self, sample):
@@ -535,13 +597,14 @@ class ReferringDataset(Dataset):
         encoded["still_patches"] = [processor.still_patches(pictures[frame, still_size]) for frame in stills]
         if info.is_image:
             encoded["kind"] = "image"
+            encoded["prompt_grid"] = (1, *encoded["still_grid"])
             return processor.image_prompt(math.prod(still_size) // processor.factor**2)
         pair = processor.temporal_patch_size
         gh, gw = (side // processor.patch_size for side in frame_size)
         encoded["kind"] = "video"
         frames = np.stack([pictures[frame, frame_size] for frame in sampled])
         encoded["video_patches"] = processor.video_patches(frames)
-        encoded["video_grid"] = math.ceil(len(sampled) / pair), gh, gw
+        encoded["prompt_grid"] = math.ceil(len(sampled) / pair), gh, gw
         # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
         encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
         return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
@@ -579,6 +642,7 @@ class ReferringDataset(Dataset):
 # What a batch holds if none of its samples can be used: a single token, and nothing to learn.
 EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
+EMPTY_SAMPLE |= {"position_ids": np.zeros((3, 1), np.int64)}
 EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
 
 
@@ -590,82 +654,133 @@ def evenly(items, count):
 # ---- batches ----
 
 
-def collate(samples, pad_token_id, pad_left=False):
+def collate(samples, processor, for_generation=False):
     """Joins encoded samples to one batch (a dict). Samples that are DataErrors are left out of it.
 
-    B samples, L tokens, S stills, V videos, R region frames, O objects, M cells of all region frames. Where
-    the batch has none of something, its tensor has length 0.
+    A batch to learn from is one row of tokens: the samples stand one after another, nothing is padded, and
+    attention stays within each sample. For generation the samples are rows, padded on the left. Every index
+    that the model needs is made here, by the loader's workers, because a GPU that has to report a number of
+    placeholders or of cells to the CPU stands still until the CPU has answered.
 
-        errors             for each of the given samples its DataError or None
-        ids, types         lists of B
-        input_ids, labels  int64 (B, L), padded on the right, or on the left for generation
-        attention_mask     int64 (B, L), 0 where they are padded
-        supervised_tokens  int, the number of labels that the loss sums over
-        still_patches      uint8 (P, 3 * patch * patch)
-        still_grid_thw     int64 (S, 3), in patches: images that stand in prompts, then annotated frames
-        prompt_images      int, how many of the stills stand in prompts
-        video_patches      uint8 (Q, 3 * temporal * patch * patch)
-        video_grid_thw     int64 (V, 3), in patches
-        seconds_per_pair   float32 (V,), the time between two pairs of frames
-        coverage           float32 (M,), the grids of all region frames, ordered by object, then time
-        coverage_start     int64 (R + 1,), where each of these grids begins
-        region_still       int64 (R,), the still that each of them lies on
-        boxes              float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
-        object_frames      int64 (O,), how many region frames an object has
-        region_tokens      int64 (O,), how many placeholder tokens it has
+    B samples, L tokens in a row (of which training has one), P and Q patches, C cells, V visual tokens, R
+    region frames, O objects, M cells of all region frames. Where the batch has none of something, its tensor
+    has length 0.
+
+        errors           for each of the given samples its DataError or None
+        ids, types       lists of B
+        num_tokens       int, without padding
+        input_ids        int64 (1, L), or (B, L) for generation
+        position_ids     int64 (3, 1, L) or (3, B, L): time, row and column, as the backbone counts them
+        next_position    int64 (B, 1), the position of the token that comes after each sample
+        attention        dict, which tokens see each other, as the LLM's keyword arguments
+        target_index     int64 (T,), where in the row the next token is supervised
+        targets          int64 (T,), these next tokens
+        still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then annotated frames
+        video_patches    uint8 (Q, 3 * temporal * patch * patch)
+        tower            dict, grids and indices of all these patches, as the vision tower's keyword arguments
+        cell_counts      [int, int, int], the cells of images in prompts, annotated frames, videos; sum C
+        visual_index     int64 (V,), the tokens that images and videos take the place of (all rows in one)
+        region_index     int64 (T,), the tokens that regions take the place of
+        coverage         float32 (M,), the grids of all region frames, ordered by object, then time
+        coverage_start   int64 (R + 1,), where each of these grids begins
+        frame_start      int64 (R,), the cell where the still of each region frame begins
+        boxes            float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
+        object_frames    int64 (O,), how many region frames an object has
+        region_tokens    int64 (O,), how many placeholder tokens it has
     """
     errors = [sample if isinstance(sample, DataError) else None for sample in samples]
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
-    length = max(len(sample["input_ids"]) for sample in samples)
-    input_ids = np.full((len(samples), length), pad_token_id)
-    labels = np.full_like(input_ids, IGNORE_INDEX)
-    attention_mask = np.zeros_like(input_ids)
-    for row, sample in enumerate(samples):
-        size = len(sample["input_ids"])
-        columns = slice(length - size, length) if pad_left else slice(size)
-        input_ids[row, columns] = sample["input_ids"]
-        labels[row, columns] = sample["labels"]
-        attention_mask[row, columns] = 1
+    config, cell = processor.config, processor.merge_size**2
+    lengths = [len(sample["input_ids"]) for sample in samples]
 
-    # The images that stand in prompts come first.
+    def join(name, padding):
+        arrays = [sample[name] for sample in samples]
+        if not for_generation:
+            return np.concatenate(arrays, axis=-1)[..., None, :]
+        rows = [_pad_left(array, max(lengths), padding) for array in arrays]
+        return np.stack(rows, axis=-2)
+
+    input_ids = join("input_ids", processor.tokenizer.pad_token_id)
+    labels = join("labels", IGNORE_INDEX)
+    position_ids = join("position_ids", 0)
+    next_position = [[sample["position_ids"].max() + 1] for sample in samples]
+    if for_generation:
+        mask = [_pad_left(np.ones(length, np.int64), max(lengths), 0) for length in lengths]
+        attention = {"attention_mask": torch.from_numpy(np.stack(mask))}
+    else:
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        attention = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        attention |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "sample_lengths": lengths}
+    target_index = np.flatnonzero(labels[0, 1:] != IGNORE_INDEX)
+
+    # The stills: images that stand in prompts come first.
     image_rows = [row for row, sample in enumerate(samples) if sample["kind"] == "image"]
     other_rows = [row for row, sample in enumerate(samples) if sample["kind"] != "image"]
     stills, still_grids, first_still = [], [], {}
     for row in image_rows + other_rows:
-        sample = samples[row]
         first_still[row] = len(stills)
-        stills += sample["still_patches"]
-        still_grids += [(1, *sample["still_grid"])] * len(sample["still_patches"])
+        stills += samples[row]["still_patches"]
+        still_grids += [(1, *samples[row]["still_grid"])] * len(samples[row]["still_patches"])
     videos = [sample for sample in samples if sample["video_patches"] is not None]
-    region_still = []
-    for row, sample in enumerate(samples):
-        region_still += [first_still[row] + i for i in sample["region_still"]]
-    joined = {}
+    if not stills and not videos:
+        # The tower runs even without media, then for one black cell: in training the ranks wait for each
+        # other's gradients of every parameter, and under FSDP also for its weights.
+        stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
+        still_grids = [(1, processor.merge_size, processor.merge_size)]
+    num_images = len(image_rows)
+    cell_counts = [
+        sum(len(still) for still in stills[:num_images]) // cell,
+        sum(len(still) for still in stills[num_images:]) // cell,
+        sum(len(video["video_patches"]) for video in videos) // cell,
+    ]
+    still_start = np.cumsum([0] + [len(still) // cell for still in stills])
+    image_index, video_index, region_index = (
+        np.flatnonzero(input_ids == token)
+        for token in (config.image_token_id, config.video_token_id, processor.region_token_id)
+    )
+
+    regions = {}
     for name in REGION_LISTS:
-        joined[name] = list(chain.from_iterable(sample[name] for sample in samples))
-    video_grids = [video["video_grid"] for video in videos]
-    seconds = [video["seconds_per_pair"] for video in videos]
+        regions[name] = list(chain.from_iterable(sample[name] for sample in samples))
+    frame_start = []
+    for row, sample in enumerate(samples):
+        frame_start += [still_start[first_still[row] + i] for i in sample["region_still"]]
+    for name, index, rows in (
+        ("image", image_index, cell_counts[0]),
+        ("video", video_index, cell_counts[2]),
+        ("region", region_index, sum(regions["region_tokens"])),
+    ):
+        assert len(index) == rows, f"{len(index)} {name} placeholders for {rows} rows"
     return {
         "errors": errors,
         "ids": [sample["id"] for sample in samples],
         "types": [sample["type"] for sample in samples],
+        "num_tokens": sum(lengths),
         "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "supervised_tokens": int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        "position_ids": torch.from_numpy(position_ids),
+        "next_position": torch.tensor(next_position),
+        "attention": attention,
+        "target_index": torch.from_numpy(target_index),
+        "targets": torch.from_numpy(labels[0, target_index + 1]),
         "still_patches": _concatenate(stills, np.uint8),
-        "still_grid_thw": torch.tensor(still_grids, dtype=torch.long).view(-1, 3),
-        "prompt_images": len(image_rows),
         "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
-        "video_grid_thw": torch.tensor(video_grids, dtype=torch.long).view(-1, 3),
-        "seconds_per_pair": torch.tensor(seconds, dtype=torch.float32),
-        "coverage": _concatenate(joined["coverage"], np.float32),
-        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in joined["coverage"]])),
-        "region_still": torch.tensor(region_still, dtype=torch.long),
-        "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
-        "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
-        "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
+        "tower": processor.tower_indices(still_grids + [video["prompt_grid"] for video in videos]),
+        "cell_counts": cell_counts,
+        "visual_index": torch.from_numpy(np.concatenate([image_index, video_index])),
+        "region_index": torch.from_numpy(region_index),
+        "coverage": _concatenate(regions["coverage"], np.float32),
+        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in regions["coverage"]])),
+        "frame_start": torch.tensor(frame_start, dtype=torch.long),
+        "boxes": torch.tensor(regions["boxes"], dtype=torch.float32).view(-1, 5),
+        "object_frames": torch.tensor(regions["object_frames"], dtype=torch.long),
+        "region_tokens": torch.tensor(regions["region_tokens"], dtype=torch.long),
     }
+
+
+def _pad_left(array, length, padding):
+    """The array with its last axis made this long."""
+    widths = [(0, 0)] * (array.ndim - 1) + [(length - array.shape[-1], 0)]
+    return np.pad(array, widths, constant_values=padding)
 
 
 def _concatenate(arrays, dtype):
@@ -674,8 +789,13 @@ def _concatenate(arrays, dtype):
 
 
 def to_device(batch, device):
-    """The same batch with its tensors on the device."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    """The same batch with its tensors on the device. From pinned memory, the copy runs by itself."""
+    moved = {}
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            value = to_device(value, device)
+        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+    return moved
 
 
 # ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----

@@ -117,10 +117,9 @@ class Questions(data.ReferringDataset):
             return error  # an exception would end the DataLoader's worker
 
 
-def batches(dataset, keys, device, pad_left=False, batch_size=1, workers=0):
+def batches(dataset, keys, device, for_generation=False, batch_size=1, workers=0):
     """Yields dataset[key] for all keys, in order, as batches on the device (see data.collate)."""
-    pad_token_id = dataset.processor.tokenizer.pad_token_id
-    collate = partial(data.collate, pad_token_id=pad_token_id, pad_left=pad_left)
+    collate = partial(data.collate, processor=dataset.processor, for_generation=for_generation)
     loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate, num_workers=workers)
     for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(keys) == 1):
         yield data.to_device(batch, device)
@@ -130,7 +129,7 @@ def generate_replies(model, processor, dataset, keys, max_new_tokens, **loading)
     """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample."""
     tokenizer, device = processor.tokenizer, next(model.parameters()).device
     end_token_ids = model.end_token_ids(tokenizer)
-    for batch in batches(dataset, keys, device, pad_left=True, **loading):
+    for batch in batches(dataset, keys, device, for_generation=True, **loading):
         tokens = []
         if not all(batch["errors"]):
             tokens = model.generate(batch, end_token_ids, max_new_tokens)
@@ -149,7 +148,7 @@ def mean_loss(model, processor, samples, args):
         for error in filter(None, batch["errors"]):
             raise error
         loss += model(batch).item()
-        tokens += batch["supervised_tokens"]
+        tokens += len(batch["targets"])
     loss, tokens = sum_over_ranks([loss, tokens], args.device)
     return loss / tokens
 

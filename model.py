@@ -22,6 +22,8 @@ import json
 import os
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AutoModelForImageTextToText,
     DynamicCache,
@@ -38,6 +41,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
@@ -64,6 +70,7 @@ class ReferringVideoLLM(nn.Module):
         # Published checkpoints have more embedding rows than tokens, so most of them need not grow.
         if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
             backbone.resize_token_embeddings(self.region_token_id + 1)
+        pack(backbone)
         self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
         images = processor.image_processor
         self.register_buffer("image_mean", torch.tensor(images.image_mean).view(1, 3, 1), persistent=False)
@@ -71,98 +78,65 @@ class ReferringVideoLLM(nn.Module):
 
     def forward(self, batch):
         """Returns the cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
-        hidden = self._hidden(batch)
-        targets = batch["labels"][:, 1:]
-        supervised = targets != data.IGNORE_INDEX
-        # Logits of all positions would take much memory, because the vocabulary has 150,000 tokens.
-        logits = self.backbone.lm_head(hidden[:, :-1][supervised])
-        return F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        with self._mixed_precision():
+            hidden = self._hidden(batch)[0]
+            # Logits of all positions would take much memory, because the vocabulary has 150,000 tokens.
+            logits = self.backbone.lm_head(hidden.index_select(0, batch["target_index"]))
+        return F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
 
     def logits(self, batch):
-        """Returns the logits of every position, (B, L, V)."""
-        return self.backbone.lm_head(self._hidden(batch))
+        """Returns the logits of every position, (rows, L, V)."""
+        with self._mixed_precision():
+            return self.backbone.lm_head(self._hidden(batch))
+
+    def _mixed_precision(self):
+        """On a GPU, weights are kept in float32 and matrices are multiplied in bfloat16."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.image_mean.is_cuda)
 
     def _hidden(self, batch):
-        """Returns what the LLM makes of a batch, (B, L, D), from which lm_head makes logits."""
-        embeddings, positions, _, deepstack = self._inputs(batch)
+        """Returns what the LLM makes of a batch, (rows, L, D), from which lm_head makes logits."""
+        embeddings, deepstack = self._inputs(batch)
         output = self.backbone.model.language_model(
             inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
             use_cache=False,
+            **batch["attention"],
             **deepstack,
         )
         return output.last_hidden_state
 
     def _inputs(self, batch):
-        """Returns what the LLM reads: embeddings (B, L, D), position ids (3, B, L), the next position minus
-        the number of tokens (B, 1), and Qwen3-VL's deepstack features as keyword arguments.
+        """Returns what the LLM reads: embeddings (rows, L, D), and Qwen3-VL's deepstack features as keyword
+        arguments.
         """
-        ids = batch["input_ids"]
-        config = self.backbone.config
-        is_image = ids == config.image_token_id
-        is_video = ids == config.video_token_id
-        is_visual = is_image | is_video
-        embeddings = self.backbone.get_input_embeddings()(ids)
-
-        # The rows of the vision tower: prompt images, then annotated frames, then videos.
-        patches_per_cell = config.vision_config.spatial_merge_size**2
-        still_cells = batch["still_grid_thw"].prod(1) // patches_per_cell  # (S,), cells of each still
-        num_image_cells = int(still_cells[: batch["prompt_images"]].sum())
-        num_video_cells = len(batch["video_patches"]) // patches_per_cell
-        videos_begin = len(batch["still_patches"]) // patches_per_cell
+        embeddings = self.backbone.get_input_embeddings()(batch["input_ids"])
         vision = self._encode_media(batch)
         cells = vision.pooler_output
-        rows = torch.arange(len(cells), device=ids.device)[:, None]
-        row_of = torch.zeros_like(ids)[:, :, None]  # (B, L, 1), the row that each visual token takes
-        row_of = place(row_of, is_image, rows[:num_image_cells])
-        row_of = place(row_of, is_video, rows[videos_begin : videos_begin + num_video_cells])
-        visual_rows = row_of[is_visual][:, 0]
-        embeddings = place(embeddings, is_visual, cells[visual_rows])
-
+        embeddings = place(embeddings, batch["visual_index"], self._in_prompt(cells, batch))
+        # Without regions it makes no tokens, but the empty gradients that DDP waits for.
+        names = ("coverage", "coverage_start", "frame_start", "boxes", "object_frames", "region_tokens")
+        regions = {name: batch[name] for name in names}
+        tokens = self.region_encoder(cells, len(batch["region_index"]), **regions)
+        embeddings = place(embeddings, batch["region_index"], tokens)
         # What each of the LLM's first layers adds to the visual tokens; Qwen2.5-VL has no such features.
-        added = [features[visual_rows] for features in getattr(vision, "deepstack_features", [])]
-        deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added} if added else {}
+        added = [self._in_prompt(features, batch) for features in getattr(vision, "deepstack_features", [])]
+        deepstack = {"visual_pos_masks": batch["visual_index"], "deepstack_visual_embeds": added}
+        return embeddings, deepstack if added else {}
 
-        if len(batch["object_frames"]):
-            frame_start = (still_cells.cumsum(0) - still_cells)[batch["region_still"]]
-            names = ("coverage", "coverage_start", "boxes", "object_frames", "region_tokens")
-            tokens = self.region_encoder(cells, frame_start, **{name: batch[name] for name in names})
-            embeddings = place(embeddings, ids == self.region_token_id, tokens)
-        elif self.training:
-            # Add an empty sum of each parameter: DDP needs its gradient on ranks without regions, too.
-            embeddings = embeddings + sum(p[:0].sum() for p in self.region_encoder.parameters())
-
-        images, videos = batch["still_grid_thw"][: batch["prompt_images"]], batch["video_grid_thw"]
-        positions, ahead = self.backbone.model.get_rope_index(
-            ids,
-            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
-            image_grid_thw=images if len(images) else None,
-            video_grid_thw=videos if len(videos) else None,
-            second_per_grid_ts=batch["seconds_per_pair"],  # not used by Qwen3-VL: its prompt has timestamps
-            attention_mask=batch["attention_mask"],
-        )
-        return embeddings, positions, ahead, deepstack
+    def _in_prompt(self, rows, batch):
+        """Leaves out of the tower's output the cells of annotated frames, which are not in the prompt."""
+        images, _, videos = rows.split(batch["cell_counts"])
+        return torch.cat([images, videos])
 
     def _encode_media(self, batch):
-        """Returns the vision tower's output for all stills, then all videos, or else for one black cell.
-
-        Without media the tower runs all the same, because in training the ranks wait for each other's
-        gradients of every parameter, and under FSDP also for its weights.
-        """
+        """Returns the vision tower's output for all stills, then all videos."""
         stills, videos = batch["still_patches"], batch["video_patches"]
-        grids = torch.cat([batch["still_grid_thw"], batch["video_grid_thw"]])
-        if not len(grids):
-            config = self.backbone.config.vision_config
-            side = config.spatial_merge_size
-            stills = stills.new_zeros(side**2, 3 * config.patch_size**2)
-            grids = grids.new_tensor([[1, side, side]])
         pixels = []
         if len(stills):
             pixels.append(self._pixels(stills, repeat=True))
         if len(videos):
             pixels.append(self._pixels(videos))
-        return self.backbone.model.visual(torch.cat(pixels), grid_thw=grids)
+        return self.backbone.model.visual(torch.cat(pixels), **batch["tower"])
 
     def _pixels(self, patches, repeat=False):
         """Normalises patches, uint8 (P, 3 * n), as the checkpoint's image processor does.
@@ -176,36 +150,37 @@ class ReferringVideoLLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch, end_token_ids, max_new_tokens=128):
-        """Answers a batch that is padded on the left, greedily. Returns B lists of token ids, each up to the
-        first of end_token_ids.
+        """Answers a batch that was collated for generation, greedily. Returns B lists of token ids, each up
+        to the first of end_token_ids.
         """
-        embeddings, positions, ahead, deepstack = self._inputs(batch)
-        mask = batch["attention_mask"]
-        cache = DynamicCache(config=self.backbone.config.text_config)
-        end_tokens = torch.tensor(end_token_ids, device=mask.device)
-        unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: its tokens, -1 in finished rows
-        for _ in range(max_new_tokens):
-            output = self.backbone.model.language_model(
-                inputs_embeds=embeddings,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **deepstack,
-            )
-            scores = self.backbone.lm_head(output.last_hidden_state[:, -1])
-            scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
-            token = scores.argmax(-1)
-            unfinished = unfinished & ~torch.isin(token, end_tokens)
-            if not unfinished.any():
-                break
-            columns.append(torch.where(unfinished, token, -1)[:, None])
-            # From here on, the LLM reads only the new token; the cache holds what came before.
-            embeddings = self.backbone.get_input_embeddings()(token[:, None])
-            positions = (mask.sum(1, keepdim=True) + ahead).expand(3, -1, -1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            deepstack = {}
+        with self._mixed_precision():
+            embeddings, deepstack = self._inputs(batch)
+            positions, mask = batch["position_ids"], batch["attention"]["attention_mask"]
+            cache = DynamicCache(config=self.backbone.config.text_config)
+            end_tokens = torch.tensor(end_token_ids, device=mask.device)
+            unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+            columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: tokens, -1 in finished rows
+            for step in range(max_new_tokens):
+                output = self.backbone.model.language_model(
+                    inputs_embeds=embeddings,
+                    position_ids=positions,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **deepstack,
+                )
+                scores = self.backbone.lm_head(output.last_hidden_state[:, -1])
+                scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
+                token = scores.argmax(-1)
+                unfinished = unfinished & ~torch.isin(token, end_tokens)
+                if not unfinished.any():
+                    break
+                columns.append(torch.where(unfinished, token, -1)[:, None])
+                # From here on, the LLM reads only the new token; the cache holds what came before.
+                embeddings = self.backbone.get_input_embeddings()(token[:, None])
+                positions = (batch["next_position"] + step).expand(3, -1, -1)
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                deepstack = {}
         rows = torch.cat(columns, dim=1).tolist()
         return [[token for token in row if token >= 0] for row in rows]
 
@@ -269,14 +244,19 @@ class RegionEncoder(nn.Module):
             nn.init.zeros_(last_layer.weight)
             nn.init.zeros_(last_layer.bias)
 
-    def forward(self, cells, frame_start, coverage, coverage_start, boxes, object_frames, region_tokens):
-        """Returns the region tokens, (T, D), where T is the sum of region_tokens.
+    def forward(
+        self, cells, num_tokens, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens
+    ):
+        """Returns the region tokens, (T, D).
 
-        cells: (N, D). frame_start: int64 (R,), the row of cells where each region frame begins. The others
-        are as data.collate makes them.
+        cells: (C, D), the vision tower's. num_tokens: int, T, the sum of region_tokens, which the CPU knows.
+        The others are as data.collate makes them.
         """
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
-        merged, boxes = temporal_merge(pooled, boxes, object_frames, region_tokens)  # (T, D), (T, 5)
+        share = temporal_merge(pooled, object_frames, region_tokens, num_tokens)  # (T, R)
+        with torch.autocast(cells.device.type, enabled=False):
+            merged = (share @ pooled.float()).to(pooled.dtype)  # (T, D)
+            boxes = share @ boxes  # (T, 5)
         return merged + self.mlp(merged) + self._position(boxes)
 
     def _position(self, boxes):
@@ -296,38 +276,133 @@ class RegionEncoder(nn.Module):
             return F.linear(hidden, last.weight.float(), last.bias.float())
 
 
-def temporal_merge(pooled, boxes, object_frames, region_tokens):
-    """Joins neighbours in time until object o has region_tokens[o] rows (VideoRefer, section 3.2.2).
+@torch.no_grad()
+def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
+    """Joins neighbours in time until object o has region_tokens[o] tokens (VideoRefer, section 3.2.2).
 
     Of an object's n rows, the n - u most similar pairs of neighbours are joined, and each run of joined rows
-    becomes its average. Similarity is the cosine; ties go to the earlier pair.
+    becomes its average. Similarity is the cosine; ties go to the earlier pair. Which pairs are joined passes
+    no gradient on.
 
-    pooled: (R, D) and boxes: (R, 5), a row for each region frame, ordered by object, then time. object_frames
-    and region_tokens: int64 (O,), each object's n, and its u from 1 to n. Returns (T, D) and (T, 5), where T
-    is the sum of region_tokens.
+    pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames and
+    region_tokens: int64 (O,), each object's n, and its u from 1 to n. num_tokens: int, T, the sum of u.
+    Returns float32 (T, R), the share that each row has in each token.
     """
-    frame_counts, token_counts = object_frames.tolist(), region_tokens.tolist()
-    assert sum(frame_counts) == len(pooled), f"{sum(frame_counts)} region frames, but {len(pooled)} rows"
-    # Pair i is rows i and i + 1. Which pairs are joined is decided without gradients.
-    similarity = F.cosine_similarity(pooled[:-1].float(), pooled[1:].float(), dim=-1).tolist()
-    ends = []  # of all runs of all objects: the row behind each
-    start = 0
-    for n, u in zip(frame_counts, token_counts):
-        pairs = range(start, start + n - 1)
-        most_similar = sorted(pairs, key=lambda i: similarity[i], reverse=True)  # leaves ties in order
-        apart = sorted(most_similar[n - u :])
-        start += n
-        ends += [*(i + 1 for i in apart), start]
-    merged = [run.mean(0) for run in pooled.tensor_split(ends[:-1])]
-    merged_boxes = [run.mean(0) for run in boxes.tensor_split(ends[:-1])]
-    return torch.stack(merged), torch.stack(merged_boxes)
+    R = len(pooled)
+    objects = torch.arange(len(object_frames), device=pooled.device)
+    object_of_row = objects.repeat_interleave(object_frames, output_size=R)
+    first_row = object_frames.cumsum(0) - object_frames
+    last_row = object_frames.cumsum(0) - 1
+    # Pair i is rows i and i + 1. The pair of an object's last row would reach into the next object: less
+    # similar than any, it is never joined.
+    similarity = F.cosine_similarity(pooled.float(), pooled.float().roll(-1, 0), dim=-1)
+    similarity = similarity.index_fill(0, last_row, -2)
+    # Two stable sorts order the pairs by object, and those of an object from the most similar to the least.
+    order = similarity.argsort(descending=True, stable=True)
+    order = order[object_of_row[order].argsort(stable=True)]
+    rank = torch.empty_like(order).index_copy(0, order, torch.arange(R, device=order.device))
+    rank = rank - first_row[object_of_row]
+    is_joined = rank < (object_frames - region_tokens)[object_of_row]
+    ends_token = (~is_joined).long()
+    token_of_row = ends_token.cumsum(0) - ends_token
+    share = (token_of_row == torch.arange(num_tokens, device=order.device)[:, None]).float()
+    return share / share.sum(1, keepdim=True)
 
 
-def place(embeddings, is_placeholder, rows):
-    """Returns embeddings (B, L, D) with rows (T, D), in order, where is_placeholder (B, L) is True."""
-    found, expected = int(is_placeholder.sum()), len(rows)
-    assert found == expected, f"{found} placeholders for {expected} rows"
-    return embeddings.masked_scatter(is_placeholder[:, :, None], rows.to(embeddings.dtype))
+def place(embeddings, index, rows):
+    """Returns embeddings (B, L, D) with rows (T, D) in place of the tokens with these indices (T,), where the
+    tokens of all samples are counted in one go.
+    """
+    rows = rows.to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, index, rows).view_as(embeddings)
+
+
+# ---- Attention within a sample ----
+
+# transformers hands the bounds of samples and frames to an attention whose name contains "flash". To others
+# it gives one frame after another, in a loop in Python.
+ATTENTION = "flash_within_samples"
+
+
+def attention_within_samples(
+    module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens_q=None, max_length_q=None, **options
+):
+    """Attention of a row of tokens within each sample (in the vision tower: within each frame or window).
+
+    query, key, value: (1, heads, L, size of a head); key and value may have fewer heads. cu_seq_lens_q:
+    int32, 0 and the end of each sample. max_length_q: int, the longest sample. Returns (1, L, heads, size)
+    and None. Padded batches (generation) come without bounds, and get transformers' own attention.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
+    assert not options.get("sliding_window"), "expected attention to the whole sample, found a sliding window"
+    is_causal = options.get("is_causal", module.is_causal)
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
+    if query.is_cuda:
+        assert not dropout, f"varlen_attn has no dropout, found {dropout}"
+        # It has no autocast rule, and q_norm leaves query and key in float32.
+        out = varlen_attn(
+            *(x.bfloat16() for x in (query, key, value)),
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1, 0) if is_causal else (-1, -1),
+        )
+        return out.to(query.dtype)[None], None
+    # Neighbours of equal length, such as the frames of a video, are one batch.
+    outputs, start = [], 0
+    for length, group in groupby(cu_seq_lens_q.diff().tolist()):
+        count = len(list(group))
+        rows = slice(start, start + count * length)
+        start += count * length
+        batched = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*batched, None, dropout, is_causal, scale=scaling)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_within_samples)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+
+
+def pack(backbone):
+    """Makes a backbone of transformers read rows without padding, and never wait for the GPU. Nothing that it
+    computes changes, but for rounding.
+    """
+    tower, llm = backbone.model.visual, backbone.model.language_model
+    tower.config._attn_implementation = llm.config._attn_implementation = ATTENTION
+    if hasattr(llm, "_deepstack_process"):
+        llm._deepstack_process = add_at
+    tower.patch_embed.forward = partial(embed_patches, tower.patch_embed.proj)
+    for layer in llm.layers:
+        if hasattr(layer, "linear_attn"):  # Qwen3.5
+            layer.linear_attn.forward = partial(each_sample_alone, layer.linear_attn.forward)
+
+
+def embed_patches(convolution, patches):
+    """The tower's convolution over patches that do not overlap: a matrix product, which needs no cuDNN."""
+    return F.linear(patches, convolution.weight.flatten(1), convolution.bias)
+
+
+def each_sample_alone(
+    linear_attention, hidden_states, sample_lengths=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **options
+):
+    """Runs a layer whose state goes from token to token, and which knows no bounds of samples, for each."""
+    if sample_lengths is None:
+        return linear_attention(hidden_states, **options)
+    samples = hidden_states.split(sample_lengths, dim=1)
+    return torch.cat([linear_attention(sample, **options) for sample in samples], dim=1)
+
+
+def add_at(hidden, index, rows):
+    """Adds rows (T, D) to the tokens with these indices (T,) of hidden (B, L, D).
+
+    transformers' own version takes a mask of the tokens, and so waits for the GPU to count them.
+    """
+    return hidden.flatten(0, 1).index_add(0, index, rows.to(hidden.dtype)).view_as(hidden)
 
 
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----

@@ -69,7 +69,7 @@ class Config:
     steps: int = option(560, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
-    micro_batch: int = option(8, "samples per forward pass of a rank at most, grouped by length")
+    micro_batch: int = option(8, "samples per forward pass of a rank at most")
     lr: float = option(None, "peak learning rate of projector, llm, vision (default: 1e-3 if tiny, or 2e-5)")
     region_lr: float = option(None, "peak learning rate of region (default: 3e-3 if tiny, or 1e-3)")
     warmup: int = option(10, "steps of linear warm-up, after which a cosine falls to 0")
@@ -84,7 +84,7 @@ class Config:
     max_length: int = option(None, "tokens per sample at most; a longer one is refused (default: 4096)")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
     timeout: float = option(120.0, "seconds for reading a media file, which is left out if it takes longer")
-    workers: int = option(2, "processes per rank that load data")
+    workers: int = option(None, "processes per rank that load data (default: its cores, at most 16)")
     seed: int = option(0, "of the weights, the order and every random choice")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     save_every: int = option(None, "steps between two checkpoints OUT/step-NNNNNN (default: only on SIGTERM)")
@@ -92,6 +92,7 @@ class Config:
     resume: str = option(None, "latest (of --out; starts anew if there is none), or a checkpoint's folder")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2, not DDP)")
     grad_checkpoint: bool = option(False, "compute layers again in the backward pass rather than store them")
+    compile: bool = option(False, "compile the layers (torch.compile): slower at first, then faster")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
@@ -126,20 +127,15 @@ class Order:
             yield keys
 
 
-def split_into_micro_batches(samples, micro_batch, pad_token_id):
+def split_into_micro_batches(samples, micro_batch, processor):
     """Returns the batches (data.collate) into which a rank divides its samples of one step.
 
-    Samples of similar length go together, so that there is little padding; the gradient does not depend on
-    it. Bad samples (DataErrors) come last and count, so that all ranks make the same number of batches:
-    they wait for each other in each forward pass. A batch of bad samples alone holds a single token.
+    Bad samples (DataErrors) come last and count, so that all ranks make the same number of batches: they wait
+    for each other in each forward pass. A batch of bad samples alone holds a single token.
     """
-    ordered = sorted(samples, key=_length)
+    ordered = sorted(samples, key=lambda sample: isinstance(sample, data.DataError))
     groups = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
-    return [data.collate(group, pad_token_id) for group in groups]
-
-
-def _length(sample):
-    return math.inf if isinstance(sample, data.DataError) else len(sample["input_ids"])
+    return [data.collate(group, processor) for group in groups]
 
 
 def build_loader(config, samples, processor, first_step):
@@ -155,15 +151,30 @@ def build_loader(config, samples, processor, first_step):
         cache_bytes=FRAME_CACHE // max(config.workers, 1),
         timeout=config.timeout,
     )
-    pad = processor.tokenizer.pad_token_id
-    collate = partial(split_into_micro_batches, micro_batch=config.micro_batch, pad_token_id=pad)
+    collate = partial(split_into_micro_batches, micro_batch=config.micro_batch, processor=processor)
     return DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=config.workers,
         collate_fn=collate,
         worker_init_fn=ignore_sigterm,
+        pin_memory=config.device == "cuda",
     )
+
+
+def copy_ahead(steps, device):
+    """Yields the micro-batches of each step on the device. Those of the next are copied in the meantime."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead = None
+    for micro_batches in steps:
+        with torch.cuda.stream(stream):  # without a stream it does nothing
+            copies = [data.to_device(batch, device) for batch in micro_batches]
+        if ahead is not None:
+            yield ahead
+        if stream:
+            torch.cuda.current_stream().wait_stream(stream)
+        ahead = copies
+    yield ahead
 
 
 # ---- model and optimizer ----
@@ -192,6 +203,7 @@ def fill_in_defaults(config, processor, num_samples):
         defaults = {"train": "region,projector,llm,vision", "lr": 1e-3, "region_lr": 3e-3}
     else:
         defaults = {"train": "region", "lr": 2e-5, "region_lr": 1e-3}
+    defaults["workers"] = min(16, cores_per_rank())
     largest_batch = min(16, num_samples)
     defaults["batch_size"] = largest_batch - largest_batch % world_size()
     for name, value in (defaults | asdict(processor.settings)).items():
@@ -236,25 +248,31 @@ def schedule(step, config):
     return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
 
 
-def backward(model, micro_batches, total_tokens, device):
-    """Adds the gradient of a step to .grad. Returns the summed loss of this rank, a float32 scalar tensor.
+def backward(model, micro_batches):
+    """Adds the gradient of the loss, summed over the supervised tokens of all ranks, to .grad. Returns the
+    summed loss of this rank, a float32 scalar tensor.
 
-    The gradient is that of the loss summed over all ranks, divided by total_tokens, the number of supervised
-    tokens of all ranks. So neither the number of ranks nor the size of the micro-batches changes it.
+    A sum does not depend on how it is divided: neither the number of ranks nor the size of the micro-batches
+    changes it.
     """
-    loss_sum = torch.zeros((), device=device)
+    losses = []
     for micro_step, batch in enumerate(micro_batches):
         # In DDP training we only need to exchange gradients after the last micro-batch. FSDP does so after
         # each, because it is for models whose whole gradient, which it would have to keep, does not fit.
         is_last = micro_step == len(micro_batches) - 1
         skip_exchange = isinstance(model, DistributedDataParallel) and not is_last
         with model.no_sync() if skip_exchange else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = model(data.to_device(batch, device))
+            loss = model(batch)
             # DDP and FSDP average the gradients of the ranks. We want their sum, hence the world size.
-            (loss * world_size() / max(total_tokens, 1)).backward()
-        loss_sum += loss.detach()
-    return loss_sum
+            (loss * world_size()).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def gradient_norm(parameters):
+    """Returns the norm of the gradient of all ranks, a scalar tensor."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # ---- the loop ----
@@ -273,13 +291,19 @@ def train(config):
     model, processor = build(config, samples, ckpt_path)
     if ckpt:
         check_resumable(ckpt, config, len(samples))
+    if config.compile:
+        compile_layers(model)
     if config.grad_checkpoint:
         recompute_activations(model)
     if config.fsdp:
         shard(model, device)  # before the optimizer is made, because a sharded model has new parameters
     groups = choose_parameters(model, config)
+    if device.type == "cuda" and not config.fsdp:  # FSDP cannot mix types
+        halve_frozen(model)
     model.to(device).train()
-    ddp_model = DistributedDataParallel(model) if world_size() > 1 and not config.fsdp else model
+    ddp_model = model
+    if world_size() > 1 and not config.fsdp:
+        ddp_model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -290,7 +314,7 @@ def train(config):
         prepare_out(config.out, first_step)
     if world_size() > 1:
         dist.barrier()
-    batches = iter(build_loader(config, samples, processor, first_step))
+    batches = copy_ahead(build_loader(config, samples, processor, first_step), device)
     bad_samples = BadSamples(config, len(samples))
     steps = f"{config.steps} steps of {config.batch_size}"
     print0(f"data: {len(samples)} samples; {steps} on {world_size()} x {device.type}")
@@ -305,33 +329,37 @@ def train(config):
         # Dropout, if the backbone has any, draws from this.
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
 
-        # Fetch this rank's micro-batches, and sum the counts of all ranks. SIGTERMs are counted, too, so that
-        # all ranks stop after the same step.
+        # Forward and backward. Here alone, the CPU waits for the GPU.
         micro_batches = next(batches)
+        loss_sum = backward(ddp_model, micro_batches)
+        loss_sum, norm_of_sum = torch.stack([loss_sum, gradient_norm(parameters)]).tolist()
+
+        # Sum what the ranks counted. SIGTERMs are among it, so that all ranks stop after the same step.
         errors = [error for batch in micro_batches for error in batch["errors"] if error is not None]
         counts = [
-            sum(batch["supervised_tokens"] for batch in micro_batches),
-            sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
-            sum(batch["attention_mask"].numel() for batch in micro_batches),
+            sum(len(batch["targets"]) for batch in micro_batches),
+            sum(batch["num_tokens"] for batch in micro_batches),
             len(errors),
             len(sigterms),
         ]
-        supervised_tokens, tokens, padded_tokens, num_bad, num_sigterms = sum_over_ranks(counts, device)
+        supervised_tokens, tokens, num_bad, num_sigterms, loss_sum = sum_over_ranks(
+            [*counts, loss_sum], device
+        )
         stop = num_sigterms > 0
         if num_bad:
             bad_samples.add(errors)
 
-        # Forward and backward, then one step of the optimizer.
-        loss_sum = backward(ddp_model, micro_batches, supervised_tokens, device)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-        if config.fsdp:
-            grad_norm = grad_norm.full_tensor()
-        (loss_sum,) = sum_over_ranks([loss_sum.item()], device)
-        loss = loss_sum / max(supervised_tokens, 1)
-        if not math.isfinite(loss) or not torch.isfinite(grad_norm):
+        # From sums to means, clip the gradient, and take one step of the optimizer.
+        loss, grad_norm = (x / max(supervised_tokens, 1) for x in (loss_sum, norm_of_sum))
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
             ids = [sample_id for batch in micro_batches for sample_id in batch["ids"]]
             found = f"loss {loss}, gradient norm {grad_norm}"
             raise SystemExit(f"stopped at step {step}: {found}; rank {rank()} had samples {ids}")
+        scale = 1 / max(supervised_tokens, 1)
+        if config.clip and grad_norm > config.clip:
+            scale *= config.clip / grad_norm
+        for p in parameters:
+            p.grad *= scale
         share_of_peak = schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share_of_peak
@@ -349,9 +377,8 @@ def train(config):
                 "epoch": step * config.batch_size / len(samples),
                 "loss": loss,
                 "lr": share_of_peak * (config.region_lr if config.train == "region" else config.lr),
-                "grad_norm": grad_norm.item(),
+                "grad_norm": grad_norm,
                 "supervised_tokens": int(supervised_tokens),
-                "padded_share": 1 - tokens / padded_tokens,
                 "tokens_per_s": tokens_since_log / seconds,
                 "samples_per_s": samples_since_log / seconds,
             }
@@ -404,10 +431,14 @@ def print0(*args):
 def init_distributed(device):
     """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device."""
     if "RANK" in os.environ:
-        # While rank 0 writes a checkpoint, the others may wait longer than the default of 10 minutes.
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # While rank 0 writes a checkpoint, the others may wait longer than the default of 10 minutes.
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            timeout=timedelta(hours=2),
+            device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
+        )
     return torch.device(device)
 
 
@@ -444,6 +475,12 @@ def check_ranks_agree(first_step, num_samples):
     if len(set(starts)) > 1:
         expected = "expected the same files on all ranks"
         raise SystemExit(f"--data, --out: {expected}, found (steps done, samples) by rank: {starts}")
+
+
+def cores_per_rank():
+    """Returns how many of this machine's cores fall to each of its ranks, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def ignore_sigterm(worker_id):
@@ -484,6 +521,19 @@ def recompute_activations(model):
     """
     for layer in model.layers():
         layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+
+
+def compile_layers(model):
+    """--compile: fuses what a layer does between its matrix products, for any length of a row."""
+    for layer in model.layers():
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def halve_frozen(model):
+    """Keeps frozen weights in bfloat16 where it holds them exactly, as it does those of published models."""
+    for p in model.parameters():
+        if not p.requires_grad and torch.equal(p.bfloat16().float(), p):
+            p.data = p.data.bfloat16()
 
 
 def shard(model, device):
@@ -574,7 +624,7 @@ def save(model, processor, path, training=None):
 
 # The options that a resumed run may change. The losses depend on all the others.
 MAY_CHANGE = "media outside_paths out resume keep save_every log_every max_bad timeout".split()
-MAY_CHANGE += "workers micro_batch device fsdp grad_checkpoint".split()
+MAY_CHANGE += "workers micro_batch device fsdp grad_checkpoint compile".split()
 
 
 def checkpoints(out):
@@ -635,8 +685,8 @@ def read_checkpoint(config):
         raise SystemExit(
             f"--resume {folder}: expected the folder of a checkpoint, found no training.pt in it"
         )
-    # With mmap, the ranks of a machine share the memory of the optimizer state, of which each keeps a part.
-    ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=config.fsdp)
+    # With mmap, the ranks of a machine share the memory that the optimizer state is read into.
+    ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     in_use = os.path.exists(os.path.join(config.out, "metrics.jsonl"))
     if in_use and not os.path.samefile(config.out, os.path.join(folder, os.pardir)):
         raise SystemExit(f"--out {config.out}: holds another run than that of {folder}; name another folder")

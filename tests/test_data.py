@@ -705,10 +705,14 @@ def test_a_bad_sample_leaves_its_neighbours_batch_as_it_was(folder, processor):
     bad = good()
     bad[A][0] = box_of("99")
     dataset = data.ReferringDataset(data.read_samples(write(folder, [bad, good()])), processor)
-    batch, alone = data.collate([dataset[0, 0], dataset[0, 1]], 0), data.collate([dataset[0, 1]], 0)
+    batch = data.collate([dataset[0, 0], dataset[0, 1]], processor)
+    alone = data.collate([dataset[0, 1]], processor)
     error, nothing = batch.pop("errors")
     assert isinstance(error, DataError) and nothing is None and alone.pop("errors") == [None]
     assert batch.keys() == alone.keys()
+    for part in ("tower", "attention"):
+        batch |= batch.pop(part)
+        alone |= alone.pop(part)
     for name, value in alone.items():
         np.testing.assert_array_equal(batch[name], value)
 
@@ -846,7 +850,7 @@ def test_a_pair_of_frames_lasts_as_long_as_it_stands_for(folder, processor):
     write_video(folder / "slow.mp4", num_frames=40, rate=2)
     entry = {"video": "slow.mp4", "conversations": [dict(turn) for turn in good()[C]], A: [box_of("1")] * 2}
     encoded = data.ReferringDataset(data.read_samples(write(folder, [entry])), processor)[0, 0]
-    assert encoded["video_grid"][0] == 4 and encoded["seconds_per_pair"] == pytest.approx(5.0)
+    assert encoded["prompt_grid"][0] == 4 and encoded["seconds_per_pair"] == pytest.approx(5.0)
 
 
 def test_polygons_are_drawn_on_the_size_that_the_sample_gives(folder, processor):

@@ -57,7 +57,7 @@ def test_a_worker_that_inherits_nothing_makes_the_same_batches(world, method):
     samples = data.read_samples(world / "bad.json")
     processor = model.load_processor("tiny", data.sample_texts(samples))
     dataset = data.ReferringDataset(samples, processor, single_frame=0.5, seed=3, control="shuffle")
-    collate = partial(data.collate, pad_token_id=processor.tokenizer.pad_token_id)
+    collate = partial(data.collate, processor=processor)
     steps = [[(0, 0), (0, 1), (0, 2)], [(1, 3), (1, 4)]]  # sample 1 is the bad one
     loader = DataLoader(
         dataset,

@@ -161,22 +161,17 @@ def test_the_order_is_shared_out_without_gaps_or_repeats():
     assert [i for _, i in row[:10]] != [i for _, i in row[10:]]
 
 
-def test_a_step_is_grouped_by_length_and_keeps_its_number_of_micro_batches():
-    def sample(length):
-        return (
-            data.EMPTY_SAMPLE
-            | {"id": length}
-            | {name: np.ones(length, int) for name in ("input_ids", "labels", "attention_mask")}
-        )
+def test_bad_samples_come_last_and_a_step_keeps_its_number_of_micro_batches():
+    processor = models.load_processor("tiny", ["a text"])
+    bad = data.DataError("unreadable")
 
     def split(samples):
-        batches = train.split_into_micro_batches(samples, 2, pad_token_id=0)
+        batches = train.split_into_micro_batches(samples, 2, processor)
         return [batch["ids"] for batch in batches], [batch["errors"] for batch in batches]
 
-    assert split([sample(n) for n in (9, 2, 7, 3, 8)])[0] == [[2, 3], [7, 8], [9]]
-    bad = data.DataError("unreadable")
-    ids, errors = split([sample(9), bad, bad, sample(2), bad])
-    assert ids == [[2, 9], [None], [None]] and errors == [[None, None], [bad, bad], [bad]]
+    one, two = ({**data.EMPTY_SAMPLE, "id": number} for number in (1, 2))
+    ids, errors = split([one, bad, bad, two, bad])
+    assert ids == [[1, 2], [None], [None]] and errors == [[None, None], [bad, bad], [bad]]
 
 
 def test_schedule_warms_up_and_follows_a_cosine_to_zero():
@@ -264,7 +259,7 @@ def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
     torch.nn.init.normal_(model.region_encoder.position[-1].weight)
     before = {name: p.clone() for name, p in model.named_parameters()}
     dataset = data.ReferringDataset(samples, processor)
-    model.train()(data.collate([dataset[0, i] for i in range(4)], 0)).backward()
+    model.train()(data.collate([dataset[0, i] for i in range(4)], processor)).backward()
     optimizer.step()
     group_of = {id(p): name for name, group in model.parameter_groups().items() for p in group}
     for name, p in model.named_parameters():
