@@ -325,7 +325,16 @@ ATTENTION = "flash_within_samples"
 
 
 def attention_within_samples(
-    module, query, key, value, mask, scaling, dropout=0.0, cu_seq_lens_q=None, max_length_q=None, **options
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    dropout=0.0,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **options,
 ):
     """Attention of a row of tokens within each sample (in the vision tower: within each frame or window).
 
@@ -334,7 +343,7 @@ def attention_within_samples(
     and None. Padded batches (generation) come without bounds, and get transformers' own attention.
     """
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     assert not options.get("sliding_window"), "expected attention to the whole sample, found a sliding window"
     is_causal = options.get("is_causal", module.is_causal)
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
