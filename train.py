@@ -326,11 +326,11 @@ def train(config):
         range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank() > 0
     )
     for step in progress:
+        micro_batches = next(batches)
         # Dropout, if the backbone has any, draws from this.
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
 
         # Forward and backward. Here alone, the CPU waits for the GPU.
-        micro_batches = next(batches)
         loss_sum = backward(ddp_model, micro_batches)
         loss_sum, norm_of_sum = torch.stack([loss_sum, gradient_norm(parameters)]).tolist()
 
