@@ -681,12 +681,14 @@ def collate(samples, processor, for_generation=False):
         cell_counts      [int, int, int], the cells of images in prompts, annotated frames, videos; sum C
         visual_index     int64 (V,), the tokens that images and videos take the place of (all rows in one)
         region_index     int64 (T,), the tokens that regions take the place of
-        coverage         float32 (M,), the grids of all region frames, ordered by object, then time
-        coverage_start   int64 (R + 1,), where each of these grids begins
-        frame_start      int64 (R,), the cell where the still of each region frame begins
-        boxes            float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
-        object_frames    int64 (O,), how many region frames an object has
-        region_tokens    int64 (O,), how many placeholder tokens it has
+        regions          dict, what the region encoder reads beside the cells:
+        coverage           float32 (M,), the grids of all region frames, ordered by object, then time
+        coverage_start     int64 (R + 1,), where each of these grids begins
+        frame_start        int64 (R,), the cell where the still of each region frame begins
+        boxes              float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
+        object_frames      int64 (O,), how many region frames an object has
+        region_tokens      int64 (O,), how many placeholder tokens it has
+        num_tokens         int, the sum of region_tokens
     """
     errors = [sample if isinstance(sample, DataError) else None for sample in samples]
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
@@ -768,12 +770,15 @@ def collate(samples, processor, for_generation=False):
         "cell_counts": cell_counts,
         "visual_index": torch.from_numpy(np.concatenate([image_index, video_index])),
         "region_index": torch.from_numpy(region_index),
-        "coverage": _concatenate(regions["coverage"], np.float32),
-        "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in regions["coverage"]])),
-        "frame_start": torch.tensor(frame_start, dtype=torch.long),
-        "boxes": torch.tensor(regions["boxes"], dtype=torch.float32).view(-1, 5),
-        "object_frames": torch.tensor(regions["object_frames"], dtype=torch.long),
-        "region_tokens": torch.tensor(regions["region_tokens"], dtype=torch.long),
+        "regions": {
+            "coverage": _concatenate(regions["coverage"], np.float32),
+            "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in regions["coverage"]])),
+            "frame_start": torch.tensor(frame_start, dtype=torch.long),
+            "boxes": torch.tensor(regions["boxes"], dtype=torch.float32).view(-1, 5),
+            "object_frames": torch.tensor(regions["object_frames"], dtype=torch.long),
+            "region_tokens": torch.tensor(regions["region_tokens"], dtype=torch.long),
+            "num_tokens": len(region_index),
+        },
     }
 
 

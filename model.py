@@ -10,7 +10,10 @@
 `ReferringVideoLLM` takes the batch that data.collate makes. The backbone's own vision tower encodes annotated
 frames as still images. Their cells have passed its patch merger, so the average of a region's cells is a
 vector that the LLM already understands, and initially a region token is that average. Without regions the
-logits equal those of the plain backbone, bit for bit.
+logits equal those of the plain backbone.
+
+A batch to learn from is one row of tokens, in which attention stays within each sample. So nothing is padded,
+and samples of any lengths go together. `pack` teaches a backbone of transformers to read such a row.
 
     processor = load_processor("Qwen/Qwen3-VL-2B-Instruct")  # or a folder that train.py wrote, or "tiny"
     model = load_model("Qwen/Qwen3-VL-2B-Instruct", processor)
@@ -58,9 +61,9 @@ REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
 
 
 class ReferringVideoLLM(nn.Module):
-    """A Qwen3-VL or Qwen2.5-VL of transformers, in which nothing is changed, and a RegionEncoder.
+    """A Qwen3-VL or Qwen2.5-VL of transformers, whose weights and results are its own, and a RegionEncoder.
 
-    Shapes: B samples of L tokens (padded), width D of the LLM, vocabulary V.
+    Shapes: rows of L tokens (one to learn from, B padded ones for generation), width D of the LLM, vocabulary V.
     """
 
     def __init__(self, backbone, processor):
@@ -114,9 +117,7 @@ class ReferringVideoLLM(nn.Module):
         cells = vision.pooler_output
         embeddings = place(embeddings, batch["visual_index"], self._in_prompt(cells, batch))
         # Without regions it makes no tokens, but the empty gradients that DDP waits for.
-        names = ("coverage", "coverage_start", "frame_start", "boxes", "object_frames", "region_tokens")
-        regions = {name: batch[name] for name in names}
-        tokens = self.region_encoder(cells, len(batch["region_index"]), **regions)
+        tokens = self.region_encoder(cells, **batch["regions"])
         embeddings = place(embeddings, batch["region_index"], tokens)
         # What each of the LLM's first layers adds to the visual tokens; Qwen2.5-VL has no such features.
         added = [self._in_prompt(features, batch) for features in getattr(vision, "deepstack_features", [])]
@@ -245,13 +246,9 @@ class RegionEncoder(nn.Module):
             nn.init.zeros_(last_layer.bias)
 
     def forward(
-        self, cells, num_tokens, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens
+        self, cells, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens, num_tokens
     ):
-        """Returns the region tokens, (T, D).
-
-        cells: (C, D), the vision tower's. num_tokens: int, T, the sum of region_tokens, which the CPU knows.
-        The others are as data.collate makes them.
-        """
+        """Returns the region tokens, (num_tokens, D). cells: (C, D); the others as data.collate makes them."""
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
         share = temporal_merge(pooled, object_frames, region_tokens, num_tokens)  # (T, R)
         with torch.autocast(cells.device.type, enabled=False):
@@ -288,24 +285,21 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     region_tokens: int64 (O,), each object's n, and its u from 1 to n. num_tokens: int, T, the sum of u.
     Returns float32 (T, R), the share that each row has in each token.
     """
-    R = len(pooled)
+    row = torch.arange(len(pooled), device=pooled.device)
     objects = torch.arange(len(object_frames), device=pooled.device)
-    object_of_row = objects.repeat_interleave(object_frames, output_size=R)
-    first_row = object_frames.cumsum(0) - object_frames
-    last_row = object_frames.cumsum(0) - 1
-    # Pair i is rows i and i + 1. The pair of an object's last row would reach into the next object: less
-    # similar than any, it is never joined.
+    object_of_row = objects.repeat_interleave(object_frames, output_size=len(row))
+    # Pair i is rows i and i + 1. The one that would reach into the next object is less similar than any.
     similarity = F.cosine_similarity(pooled.float(), pooled.float().roll(-1, 0), dim=-1)
-    similarity = similarity.index_fill(0, last_row, -2)
-    # Two stable sorts order the pairs by object, and those of an object from the most similar to the least.
-    order = similarity.argsort(descending=True, stable=True)
-    order = order[object_of_row[order].argsort(stable=True)]
-    rank = torch.empty_like(order).index_copy(0, order, torch.arange(R, device=order.device))
-    rank = rank - first_row[object_of_row]
-    is_joined = rank < (object_frames - region_tokens)[object_of_row]
-    ends_token = (~is_joined).long()
-    token_of_row = ends_token.cumsum(0) - ends_token
-    share = (token_of_row == torch.arange(num_tokens, device=order.device)[:, None]).float()
+    similarity = similarity.index_fill(0, object_frames.cumsum(0) - 1, -2)
+    # [i, j]: pair j is of the same object as pair i and goes before it. A matrix of all pairs needs no loop,
+    # and so no answer from the GPU.
+    goes_before = similarity > similarity[:, None]
+    goes_before |= (similarity == similarity[:, None]) & (row < row[:, None])
+    goes_before &= object_of_row == object_of_row[:, None]
+    is_joined = goes_before.sum(1) < (object_frames - region_tokens)[object_of_row]
+    # A token ends with each row that is not joined to the next.
+    token_of_row = (~is_joined).cumsum(0) - (~is_joined).long()
+    share = (token_of_row == torch.arange(num_tokens, device=row.device)[:, None]).float()
     return share / share.sum(1, keepdim=True)
 
 

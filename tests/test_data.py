@@ -710,7 +710,7 @@ def test_a_bad_sample_leaves_its_neighbours_batch_as_it_was(folder, processor):
     error, nothing = batch.pop("errors")
     assert isinstance(error, DataError) and nothing is None and alone.pop("errors") == [None]
     assert batch.keys() == alone.keys()
-    for part in ("tower", "attention"):
+    for part in ("tower", "attention", "regions"):
         batch |= batch.pop(part)
         alone |= alone.pop(part)
     for name, value in alone.items():

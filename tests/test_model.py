@@ -325,7 +325,7 @@ def test_the_position_code_is_pinned_to_numbers_worked_by_hand(autocast, weights
     box = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
     one = torch.tensor([1])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = encoder(cells, 1, torch.ones(1), torch.tensor([0, 1]), torch.tensor([0]), box, one, one)
+        found = encoder(cells, torch.ones(1), torch.tensor([0, 1]), torch.tensor([0]), box, one, one, 1)
     s = 0.5**0.5
     raw = [0, -0.5, -1, 1, 0.5]
     times_t = [0, -0.25, -0.5, 0.5, 0.25]
