@@ -692,93 +692,105 @@ def collate(samples, processor, for_generation=False):
     """
     errors = [sample if isinstance(sample, DataError) else None for sample in samples]
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
-    config, cell = processor.config, processor.merge_size**2
+    batch = {
+        "errors": errors,
+        "ids": [sample["id"] for sample in samples],
+        "types": [sample["type"] for sample in samples],
+    }
+    batch |= _join_tokens(samples, processor, for_generation)
+    media, still_start = _join_media(samples, processor)
+    batch |= media
+    batch["regions"] = _join_regions(samples, still_start)
+
+    # Which tokens the images, videos and regions take the place of, counted through all rows.
+    config, places = processor.config, {}
+    for name, token, count in (
+        ("image", config.image_token_id, batch["cell_counts"][0]),
+        ("video", config.video_token_id, batch["cell_counts"][2]),
+        ("region", processor.region_token_id, batch["regions"]["num_tokens"]),
+    ):
+        places[name] = batch["input_ids"].flatten().eq(token).nonzero()[:, 0]
+        assert len(places[name]) == count, f"{len(places[name])} {name} placeholders for {count} rows"
+    batch["visual_index"] = torch.cat([places["image"], places["video"]])
+    batch["region_index"] = places["region"]
+    return batch
+
+
+def _join_tokens(samples, processor, for_generation):
     lengths = [len(sample["input_ids"]) for sample in samples]
 
-    def join(name, padding):
-        arrays = [sample[name] for sample in samples]
+    def join(arrays, padding):
         if not for_generation:
             return np.concatenate(arrays, axis=-1)[..., None, :]
-        rows = [_pad_left(array, max(lengths), padding) for array in arrays]
-        return np.stack(rows, axis=-2)
+        return np.stack([_pad_left(array, max(lengths), padding) for array in arrays], axis=-2)
 
-    input_ids = join("input_ids", processor.tokenizer.pad_token_id)
-    labels = join("labels", IGNORE_INDEX)
-    position_ids = join("position_ids", 0)
-    next_position = [[sample["position_ids"].max() + 1] for sample in samples]
     if for_generation:
-        mask = [_pad_left(np.ones(length, np.int64), max(lengths), 0) for length in lengths]
-        attention = {"attention_mask": torch.from_numpy(np.stack(mask))}
+        mask = join([np.ones(length, np.int64) for length in lengths], 0)
+        attention = {"attention_mask": torch.from_numpy(mask)}
     else:
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         attention = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         attention |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "sample_lengths": lengths}
-    target_index = np.flatnonzero(labels[0, 1:] != IGNORE_INDEX)
+    pad_token_id = processor.tokenizer.pad_token_id
+    labels = np.concatenate([sample["labels"] for sample in samples])
+    target_index = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # a sample never begins with a supervised token
+    return {
+        "num_tokens": sum(lengths),
+        "input_ids": torch.from_numpy(join([sample["input_ids"] for sample in samples], pad_token_id)),
+        "position_ids": torch.from_numpy(join([sample["position_ids"] for sample in samples], 0)),
+        "next_position": torch.tensor([[sample["position_ids"].max() + 1] for sample in samples]),
+        "attention": attention,
+        "target_index": torch.from_numpy(target_index),
+        "targets": torch.from_numpy(labels[target_index + 1]),
+    }
 
-    # The stills: images that stand in prompts come first.
-    image_rows = [row for row, sample in enumerate(samples) if sample["kind"] == "image"]
-    other_rows = [row for row, sample in enumerate(samples) if sample["kind"] != "image"]
-    stills, still_grids, first_still = [], [], {}
-    for row in image_rows + other_rows:
-        first_still[row] = len(stills)
-        stills += samples[row]["still_patches"]
-        still_grids += [(1, *samples[row]["still_grid"])] * len(samples[row]["still_patches"])
+
+def _join_media(samples, processor):
+    """Returns (part of the batch, {(row, still): the cell where it begins})."""
+    cell = processor.merge_size**2  # patches
+    prompt_stills, other_stills = [], []
+    for row, sample in enumerate(samples):
+        stills = [(row, i) for i in range(len(sample["still_patches"]))]
+        num_in_prompt = int(sample["kind"] == "image")
+        prompt_stills += stills[:num_in_prompt]
+        other_stills += stills[num_in_prompt:]
+    stills, grids, starts, start = [], [], {}, 0
+    for row, i in prompt_stills + other_stills:
+        stills.append(samples[row]["still_patches"][i])
+        grids.append((1, *samples[row]["still_grid"]))
+        starts[row, i] = start
+        start += len(stills[-1]) // cell
     videos = [sample for sample in samples if sample["video_patches"] is not None]
     if not stills and not videos:
         # The tower runs even without media, then for one black cell: in training the ranks wait for each
         # other's gradients of every parameter, and under FSDP also for its weights.
         stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
-        still_grids = [(1, processor.merge_size, processor.merge_size)]
-    num_images = len(image_rows)
-    cell_counts = [
-        sum(len(still) for still in stills[:num_images]) // cell,
-        sum(len(still) for still in stills[num_images:]) // cell,
-        sum(len(video["video_patches"]) for video in videos) // cell,
-    ]
-    still_start = np.cumsum([0] + [len(still) // cell for still in stills])
-    image_index, video_index, region_index = (
-        np.flatnonzero(input_ids == token)
-        for token in (config.image_token_id, config.video_token_id, processor.region_token_id)
-    )
+        grids = [(1, processor.merge_size, processor.merge_size)]
+    still_patches = _concatenate(stills, np.uint8)
+    video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
+    image_cells = sum(len(still) for still in stills[: len(prompt_stills)]) // cell
+    media = {
+        "still_patches": still_patches,
+        "video_patches": video_patches,
+        "tower": processor.tower_indices(grids + [video["prompt_grid"] for video in videos]),
+        "cell_counts": [image_cells, len(still_patches) // cell - image_cells, len(video_patches) // cell],
+    }
+    return media, starts
 
-    regions = {}
-    for name in REGION_LISTS:
-        regions[name] = list(chain.from_iterable(sample[name] for sample in samples))
+
+def _join_regions(samples, still_start):
+    joined = {name: list(chain.from_iterable(sample[name] for sample in samples)) for name in REGION_LISTS}
     frame_start = []
     for row, sample in enumerate(samples):
-        frame_start += [still_start[first_still[row] + i] for i in sample["region_still"]]
-    for name, index, rows in (
-        ("image", image_index, cell_counts[0]),
-        ("video", video_index, cell_counts[2]),
-        ("region", region_index, sum(regions["region_tokens"])),
-    ):
-        assert len(index) == rows, f"{len(index)} {name} placeholders for {rows} rows"
+        frame_start += [still_start[row, i] for i in sample["region_still"]]
     return {
-        "errors": errors,
-        "ids": [sample["id"] for sample in samples],
-        "types": [sample["type"] for sample in samples],
-        "num_tokens": sum(lengths),
-        "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.from_numpy(position_ids),
-        "next_position": torch.tensor(next_position),
-        "attention": attention,
-        "target_index": torch.from_numpy(target_index),
-        "targets": torch.from_numpy(labels[0, target_index + 1]),
-        "still_patches": _concatenate(stills, np.uint8),
-        "video_patches": _concatenate([video["video_patches"] for video in videos], np.uint8),
-        "tower": processor.tower_indices(still_grids + [video["prompt_grid"] for video in videos]),
-        "cell_counts": cell_counts,
-        "visual_index": torch.from_numpy(np.concatenate([image_index, video_index])),
-        "region_index": torch.from_numpy(region_index),
-        "regions": {
-            "coverage": _concatenate(regions["coverage"], np.float32),
-            "coverage_start": torch.tensor(np.cumsum([0] + [len(grid) for grid in regions["coverage"]])),
-            "frame_start": torch.tensor(frame_start, dtype=torch.long),
-            "boxes": torch.tensor(regions["boxes"], dtype=torch.float32).view(-1, 5),
-            "object_frames": torch.tensor(regions["object_frames"], dtype=torch.long),
-            "region_tokens": torch.tensor(regions["region_tokens"], dtype=torch.long),
-            "num_tokens": len(region_index),
-        },
+        "coverage": _concatenate(joined["coverage"], np.float32),
+        "coverage_start": torch.tensor([0, *accumulate(len(grid) for grid in joined["coverage"])]),
+        "frame_start": torch.tensor(frame_start, dtype=torch.long),
+        "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
+        "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
+        "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
+        "num_tokens": sum(joined["region_tokens"]),
     }
 
 

@@ -63,7 +63,7 @@ REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
 class ReferringVideoLLM(nn.Module):
     """A Qwen3-VL or Qwen2.5-VL of transformers, whose weights and results are its own, and a RegionEncoder.
 
-    Shapes: rows of L tokens (one to learn from, B padded ones for generation), width D of the LLM, vocabulary V.
+    Shapes: rows of L tokens (one to learn from, B for generation), width D of the LLM, vocabulary V.
     """
 
     def __init__(self, backbone, processor):
@@ -248,7 +248,7 @@ class RegionEncoder(nn.Module):
     def forward(
         self, cells, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens, num_tokens
     ):
-        """Returns the region tokens, (num_tokens, D). cells: (C, D); the others as data.collate makes them."""
+        """Returns the region tokens, (num_tokens, D). cells: (C, D). The others: see data.collate."""
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
         share = temporal_merge(pooled, object_frames, region_tokens, num_tokens)  # (T, R)
         with torch.autocast(cells.device.type, enabled=False):
