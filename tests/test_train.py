@@ -413,7 +413,7 @@ def test_bench_data_reads_the_same_in_both_ways(toy):
     # The pixels come from another decoder.
     assert np.abs(video * 0.5 + 0.5 - ours["video_patches"] / 255).mean() < 0.01
     assert np.abs(np.stack(stills) * 0.5 + 0.5 - np.stack(ours["still_patches"]) / 255).mean() < 0.01
-    gh, gw = (side // processor.merge_size for side in ours["still_grid"])
+    gh, gw = (side // processor.merge_size for side in ours["still_grids"][0])
     cells = [data.coverage(mask.astype(np.uint8), gh, gw).ravel() for mask in masks]
     np.testing.assert_array_equal(cells, ours["coverage"])
     np.testing.assert_array_equal(input_ids, ours["input_ids"])
