@@ -78,7 +78,9 @@ class Config:
     num_frames: int = option(None, "frames sampled evenly from a video (default: 8)")
     frame_pixels: int = option(None, "pixels of such a frame at most (default: 32*32 if tiny, or 384*384)")
     region_pixels: int = option(None, "the same for images and annotated frames (default: 96*96 or 384*384)")
-    window: int = option(None, "annotated frames: a square of so many box sides; 0: whole (default: 0)")
+    window: int = option(
+        None, "a still shows so many sides of an object's box; 0: a whole frame (default: 0)"
+    )
     region_frames: int = option(None, "annotated frames per object at most, evenly spread (default: 8)")
     region_tokens: int = option(None, "tokens per object at most, similar frames being merged (default: 4)")
     single_frame: float = option(0.25, "share of objects cut to one random frame (the paper mixes the modes)")
