@@ -4,12 +4,14 @@
                                          |
                                          |-- Video, Images  the frames that are needed, decoded once
                                          |-- decode_mask    RLE or polygons -> mask (H, W)
+                                         |-- window         mask (H, W) -> the part of the frame to encode
                                          |-- coverage       mask (H, W) -> cells (gh, gw)
                                          `-- Processor      chat template, placeholders, token ids, patches
 
-A *cell* is one visual token of one frame, and a frame is a grid of (gh, gw) cells. *Coverage* is the share of
-a cell's area that lies inside the mask. The model never sees a mask at pixel resolution: it averages cells,
-weighted by coverage (model.py, kernels.py).
+A *view* is what is encoded as one picture: a whole frame, or a window around an object. A *cell* is one
+visual token, and a view is a grid of (gh, gw) cells. *Coverage* is the share of a cell's area that lies
+inside the mask. The model never sees a mask at pixel resolution: it averages cells, weighted by coverage
+(model.py, kernels.py).
 
 Coordinates are (x, y) in pixels in the data file; arrays are (height, width). A frame index is a 0-based
 position in the source video, in the order in which frames are shown. Every complaint about the user's data is
@@ -38,6 +40,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate, chain, cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -193,25 +196,59 @@ def decode_mask(segmentation, height, width):
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
 
 
-def coverage(mask, gh, gw):
+def window(mask, sides, height, width):
+    """The part of a frame around an object: (top, bottom, left, right) in whole pixels, the ends exclusive.
+
+    A square with the centre of the object's box, so many times as long as the box's longer side. It is moved
+    to lie inside the frame, and cut where it is longer than the frame. mask: uint8 (H, W), not empty, at any
+    resolution. height, width: the frame's, in pixels.
+    """
+    top, bottom, left, right = mask_bounds(mask)
+    rows, columns = mask.shape
+    # The pixels of the frame that the box touches.
+    top, bottom = top * height // rows, math.ceil(bottom * height / rows)
+    left, right = left * width // columns, math.ceil(right * width / columns)
+    side = sides * max(bottom - top, right - left)
+    return *_stretch(top + bottom, side, height), *_stretch(left + right, side, width)
+
+
+def _stretch(twice_center, length, limit):
+    """(start, end) with this centre and length, moved to lie inside (0, limit), and cut if it is longer."""
+    length = min(length, limit)
+    start = min(max((twice_center - length) // 2, 0), limit - length)
+    return start, start + length
+
+
+def coverage(mask, gh, gw, part=None, size=None):
     """The share of each cell that lies inside the mask: uint8 (H, W) of 0 and 1 -> float32 (gh, gw).
 
-    Exact for every H, W, gh, gw: a pixel that a cell border cuts counts by its parts. Coverage does not
+    The cells divide the whole picture, or part: (top, bottom, left, right) in pixels of a picture that has
+    this size (height, width).
+
+    Exact for every H, W, gh, gw and part: a pixel that a border cuts counts by its parts. Coverage does not
     depend on the mask's resolution, and an object of a single pixel still has a coverage above 0. (VideoRefer
     resizes masks bilinearly without antialiasing and keeps what is above 0, which loses small objects.)
     """
-    height, width = mask.shape
+    height, width = size or mask.shape
+    top, bottom, left, right = part or (0, height, 0, width)
+    rows = _overlap(gh, top, bottom, height, mask.shape[0])
+    columns = _overlap(gw, left, right, width, mask.shape[1])
+    area = (bottom - top) * (right - left) * mask.size / (height * width)  # of part, in the mask's pixels
     top, bottom, left, right = mask_bounds(mask)
     inside = torch.from_numpy(mask[top:bottom, left:right]).float()  # the rest of the mask adds nothing
-    rows, columns = _overlap(gh, height)[:, top:bottom], _overlap(gw, width)[:, left:right]
+    rows, columns = rows[:, top:bottom], columns[:, left:right]
     pixels = (rows.float() @ inside).double() @ columns.T  # (gh, gw), the pixels of the mask in each cell
-    return (pixels * (gh * gw / (height * width))).clip(0, 1).float().numpy()
+    return (pixels * (gh * gw / area)).clip(0, 1).float().numpy()
 
 
 @lru_cache(maxsize=16)
-def _overlap(cells, pixels):
-    """float64 (cells, pixels): how much of each pixel of a side lies in each of the side's equal cells."""
-    edges = torch.arange(cells + 1, dtype=torch.float64)[:, None] * pixels / cells  # (cells + 1, 1)
+def _overlap(cells, start, end, side, pixels):
+    """float64 (cells, pixels): how much of each pixel of a mask's side lies in each cell.
+
+    The mask has so many pixels where the frame has `side`, and equal cells divide those from start to end.
+    """
+    i = torch.arange(cells + 1, dtype=torch.float64)[:, None]
+    edges = (start * cells + (end - start) * i) * pixels / (cells * side)  # (cells + 1, 1), in pixels
     left = torch.arange(pixels)  # where each pixel begins
     return (torch.minimum(edges[1:], left + 1) - torch.maximum(edges[:-1], left)).clip(min=0)
 
@@ -242,14 +279,16 @@ class Settings:
     num_frames: int = 8  # frames sampled evenly from a video
     frame_pixels: int = 32 * 32  # about the most pixels that each of them has after resizing
     region_pixels: int = 96 * 96  # the same for stills: images and annotated frames
+    window: int = 0  # a still shows the square of so many sides of its object's box; 0: the whole frame
     region_frames: int = 8  # the most annotated frames used of one object, evenly spread
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            valid = type(value) is int and value > 0
-            expect(valid, f"--{name.replace('_', '-')}: a whole number from 1", value)
+            least = 0 if name == "window" else 1
+            valid = type(value) is int and value >= least
+            expect(valid, f"--{name.replace('_', '-')}: a whole number from {least}", value)
 
 
 # The pixels for a pretrained backbone, in place of those for the tiny model above.
@@ -314,6 +353,17 @@ class Processor:
         """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
         max_pixels = min(self.max_pixels, self.settings.region_pixels)
         return self._smart_resize(height, width, min(self.min_pixels, max_pixels), max_pixels)
+
+    def window_size(self, height, width):
+        """The (height, width) that a window is resized to: it may be enlarged, too.
+
+        It becomes as large as a still may be, as the families' own rule has it for large pictures. That rule
+        rounds: where a square of 96 x 96 pixels fits exactly, it gives 80 x 80 to some.
+        """
+        max_pixels = min(self.max_pixels, self.settings.region_pixels)
+        rows = math.isqrt(max_pixels * height // (width * self.factor**2))
+        columns = math.isqrt(max_pixels * width // (height * self.factor**2))
+        return max(1, rows) * self.factor, max(1, columns) * self.factor
 
     def frame_size(self, height, width):
         """The (height, width) that a video's sampled frames are resized to."""
@@ -468,9 +518,21 @@ class Processor:
 # ---- encoded samples ----
 
 # What an encoded sample without media has, and the lists with entries for its regions.
-NO_MEDIA = {"still_frames": [], "still_patches": [], "still_grid": (0, 0), "video_patches": None}
+NO_MEDIA = {"still_patches": [], "still_grids": [], "video_patches": None}
 NO_MEDIA |= {"prompt_grid": None, "seconds_per_pair": 1.0}
 REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
+
+
+class View(NamedTuple):
+    """What is encoded as one picture: a part of a frame, resized."""
+
+    frame: int
+    part: tuple  # (top, bottom, left, right) in pixels of the frame, the ends being exclusive
+    size: tuple  # (height, width) in pixels that this part is resized to
+
+    @classmethod
+    def whole(cls, frame, info, size):
+        return cls(frame, (0, info.height, 0, info.width), size)
 
 
 class ReferringDataset(Dataset):
@@ -526,8 +588,11 @@ class ReferringDataset(Dataset):
             if self.control != "none":
                 objects = [self.replace_masks(masks, sample, rng) for masks in objects]
             encoded = {"id": sample.id, "type": sample.type, "kind": None, **NO_MEDIA}
-            prompt = self._add_media(encoded, sample.media, media, objects) if media else None
-            self._add_regions(encoded, media, objects)
+            encoded |= {name: [] for name in REGION_LISTS}
+            prompt = None
+            if media:
+                stills = self._add_regions(encoded, media.info, objects)
+                prompt = self._add_media(encoded, sample.media, media, stills)
             encoded["input_ids"], encoded["labels"] = self.processor.encode(
                 sample.turns, encoded["kind"], prompt, encoded["region_tokens"], for_generation
             )
@@ -580,63 +645,77 @@ class ReferringDataset(Dataset):
                 return dict(zip(masks, cycle(donor_masks.values())))
         raise DataError("expected a sample with regions on other media to take masks from, found none")
 
-    def _add_media(self, encoded, path, media, objects):
+    def region_view(self, frame, mask, info):
+        """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
+        processor, size = self.processor, (info.height, info.width)
+        if self.settings.window:
+            part = top, bottom, left, right = window(mask, self.settings.window, *size)
+            view = View(frame, part, processor.window_size(bottom - top, right - left))
+        else:
+            view = View.whole(frame, info, processor.still_size(*size))
+        gh, gw = (side // processor.factor for side in view.size)
+        return view, coverage(mask, gh, gw, view.part, size)
+
+    def _add_regions(self, encoded, info, objects):
+        """Adds coverage, box and still of each region frame; region frames are ordered by object, then time.
+
+        Returns the View of each still. The first one of an image is the image that stands in the prompt.
+        """
+        last_frame = max(info.num_frames - 1, 1)
+        stills = []
+        if info.is_image:
+            stills.append(View.whole(0, info, self.processor.still_size(info.height, info.width)))
+        for masks in objects:
+            for frame, mask in masks.items():
+                view, cells = self.region_view(frame, mask, info)
+                if view not in stills:  # regions with the same view share a still
+                    stills.append(view)
+                encoded["coverage"].append(cells.ravel())
+                encoded["boxes"].append((*mask_box(mask), frame / last_frame))
+                encoded["region_still"].append(stills.index(view))
+            encoded["object_frames"].append(len(masks))
+            encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
+        return stills
+
+    def _add_media(self, encoded, path, media, stills):
         """Adds patches and grids to encoded. Returns the text that stands for the media in the prompt."""
         info, processor = media.info, self.processor
-        annotated = sorted(set(chain.from_iterable(objects)))
-        if info.is_image:
-            stills, sampled = [0], []  # the image itself is the one still, with or without regions
-        else:
-            stills, sampled = annotated, evenly(range(info.num_frames), self.settings.num_frames)
-        still_size = processor.still_size(info.height, info.width)
         frame_size = processor.frame_size(info.height, info.width)
-        wanted = [(frame, still_size) for frame in stills] + [(frame, frame_size) for frame in sampled]
-        pictures = self._read_pictures(path, media, wanted)
-        encoded["still_frames"] = stills
-        encoded["still_grid"] = tuple(side // processor.patch_size for side in still_size)
-        encoded["still_patches"] = [processor.still_patches(pictures[frame, still_size]) for frame in stills]
+        sampled = [] if info.is_image else evenly(range(info.num_frames), self.settings.num_frames)
+        frames = [View.whole(frame, info, frame_size) for frame in sampled]
+        pictures = self._read_pictures(path, media, stills + frames)
+        patch = processor.patch_size
+        encoded["still_grids"] = [(view.size[0] // patch, view.size[1] // patch) for view in stills]
+        encoded["still_patches"] = [processor.still_patches(pictures[view]) for view in stills]
         if info.is_image:
             encoded["kind"] = "image"
-            encoded["prompt_grid"] = (1, *encoded["still_grid"])
-            return processor.image_prompt(math.prod(still_size) // processor.factor**2)
+            encoded["prompt_grid"] = (1, *encoded["still_grids"][0])
+            return processor.image_prompt(math.prod(stills[0].size) // processor.factor**2)
         pair = processor.temporal_patch_size
-        gh, gw = (side // processor.patch_size for side in frame_size)
+        gh, gw = (side // patch for side in frame_size)
         encoded["kind"] = "video"
-        frames = np.stack([pictures[frame, frame_size] for frame in sampled])
-        encoded["video_patches"] = processor.video_patches(frames)
+        encoded["video_patches"] = processor.video_patches(np.stack([pictures[view] for view in frames]))
         encoded["prompt_grid"] = math.ceil(len(sampled) / pair), gh, gw
         # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
         encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
         return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
 
-    def _read_pictures(self, path, media, wanted):
-        """Returns {(frame, (height, width)): uint8 (height, width, 3)} for the wanted keys.
+    def _read_pictures(self, path, media, views):
+        """Returns {view: uint8 (*view.size, 3)}.
 
-        A frame that the cache lacks is decoded once, however many sizes of it are wanted.
+        A frame that is needed for views that the cache lacks is decoded once, however many these are.
         """
-        pictures = {key: self.cache.get((path, key)) for key in wanted}
-        missing = [key for key in pictures if pictures[key] is None]
+        pictures = {view: self.cache.get((path, view)) for view in views}
+        missing = [view for view in pictures if pictures[view] is None]
         frames = {}
         if missing:
-            frames = self.reader.run(path, media.read, sorted({frame for frame, _ in missing}))
-        for key in missing:
-            frame, (height, width) = key
-            resized = Image.fromarray(frames[frame]).resize((width, height), Image.Resampling.BICUBIC)
-            pictures[key] = self.cache.put((path, key), np.asarray(resized))
+            frames = self.reader.run(path, media.read, sorted({view.frame for view in missing}))
+        for view in missing:
+            top, bottom, left, right = view.part
+            part = Image.fromarray(frames[view.frame][top:bottom, left:right])
+            resized = part.resize(view.size[::-1], Image.Resampling.BICUBIC)
+            pictures[view] = self.cache.put((path, view), np.asarray(resized))
         return pictures
-
-    def _add_regions(self, encoded, media, objects):
-        """Adds coverage and box of each region frame; region frames are ordered by object, then time."""
-        gh, gw = (side // self.processor.merge_size for side in encoded["still_grid"])
-        last_frame = max(media.info.num_frames - 1, 1) if media else 1
-        encoded |= {name: [] for name in REGION_LISTS}
-        for masks in objects:
-            for frame, mask in masks.items():
-                encoded["coverage"].append(coverage(mask, gh, gw).ravel())
-                encoded["boxes"].append((*mask_box(mask), frame / last_frame))
-                encoded["region_still"].append(encoded["still_frames"].index(frame))
-            encoded["object_frames"].append(len(masks))
-            encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
 
 
 # What a batch holds if none of its samples can be used: a single token, and nothing to learn.
@@ -757,7 +836,7 @@ def _join_media(samples, processor):
     stills, grids, starts, start = [], [], {}, 0
     for row, i in prompt_stills + other_stills:
         stills.append(samples[row]["still_patches"][i])
-        grids.append((1, *samples[row]["still_grid"]))
+        grids.append((1, *samples[row]["still_grids"][i]))
         starts[row, i] = start
         start += len(stills[-1]) // cell
     videos = [sample for sample in samples if sample["video_patches"] is not None]
@@ -1588,8 +1667,8 @@ PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
 def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     """Returns a PIL image with a row for each of the samples.
 
-    It shows some annotated frames with the objects outlined, below each frame its cells, as bright as they
-    are covered, and the conversation, its `<region>` tags numbered as the outlines are.
+    It shows some annotated frames with the objects outlined, below each frame its views with their cells, as
+    bright as they are covered, and the conversation, its `<region>` tags numbered as the outlines are.
     """
     rows = []
     for i in sample_indices:
@@ -1605,25 +1684,48 @@ def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
 
 
 def _draw_frames(dataset, sample, frames_shown, panel_height):
-    """Returns (frame index, uint8 picture) pairs: the frame, and below it the frame with its cells lit."""
+    """Returns (frame index, uint8 picture) pairs: the frame, and below it what is encoded of it."""
     if sample.media is None:
         return []
     media, rng = dataset.media_of(sample), np.random.default_rng(0)
-    objects = [dataset.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
+    info = media.info
+    objects = [dataset.choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
     frames = evenly(sorted(set(chain.from_iterable(objects))) or [0], frames_shown)
-    height, width = media.info.height, media.info.width
-    gh, gw = (side // dataset.processor.factor for side in dataset.processor.still_size(height, width))
-    panel_size = max(1, round(panel_height * width / height)), panel_height
+    panel_size = max(1, round(panel_height * info.width / info.height)), panel_height
     panels = []
     for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
         masks = [masks_of_object.get(frame) for masks_of_object in objects]
         small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
-        grids = [coverage(mask, gh, gw) for mask in masks if mask is not None]
-        light = 0.15 + 0.85 * np.max(grids or [np.zeros((gh, gw))], axis=0)
-        light = Image.fromarray(np.float32(light)).resize(panel_size, Image.Resampling.NEAREST)
-        lit = np.uint8(small * np.asarray(light)[:, :, None])
-        panels.append((frame, np.concatenate([draw_regions(small, masks), lit])))
+        panel, views = [draw_regions(small, masks)], {}  # View -> its objects' indices, and their coverage
+        for i, mask in enumerate(masks):
+            if mask is not None:
+                view, cells = dataset.region_view(frame, mask, info)
+                indices, others = views.get(view, ([], 0))
+                views[view] = [*indices, i], np.maximum(others, cells)
+        if views:
+            panel.append(_draw_views(picture, views, panel_size))
+        panels.append((frame, np.concatenate(panel)))
     return panels
+
+
+def _draw_views(picture, views, panel_size):
+    """Returns the views of a frame, uint8 (H, W, 3), in one or two columns that are as wide as a panel."""
+    columns = min(len(views), 2)
+    gap = 4 * (columns - 1)  # pixels
+    width = (panel_size[0] - gap) // columns
+    tiles = []
+    for (_, part, _), (indices, cells) in views.items():
+        top, bottom, left, right = part
+        tile = ImageOps.contain(Image.fromarray(picture[top:bottom, left:right]), (width, panel_size[1]))
+        light = Image.fromarray(np.float32(0.15 + 0.85 * cells)).resize(tile.size, Image.Resampling.NEAREST)
+        tiles.append(Image.fromarray(np.uint8(np.asarray(tile) * np.asarray(light)[:, :, None])))
+        if columns > 1:
+            _write_numbers(ImageDraw.Draw(tiles[-1]), (2, 2), "lt", indices, 12)
+    height = max(tile.height for tile in tiles) + gap
+    sheet = Image.new("RGB", (panel_size[0], height * math.ceil(len(tiles) / columns)), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * (width + gap), i // columns * height + gap))
+    return np.asarray(sheet)
 
 
 def draw_regions(picture, masks):
@@ -1655,15 +1757,19 @@ def draw_regions(picture, masks):
         drawn[(np.asarray(grown) > 0) & ~objects] = COLOURS[indices[0] % len(COLOURS)]
     image = Image.fromarray(drawn)
     pen, size = ImageDraw.Draw(image), max(12, min(height, width) // 16)
-    font = ImageFont.load_default(size)
     for inside, indices in outlined:
         top, bottom, left, _ = mask_bounds(inside)
-        text = ",".join(str(i + 1) for i in indices)
         # Above the object if there is room, else below it.
         y, anchor = (top, "lb") if top > size else (min(bottom + 1, height - size), "lt")
-        style = dict(fill=COLOURS[indices[0] % len(COLOURS)], font=font, stroke_width=2, stroke_fill="black")
-        pen.text((left, y), text, anchor=anchor, **style)
+        _write_numbers(pen, (left, y), anchor, indices, size)
     return np.asarray(image)
+
+
+def _write_numbers(pen, position, anchor, indices, size):
+    """Writes the numbers of objects, in the colour of the first."""
+    text, font = ",".join(str(i + 1) for i in indices), ImageFont.load_default(size)
+    style = dict(fill=COLOURS[indices[0] % len(COLOURS)], stroke_width=2, stroke_fill="black")
+    pen.text(position, text, anchor=anchor, font=font, **style)
 
 
 def _draw_row(panels, sample):
@@ -1733,6 +1839,7 @@ class CheckedDataset(ReferringDataset):
         if not self.structure_only:
             encoded = self.encode(sample, np.random.default_rng(0))
             facts.append(("tokens", len(encoded["input_ids"])))
+            facts.append(("stills", len(encoded["still_patches"])))
             kind = encoded["kind"]
         most_frames = max(map(len, sample.objects), default=0)
         regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]

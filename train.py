@@ -78,6 +78,9 @@ class Config:
     num_frames: int = option(None, "frames sampled evenly from a video (default: 8)")
     frame_pixels: int = option(None, "pixels of such a frame at most (default: 32*32 if tiny, or 384*384)")
     region_pixels: int = option(None, "the same for images and annotated frames (default: 96*96 or 384*384)")
+    window: int = option(
+        None, "a still shows so many sides of an object's box; 0: a whole frame (default: 0)"
+    )
     region_frames: int = option(None, "annotated frames per object at most, evenly spread (default: 8)")
     region_tokens: int = option(None, "tokens per object at most, similar frames being merged (default: 4)")
     single_frame: float = option(0.25, "share of objects cut to one random frame (the paper mixes the modes)")
@@ -743,7 +746,7 @@ def parse(argv=None):
         value, name = getattr(config, f.name), f.name.replace("_", "-")
         if f.type not in (int, float) or value is None:
             continue
-        least = 0 if f.type is float or name in ("warmup", "workers", "seed") else 1
+        least = 0 if f.type is float or name in ("warmup", "workers", "seed", "window") else 1
         if not least <= value < math.inf:  # also true for NaN
             kind = "whole number" if f.type is int else "number"
             parser.error(f"--{name}: expected a {kind} from {least}, found {value}")

@@ -1,6 +1,7 @@
 """A toy world: clips of moving coloured shapes, and questions that only the mask can answer.
 
-    python tests/shapes.py DIR      # writes DIR/videos, DIR/images, DIR/train.json, test.json, bench_q.json
+    python tests/shapes.py DIR          # writes DIR/videos, images, train.json, test.json, bench_q.json
+    python tests/shapes.py DIR --small  # the same, but the objects take up 5 % of a frame of 384 x 384 pixels
 
 Every clip shows four objects: each colour, each shape and each direction of motion occurs once, dealt at
 random. The picture as a whole therefore says nothing about any question, and a model that ignores the mask is
@@ -31,6 +32,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = {"black": (0, 0, 0), "brown": (90, 50, 20), "navy": (20, 25, 100)}
 SPEED = 5  # pixels a frame
 RADIUS = (12, 15)
+SMALL_SCALE, SMALL_RADIUS = 4, (2, 2.75)  # --small: a radius of 8 to 11 pixels, drawn at this scale
 
 
 def outline(shape, x, y, r):
@@ -59,18 +61,18 @@ def outline(shape, x, y, r):
     return [(x + dx, y + dy) for dx, dy in steps]
 
 
-def deal(rng):
+def deal(rng, radius=RADIUS):
     """Returns four objects that stay inside the picture and never touch.
 
-    Each is a dict with colour, shape, direction, r (the radius in pixels) and path (the centre (x, y) on each
-    frame).
+    Each is a dict with colour, shape, direction, r (the radius) and path (the centre (x, y) on each frame).
+    Lengths are in pixels at scale 1.
     """
     while True:
         colours, shapes, directions = (rng.sample(list(names), 4) for names in (COLOURS, SHAPES, DIRECTIONS))
         objects = []
         for colour, shape, direction in zip(colours, shapes, directions):
             for _ in range(30):
-                r = rng.uniform(*RADIUS)
+                r = rng.uniform(*radius)
                 dx, dy = (SPEED * d for d in DIRECTIONS[direction])
                 x, y = rng.uniform(r, SIDE - r), rng.uniform(r, SIDE - r)
                 path = [(x + dx * t, y + dy * t) for t in range(FRAMES)]
@@ -89,16 +91,18 @@ def _apart(path, r, other_path, other_r):
     return all(max(abs(p[0] - q[0]), abs(p[1] - q[1])) > r + other_r + 1 for p, q in zip(path, other_path))
 
 
-def draw(objects, background, frame):
-    """Returns one frame, uint8 (SIDE, SIDE, 3). It is drawn four times as large and averaged down."""
-    picture = Image.new("RGB", (SIDE * 4, SIDE * 4), BACKGROUNDS[background])
+def draw(objects, background, frame, scale=1):
+    """Returns one frame, uint8 (side, side, 3), side being SIDE * scale.
+
+    It is drawn four times as large and averaged down.
+    """
+    side, zoom = SIDE * scale, 4 * scale
+    picture = Image.new("RGB", (side * 4, side * 4), BACKGROUNDS[background])
     pen = ImageDraw.Draw(picture)
     for o in objects:
-        pen.polygon(
-            [(4 * x, 4 * y) for x, y in outline(o["shape"], *o["path"][frame], o["r"])],
-            fill=COLOURS[o["colour"]],
-        )
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+        points = outline(o["shape"], *o["path"][frame], o["r"])
+        pen.polygon([(zoom * x, zoom * y) for x, y in points], fill=COLOURS[o["colour"]])
+    return np.asarray(picture.resize((side, side), Image.Resampling.BOX))
 
 
 def write_video(path, frames):
@@ -106,7 +110,8 @@ def write_video(path, frames):
         # Without mbtree=0, x264 writes other bytes in every run, and the world would not be the same twice.
         options = {"crf": "16", "threads": "1", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.height, stream.width, _ = frames[0].shape
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -115,25 +120,27 @@ def write_video(path, frames):
 # ---------------------------------------------------------------------------------- masks in every form
 
 
-def segmentation(obj, frame, form):
+def segmentation(obj, frame, form, scale=1):
     """Returns one object's mask on one frame, in one of the forms that a data file may hold."""
     points = outline(obj["shape"], *obj["path"][frame], obj["r"])
     if form == "polygon":
-        return _flat(points)
+        return _flat(points, scale)
     if form == "polygons":  # two halves
         middle = len(points) // 2
-        return [_flat(points[: middle + 1]), _flat(points[middle:] + points[:1])]
-    scale = 2 if form == "rle2x" else 1  # a mask drawn at twice the resolution
-    rle = coco_mask.merge(coco_mask.frPyObjects([_flat(points, scale)], SIDE * scale, SIDE * scale))
+        return [_flat(points[: middle + 1], scale), _flat(points[middle:] + points[:1], scale)]
+    if form == "rle2x":  # a mask drawn at twice the resolution
+        scale *= 2
+    side = SIDE * scale
+    rle = coco_mask.merge(coco_mask.frPyObjects([_flat(points, scale)], side, side))
     if form == "runs":
         pixels = coco_mask.decode(rle).T.ravel()
         changes = np.flatnonzero(np.diff(pixels)) + 1
         runs = np.diff(np.concatenate([[0], changes, [len(pixels)]])).tolist()
-        return {"size": [SIDE, SIDE], "counts": [0, *runs] if pixels[0] else runs}
+        return {"size": [side, side], "counts": [0, *runs] if pixels[0] else runs}
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
-def _flat(points, scale=1):
+def _flat(points, scale):
     """Returns the points as COCO writes a polygon: [x1, y1, x2, y2, ...]."""
     return [round(coordinate * scale, 2) for point in points for coordinate in point]
 
@@ -141,12 +148,12 @@ def _flat(points, scale=1):
 FORMS = ("rle", "runs", "polygon", "polygons", "rle2x")
 
 
-def masks(rng, obj, frames):
+def masks(rng, obj, frames, scale):
     """Returns one object's entry, {"0": {"segmentation": ...}, ...}.
 
     One entry in five also has frames that say that the object is hidden there, as null and as an absent mask.
     """
-    entry = {str(f): {"segmentation": segmentation(obj, f, rng.choice(FORMS))} for f in frames}
+    entry = {str(f): {"segmentation": segmentation(obj, f, rng.choice(FORMS), scale)} for f in frames}
     if rng.random() < 0.2:
         entry = {"1": {"segmentation": None}, "2": {}} | entry
     return entry
@@ -198,7 +205,7 @@ def questions(rng, objects, frames, kinds):
     return asked
 
 
-def entry(rng, media, asked, frames, later_format=False):
+def entry(rng, media, scale, asked, frames, later_format=False):
     """Returns one sample of the data file.
 
     media: ("video" or "image", path). later_format: masks stand under `masks`, as in the later data files.
@@ -209,7 +216,7 @@ def entry(rng, media, asked, frames, later_format=False):
         tag = f"<{key}>\n" if turn_index == 0 else ""
         turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
     sample = {key: path, "conversations": turns}
-    regions = [masks(rng, obj, frames) for _, _, _, pointed in asked for obj in pointed]
+    regions = [masks(rng, obj, frames, scale) for _, _, _, pointed in asked for obj in pointed]
     if key == "image":  # an image has frame 0 alone, whichever frame of the clip it shows
         regions = [{"0": region[str(frames[0])]} for region in regions]
     if regions and later_format:
@@ -220,7 +227,7 @@ def entry(rng, media, asked, frames, later_format=False):
     elif regions:
         sample["annotation"] = regions
     if rng.random() < 0.5:
-        sample |= {"height": SIDE, "width": SIDE}
+        sample |= {"height": SIDE * scale, "width": SIDE * scale}
     return sample
 
 
@@ -250,40 +257,42 @@ def bench_q_entry(rng, sample, question):
     }
 
 
-def write_clip(rng, folder, name):
+def write_clip(rng, folder, name, small=False):
     """Writes videos/NAME.mp4 and two of its frames as images/NAME-FRAME.png.
 
-    Returns a dict with objects, background, video (a path) and images ({frame: path}).
+    Returns a dict with objects, background, scale, video (a path) and images ({frame: path}).
     """
-    objects, background = deal(rng), rng.choice(list(BACKGROUNDS))
-    frames = [draw(objects, background, f) for f in range(FRAMES)]
+    scale, radius = (SMALL_SCALE, SMALL_RADIUS) if small else (1, RADIUS)
+    objects, background = deal(rng, radius), rng.choice(list(BACKGROUNDS))
+    frames = [draw(objects, background, f, scale) for f in range(FRAMES)]
     images = {f: f"images/{name}-{f}.png" for f in sorted(rng.sample(range(FRAMES), 2))}
     write_video(folder / f"videos/{name}.mp4", frames)
     for f, path in images.items():
         Image.fromarray(frames[f]).save(folder / path)
-    return {"objects": objects, "background": background, "video": f"videos/{name}.mp4", "images": images}
+    paths = {"video": f"videos/{name}.mp4", "images": images}
+    return {"objects": objects, "background": background, "scale": scale} | paths
 
 
 def train_samples(rng, clip):
     """Yields three samples of one clip: a video with regions on three frames, and two of the other kinds,
     mostly images with regions."""
-    objects, video = clip["objects"], ("video", clip["video"])
+    objects, scale, video = clip["objects"], clip["scale"], ("video", clip["video"])
     background = ("background", "What colour is the background?", clip["background"], [])
     moving = questions(
         rng, objects, ANNOTATED, ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]
     ) + [background]
-    yield entry(rng, video, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
+    yield entry(rng, video, scale, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
     for frame, path in clip["images"].items():
         still = questions(rng, objects, (frame,), ["shape"] * 4 + ["colour"])
         choice = rng.random()
         if choice < 0.8:
-            yield entry(rng, ("image", path), _shuffled(rng, still), (frame,), rng.random() < 0.2)
+            yield entry(rng, ("image", path), scale, _shuffled(rng, still), (frame,), rng.random() < 0.2)
         elif choice < 0.9:
-            yield entry(rng, video, _shuffled(rng, still), (frame,))
+            yield entry(rng, video, scale, _shuffled(rng, still), (frame,))
         elif choice < 0.94:
-            yield entry(rng, ("image", path), [background], ())
+            yield entry(rng, ("image", path), scale, [background], ())
         elif choice < 0.98:
-            yield entry(rng, video, [background], ())
+            yield entry(rng, video, scale, [background], ())
         else:
             word = rng.choice(list(COLOURS) + list(SHAPES))
             yield {
@@ -295,25 +304,26 @@ def _shuffled(rng, items):
     return rng.sample(items, len(items))
 
 
-def write_world(folder, train_clips, test_clips, seed=0):
+def write_world(folder, train_clips, test_clips, seed=0, small=False):
     rng, folder = random.Random(seed), Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     train = [
         sample
         for i in range(train_clips)
-        for sample in train_samples(rng, write_clip(rng, folder, f"train{i:04}"))
+        for sample in train_samples(rng, write_clip(rng, folder, f"train{i:04}", small))
     ]
     test, bench = [], []
     for i in range(test_clips):
-        clip = write_clip(rng, folder, f"test{i:04}")
+        clip = write_clip(rng, folder, f"test{i:04}", small)
+        video, scale = ("video", clip["video"]), clip["scale"]
         for question in questions(
             rng, clip["objects"], ANNOTATED, ["colour", "shape", "direction", "relation"] * 2
         ):
-            test.append(entry(rng, ("video", clip["video"]), [question], ANNOTATED) | {"type": question[0]})
+            test.append(entry(rng, video, scale, [question], ANNOTATED) | {"type": question[0]})
             bench.append(bench_q_entry(rng, test[-1], question))
         background = ("background", "What colour is the background?", clip["background"], [])
-        test.append(entry(rng, ("video", clip["video"]), [background], ()) | {"type": "background"})
+        test.append(entry(rng, video, scale, [background], ()) | {"type": "background"})
     rng.shuffle(train)
     for name, samples in (("train", train), ("test", test), ("bench_q", bench)):
         with_ids = [{"id": i} | sample for i, sample in enumerate(samples)]
@@ -330,8 +340,9 @@ def main():
     parser.add_argument("--train-clips", type=int, default=600)
     parser.add_argument("--test-clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="objects of 5 %% of a 384-pixel frame")
     args = parser.parse_args()
-    write_world(args.folder, args.train_clips, args.test_clips, args.seed)
+    write_world(args.folder, args.train_clips, args.test_clips, args.seed, args.small)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def test_counts_of_right_data(folder):
     assert (
         "96x96 3" in output
         and "64x32 2" in output
+        and "stills: min 0, median 1, max 2" in output
         and re.search(r"tokens: min \d+, median \d+, max \d+", output)
     )
 
@@ -179,6 +180,34 @@ def test_preview_shows_mask_cells_and_conversation(folder, tmp_path):
     assert (picture[:, 6 + 2 * data.PANEL_HEIGHT + 20 :] < 128).any()  # the conversation
 
 
+def test_preview_shows_the_windows_that_are_encoded(folder, tmp_path):
+    """Two objects of 8 x 8 pixels, in opposite corners of a white picture of 64 x 32. Below it stand their
+    windows of 16 x 16 side by side, numbered, with a quarter of the cells lit: upper left and lower right."""
+    turns = [{"from": "human", "value": "<region> or <region>?"}, {"from": "gpt", "value": "red"}]
+    masks = [{"0": box(0, 0, 8, 8)}, {"0": box(56, 24, 8, 8)}]
+    sample = {"image": "white.png", "conversations": turns, "annotation": masks}
+    status, output = check(folder, [sample], "--window", 2, "--preview", tmp_path / "p.png")
+    assert status == 0 and "stills: min 3, median 3, max 3" in output  # the whole image, and two windows
+    picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
+    side = data.PANEL_HEIGHT - 2  # two windows and a gap of 4 pixels are as wide as the frame
+    top = data.LINE_HEIGHT + data.PANEL_HEIGHT + 4
+    assert (picture[top : top + side, 6 + side : 10 + side] == 255).all()
+    dim = int(0.15 * 255)
+    for left, expected in ((6, [[255, dim], [dim, dim]]), (10 + side, [[dim, dim], [dim, 255]])):
+        window = picture[top : top + side, left : left + side]
+        assert (window[2:14, 2:12] != window[20, 20]).any()  # the number
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            quarter = window[i * side // 2 : (i + 1) * side // 2, j * side // 2 : (j + 1) * side // 2]
+            assert (quarter[20:-2, 20:-2] == expected[i][j]).all()
+    # With whole frames, both objects cover a quarter of a cell in the same view, which has 2 x 4 cells.
+    check(folder, [sample], "--preview", tmp_path / "p.png")
+    picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
+    top, left, cell = data.LINE_HEIGHT + data.PANEL_HEIGHT, 6, data.PANEL_HEIGHT // 2
+    cells = picture[top : top + 2 * cell, left : left + 4 * cell][cell // 2 :: cell, cell // 2 :: cell]
+    lit = int((0.15 + 0.85 / 4) * 255)
+    assert cells.tolist() == [[lit, dim, dim, dim], [dim, dim, dim, lit]]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_media_are_checked_whatever_the_number_of_workers(folder, workers):
     """With --workers 0 no media were opened, and the exit status was 0."""
@@ -256,6 +285,7 @@ def test_a_problem_names_its_file(folder):
         (["--timeout", 0], "--timeout: a number above 0, found 0"),
         (["--num-frames", 0], "--num-frames: a whole number from 1, found 0"),
         (["--region-frames", -2], "--region-frames: a whole number from 1, found -2"),
+        (["--window", -1], "--window: a whole number from 0, found -1"),
         (["--structure-only", "--preview", "p.png"], "--preview without --structure-only"),
         (["--preview", "absent/p.png"], "a file in a folder that exists, found 'absent/p.png'"),
     ],

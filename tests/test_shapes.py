@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import shapes
+from pycocotools import mask as coco_mask
 
 import data
+import model as models
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +51,17 @@ def _segmentations(entries):
             yield from (m["segmentation"] for m in frames.values() if m.get("segmentation"))
 
 
+@pytest.mark.parametrize("scale", [1, 4])
 @pytest.mark.parametrize("form", shapes.FORMS)
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_every_form_of_mask_lies_over_the_drawn_object(shape, form):
+def test_every_form_of_mask_lies_over_the_drawn_object(shape, form, scale):
     """Truth: the pixels that carry the object's colour in the picture."""
-    obj = {"colour": "red", "shape": shape, "r": 13.3, "path": [(40.2, 51.7)]}
-    drawn = (shapes.draw([obj], "black", 0)[:, :, 0] > 115).astype(np.uint8)
-    mask = data.decode_mask(shapes.segmentation(obj, 0, form), 96, 96)
-    inside, outside = data.coverage(mask, 96, 96)[drawn == 1], data.coverage(mask, 96, 96)[drawn == 0]
+    obj = {"colour": "red", "shape": shape, "r": 13.3 / scale, "path": [(40.2, 51.7)]}
+    drawn = (shapes.draw([obj], "black", 0, scale)[:, :, 0] > 115).astype(np.uint8)
+    side = 96 * scale
+    assert drawn.shape == (side, side)
+    mask = data.decode_mask(shapes.segmentation(obj, 0, form, scale), side, side)
+    inside, outside = data.coverage(mask, side, side)[drawn == 1], data.coverage(mask, side, side)[drawn == 0]
     assert inside.sum() > 0.93 * drawn.sum() and outside.sum() < 0.12 * drawn.sum()
 
 
@@ -78,6 +83,27 @@ def test_the_picture_without_the_mask_decides_nothing(world):
         for f in ("train.json", "test.json")
     ]
     assert not media[0] & media[1]
+
+
+def test_the_objects_of_the_small_world_are_of_5_percent_of_its_frames(tmp_path):
+    """In each form that a mask may have. Truth: COCO's own boxes. All samples can be read."""
+    shapes.write_world(tmp_path, train_clips=4, test_clips=2, small=True)
+    processor, sides = models.load_processor("tiny", ["a"]), set()
+    for name in ("train.json", "test.json"):
+        samples = data.read_samples(tmp_path / name)
+        dataset = data.ReferringDataset(samples, processor)
+        for i in range(len(samples)):
+            assert isinstance(dataset[0, i], dict)
+            if samples[i].media:
+                info = data.media_info(samples[i].media)
+                assert (info.height, info.width) == (384, 384) and samples[i].size in (None, (384, 384))
+            for masks in samples[i].objects:
+                for segmentation in masks.values():
+                    mask = data.decode_mask(segmentation, 384, 384)
+                    sides |= {*mask.shape}
+                    _, _, width, height = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask)))
+                    assert 0.04 < max(width, height) / mask.shape[0] < 0.062
+    assert sides == {384, 768}
 
 
 def test_relations_are_what_the_paths_say():

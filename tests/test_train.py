@@ -345,15 +345,15 @@ def test_what_is_not_given_comes_from_the_settings_that_were_saved_with_the_mode
         return json.loads((out / "final" / "nanorefer.json").read_text())
 
     chosen = {"num_frames": 3, "frame_pixels": 2048, "region_pixels": 4096, "region_frames": 5}
-    chosen |= {"region_tokens": 2, "max_length": 999}
+    chosen |= {"window": 2, "region_tokens": 2, "max_length": 999}
     options = [x for name, value in chosen.items() for x in ("--" + name.replace("_", "-"), value)]
     train_here(*common, "--out", tmp_path / "one", *options)
     assert settings(tmp_path / "one") == chosen
     second = [*common, "--model", tmp_path / "one" / "final"]
     train_here(*second, "--out", tmp_path / "two", "--save-every", 1)
     assert settings(tmp_path / "two") == chosen
-    train_here(*second, "--out", tmp_path / "three", "--num-frames", 4)
-    assert settings(tmp_path / "three") == chosen | {"num_frames": 4}
+    train_here(*second, "--out", tmp_path / "three", "--num-frames", 4, "--window", 0)
+    assert settings(tmp_path / "three") == chosen | {"num_frames": 4, "window": 0}
     resume = ["--out", tmp_path / "four", "--resume", tmp_path / "two" / "step-000001"]
     with pytest.raises(SystemExit, match="expected region_tokens 2 as in the run that is resumed, found 3"):
         train_here(*second, *resume, "--region-tokens", 3)
@@ -408,7 +408,7 @@ def test_bench_data_reads_the_same_in_both_ways(toy):
     # The pixels come from another decoder.
     assert np.abs(video * 0.5 + 0.5 - ours["video_patches"] / 255).mean() < 0.01
     assert np.abs(np.stack(stills) * 0.5 + 0.5 - np.stack(ours["still_patches"]) / 255).mean() < 0.01
-    gh, gw = (side // processor.merge_size for side in ours["still_grid"])
+    gh, gw = (side // processor.merge_size for side in ours["still_grids"][0])
     cells = [data.coverage(mask.astype(np.uint8), gh, gw).ravel() for mask in masks]
     np.testing.assert_array_equal(cells, ours["coverage"])
     np.testing.assert_array_equal(input_ids, ours["input_ids"])
@@ -453,7 +453,15 @@ def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     "option, least",
-    [("batch-size", 1), ("micro-batch", 1), ("log-every", 1), ("num-frames", 1), ("keep", 1), ("workers", 0)],
+    [
+        ("batch-size", 1),
+        ("micro-batch", 1),
+        ("log-every", 1),
+        ("num-frames", 1),
+        ("keep", 1),
+        ("workers", 0),
+        ("window", 0),
+    ],
 )
 def test_numbers_that_mean_nothing_are_refused(option, least, capsys):
     with pytest.raises(SystemExit):
