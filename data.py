@@ -145,7 +145,7 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     media = _parse_media(entry, media_folder, outside_paths)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
-    objects = _parse_objects(entry, is_image=isinstance(media, str) and _is_image_path(media))
+    objects = _parse_objects(entry, media)
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
@@ -756,11 +756,14 @@ def _parse_turns(conversations, has_media):
     return list(zip(questions, answers))
 
 
-def _parse_objects(entry, is_image):
+def _parse_objects(entry, media):
     """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}].
 
-    In an image, an object under `masks` may also be its SEG itself.
+    In an image, an object under `masks` may also be its SEG itself. Beside a list of frame files, `mask_ids`
+    may give the frame index of each mask of all objects, in order, as in RynnEC's files: the keys are names.
     """
+    is_image = isinstance(media, str) and _is_image_path(media)
+    mask_ids = entry.get("mask_ids") if isinstance(media, tuple) else None
     keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
     expect(len(keys) <= 1, "annotation or masks, not both", keys)
     if not keys:
@@ -768,21 +771,27 @@ def _parse_objects(entry, is_image):
     with within(keys[0]):
         listed = entry[keys[0]]
         expect(isinstance(listed, list), "a list with one entry an object", listed)
-        objects = []
+        expect(isinstance(mask_ids, list | None), "mask_ids: a list of frame indices", mask_ids)
+        objects, numbers = [], iter(mask_ids or [])
         for i, masks in enumerate(listed):
             with within(f"object {i}"):
                 is_segmentation = isinstance(masks, list) or (isinstance(masks, dict) and "counts" in masks)
                 if is_image and keys[0] == "masks" and is_segmentation:
                     masks = {"0": masks}
                 expect(isinstance(masks, dict), "frame index -> mask", masks)
+                frames = list(masks) if mask_ids is None else [str(next(numbers, None)) for _ in masks]
+                masks = zip(frames, masks.values())
                 objects.append(_parse_masks(masks, has_segmentation_key=keys[0] == "annotation"))
+        if mask_ids is not None:
+            count = sum(map(len, listed))
+            expect(len(mask_ids) == count, f"mask_ids: one for each of the {count} masks", len(mask_ids))
     return objects
 
 
 def _parse_masks(masks, has_segmentation_key):
-    """{"36": ...} -> {36: segmentation} of one object; it is hidden where the mask is null or absent."""
+    """("36", mask) pairs -> {36: segmentation} of one object, hidden where the mask is null or absent."""
     found = {}  # also the frames on which it is hidden
-    for key, mask in masks.items():
+    for key, mask in masks:
         with within(f"frame {key[:20]!r}"):
             expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
             expect(int(key) not in found, "each frame once", key)
@@ -791,7 +800,7 @@ def _parse_masks(masks, has_segmentation_key):
                 mask = mask.get("segmentation")
             found[int(key)] = mask
     visible = {frame: mask for frame, mask in found.items() if mask is not None}
-    expect(visible, "a mask on at least one frame", sorted(masks))
+    expect(visible, "a mask on at least one frame", sorted(found))
     return visible
 
 

@@ -457,6 +457,22 @@ BAD_SAMPLES = {
     "a video among frame files": (spoil(["video"], ["a.png", "a.mp4"]), "video: a file in .*, found 'a.mp4'"),
     "an empty list of frame files": (spoil(["video"], []), r"video: .*list of frame files, found \[\]"),
     "a number among frame files": (spoil(["video"], ["a.png", 5]), "video: one path, found 5"),
+    "too few mask_ids": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=[0, 1, 0, 1]),
+        "annotation: object 1: frame 'None': .*whole number from 0, found 'None'",
+    ),
+    "too many mask_ids": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=[0, 1, 0, 1, 2, 3]),
+        "annotation: expected mask_ids: one for each of the 5 masks, found 6",
+    ),
+    "a frame twice in mask_ids": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=[1, 1, 0, 1, 2]),
+        "annotation: object 0: frame '1': expected each frame once",
+    ),
+    "mask_ids of another type": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=3),
+        "mask_ids: a list of frame indices, found 3",
+    ),
     "a list of images": (
         lambda e: e.update(image=["a.png", "b.png"], video=None),
         r"image: one path, found \['a.png', 'b.png'\]",
@@ -776,6 +792,20 @@ def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monk
     loaded.clear()
     np.testing.assert_array_equal(dataset[1, 0]["video_patches"], first["video_patches"])
     assert not loaded  # the second epoch comes from the cache
+
+
+def test_mask_ids_say_on_which_of_the_frame_files_a_mask_lies(folder):
+    """As in RynnEC's files, whose masks have frame names for keys. Other media have frame indices there."""
+    masks = [square(i, 1, i + 9, 9) for i in range(3)]
+    named = {"masks": [{"scene_090": masks[0], "scene_012": masks[1]}, {"scene_090": masks[2]}]}
+    frames = [f"clip/f{i}.png" for i in (9, 7, 3)]
+    entry = good() | named | {"video": frames, "mask_ids": [2, 0, 2], "annotation": None}
+    assert read_one(folder, entry).objects == [{2: masks[0], 0: masks[1]}, {2: masks[2]}]
+    numbered = {"masks": [{"5": masks[0]}, {"1": masks[1]}], "mask_ids": [0, 1], "annotation": None}
+    assert read_one(folder, good() | numbered).objects == [{5: masks[0]}, {1: masks[1]}]
+    del entry["mask_ids"]
+    with pytest.raises(DataError, match="object 0: frame 'scene_090': expected a frame index"):
+        read_one(folder, entry)
 
 
 def test_a_bare_mask_is_for_images_alone(folder):
