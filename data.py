@@ -764,6 +764,8 @@ def _parse_objects(entry, media):
     """
     is_image = isinstance(media, str) and _is_image_path(media)
     mask_ids = entry.get("mask_ids") if isinstance(media, tuple) else None
+    valid = mask_ids is None or (isinstance(mask_ids, list) and all(type(frame) is int for frame in mask_ids))
+    expect(valid, "mask_ids: a list of frame indices", mask_ids)
     keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
     expect(len(keys) <= 1, "annotation or masks, not both", keys)
     if not keys:
@@ -771,7 +773,6 @@ def _parse_objects(entry, media):
     with within(keys[0]):
         listed = entry[keys[0]]
         expect(isinstance(listed, list), "a list with one entry an object", listed)
-        expect(isinstance(mask_ids, list | None), "mask_ids: a list of frame indices", mask_ids)
         objects, numbers = [], iter(mask_ids or [])
         for i, masks in enumerate(listed):
             with within(f"object {i}"):

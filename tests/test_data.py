@@ -469,6 +469,10 @@ BAD_SAMPLES = {
         lambda e: e.update(video=["a.png", "b.png"], mask_ids=[1, 1, 0, 1, 2]),
         "annotation: object 0: frame '1': expected each frame once",
     ),
+    "mask_ids that are names": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=["0", "1", "0", "1", "0"]),
+        "mask_ids: a list of frame indices, found",
+    ),
     "mask_ids of another type": (
         lambda e: e.update(video=["a.png", "b.png"], mask_ids=3),
         "mask_ids: a list of frame indices, found 3",
