@@ -122,7 +122,8 @@ class Sample:
 
     place: tuple[str, str]  # (file, sample name): how an error names this sample
     id: object
-    media: str | None  # path of a video, image or folder of frames; None: text only
+    # The path of a video, image or folder of frames, or the paths of the frames; None: text only.
+    media: str | tuple[str, ...] | None
     # (question, answer) pairs. The first question holds the media tag if there are media.
     turns: list[tuple[str, str]]
     # {frame index: segmentation} for each `<region>` tag of all questions, in order.
@@ -154,7 +155,7 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     media = _parse_media(entry, media_folder, outside_paths)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
-    objects = _parse_objects(entry, is_image=media is not None and _is_image_path(media))
+    objects = _parse_objects(entry, media)
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
     expect(tags == len(objects), expected_tags, tags)
@@ -638,7 +639,7 @@ class ReferringDataset(Dataset):
         for i in rng.permutation(len(self.samples)).tolist():
             with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
                 donor = self.samples[i]
-                if not donor.objects or os.path.normpath(donor.media) == os.path.normpath(sample.media):
+                if not donor.objects or _files_of(donor.media) & _files_of(sample.media):
                     continue
                 object_index = int(rng.integers(len(donor.objects)))
                 donor_masks = self.choose_masks(donor, object_index, self.media_of(donor).info, rng)
@@ -906,20 +907,37 @@ def _parse_media(entry, media_folder, outside_paths):
     if not given:
         return None
     ((key, name),) = given.items()
-    if isinstance(name, list) and len(name) == 1:  # the later published files write ["a.mp4"]
-        name = name[0]
-    valid = isinstance(name, str) and name and "\0" not in name and not LONE_SURROGATE.search(name)
-    expect(valid, f"{key}: one path", name)
+    names = name if isinstance(name, list) else [name]  # the later published files write ["a.mp4"]
+    is_one = len(names) == 1
+    expected = "video: one path, or a list of frame files" if key == "video" else "image: one path"
+    expect(is_one or (names and key == "video"), expected, name)
     # An image may stand under "video", as in the published format's own example, but not the other way round.
-    valid = key == "video" or _is_image_path(name)
-    expect(valid, f"image: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name)
-    inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
-    expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
-    return os.path.join(media_folder, name)
+    must_be_image = key == "image" or not is_one
+    for name in names:
+        valid = isinstance(name, str) and name and "\0" not in name and not LONE_SURROGATE.search(name)
+        expect(valid, f"{key}: one path", name)
+        valid = _is_image_path(name) or not must_be_image
+        expect(valid, f"{key}: a file in {' '.join(sorted(IMAGE_SUFFIXES))}", name)
+        inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
+        expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
+    paths = [os.path.join(media_folder, name) for name in names]
+    return paths[0] if is_one else tuple(paths)
 
 
 def _is_image_path(path):
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def media_name(media):
+    """How an error names media: a path, or the first and last of several frame files."""
+    if isinstance(media, (list, tuple)) and media:
+        return f"{media[0]} to {media[-1]} ({len(media)} frames)"
+    return str(media)
+
+
+def _files_of(media):
+    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
+    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
 
 
 def _parse_turns(conversations, has_media):
@@ -954,11 +972,16 @@ def _parse_turns(conversations, has_media):
     return list(zip(questions, answers))
 
 
-def _parse_objects(entry, is_image):
+def _parse_objects(entry, media):
     """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}].
 
-    In an image, an object under `masks` may also be its SEG itself.
+    In an image, an object under `masks` may also be its SEG itself. Beside a list of frame files, `mask_ids`
+    may give the frame index of each mask of all objects, in order, as in RynnEC's files: the keys are names.
     """
+    is_image = isinstance(media, str) and _is_image_path(media)
+    mask_ids = entry.get("mask_ids") if isinstance(media, tuple) else None
+    valid = mask_ids is None or (isinstance(mask_ids, list) and all(type(frame) is int for frame in mask_ids))
+    expect(valid, "mask_ids: a list of frame indices", mask_ids)
     keys = [key for key in ("annotation", "masks") if entry.get(key) is not None]
     expect(len(keys) <= 1, "annotation or masks, not both", keys)
     if not keys:
@@ -966,21 +989,26 @@ def _parse_objects(entry, is_image):
     with within(keys[0]):
         listed = entry[keys[0]]
         expect(isinstance(listed, list), "a list with one entry an object", listed)
-        objects = []
+        objects, numbers = [], iter(mask_ids or [])
         for i, masks in enumerate(listed):
             with within(f"object {i}"):
                 is_segmentation = isinstance(masks, list) or (isinstance(masks, dict) and "counts" in masks)
                 if is_image and keys[0] == "masks" and is_segmentation:
                     masks = {"0": masks}
                 expect(isinstance(masks, dict), "frame index -> mask", masks)
+                frames = list(masks) if mask_ids is None else [str(next(numbers, None)) for _ in masks]
+                masks = zip(frames, masks.values())
                 objects.append(_parse_masks(masks, has_segmentation_key=keys[0] == "annotation"))
+        if mask_ids is not None:
+            count = sum(map(len, listed))
+            expect(len(mask_ids) == count, f"mask_ids: one for each of the {count} masks", len(mask_ids))
     return objects
 
 
 def _parse_masks(masks, has_segmentation_key):
-    """{"36": ...} -> {36: segmentation} of one object; it is hidden where the mask is null or absent."""
+    """("36", mask) pairs -> {36: segmentation} of one object, hidden where the mask is null or absent."""
     found = {}  # also the frames on which it is hidden
-    for key, mask in masks.items():
+    for key, mask in masks:
         with within(f"frame {key[:20]!r}"):
             expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
             expect(int(key) not in found, "each frame once", key)
@@ -989,7 +1017,7 @@ def _parse_masks(masks, has_segmentation_key):
                 mask = mask.get("segmentation")
             found[int(key)] = mask
     visible = {frame: mask for frame, mask in found.items() if mask is not None}
-    expect(visible, "a mask on at least one frame", sorted(masks))
+    expect(visible, "a mask on at least one frame", sorted(found))
     return visible
 
 
@@ -1119,7 +1147,7 @@ class TimedReader:
         if not outcome:
             self.hung_paths.add(path)
             expected = f"expected to be read within {self.timeout:g} s (--timeout)"
-            raise DataError(f"{expected}, found that it was not", path)
+            raise DataError(f"{expected}, found that it was not", media_name(path))
         value, error = outcome[0]
         if error is not None:
             raise error
@@ -1359,7 +1387,7 @@ class MediaInfo:
 
 
 def media_info(path):
-    """Returns the MediaInfo of a file or folder: open_media(path).info."""
+    """Returns the MediaInfo of a file, folder or list of frame files: open_media(path).info."""
     return open_media(path).info
 
 
@@ -1377,20 +1405,25 @@ def open_media(path):
     Frame k is the k-th shown, counted from 0, at the height and width that it is displayed with. It is never
     another frame than the one asked for: what cannot be had is a DataError. The file does not stay open and
     no pixels are held, so the object may live in a cache and be used in forked or spawned workers.
+    path: of a file, or of a folder of images, or a list of paths of images, which keep their order.
     """
+    if isinstance(path, (list, tuple)):
+        expect(path, "at least one frame file", path)
+        return Images(path, path, is_image=False)
     path = Path(path)
     try:
         if path.is_dir():
             names = [name for name in os.listdir(path) if _is_image_path(name) and not name.startswith(".")]
             if names:
-                return Images(path, sorted(names, key=_natural_order), is_image=False)
+                names.sort(key=_natural_order)
+                return Images(path, [os.path.join(path, name) for name in names], is_image=False)
             found = "none in it"
         elif not path.is_file():
             found = "no such file"
         elif path.stat().st_size == 0:
             found = "an empty one"
         elif _is_image_path(path):
-            return Images(path.parent, [path.name], is_image=True)
+            return Images(path, [path], is_image=True)
         else:
             return Video(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
@@ -1419,25 +1452,26 @@ def _check_size(picture, info):
 
 
 class Images:
-    """An image, or a folder of images in natural order: a video without a clock."""
+    """An image, or the images of a folder or list, in their order: a video without a clock."""
 
-    def __init__(self, folder, names, is_image):
-        self.folder, self.names = folder, names
-        self.nbytes = 100 * len(names)  # about what they take in memory, for a cache to count
-        with _open_image(folder / names[0]) as image:
+    def __init__(self, media, files, is_image):
+        self.media, self.files = media, files
+        self.nbytes = 150 * len(files)  # about what their paths take in memory, for a cache to count
+        first = Path(files[0])
+        with _open_image(first) as image:
             height, width = image.height, image.width
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         if is_turned:
-            height, width, _ = _load_image(folder / names[0]).shape
-        self.info = MediaInfo(len(names), UNKNOWN_FPS, height, width, is_image)
+            height, width, _ = _load_image(first).shape
+        self.info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
 
     def read(self, indices):
         """Returns {frame index: uint8 (H, W, 3) RGB}; raises DataError where an image does not decode."""
-        with within(str(self.folder)):
-            wanted = _check_indices(indices, len(self.names))
+        with within(media_name(self.media)):
+            wanted = _check_indices(indices, len(self.files))
         pictures = {}
         for k in wanted:
-            file = self.folder / self.names[k]
+            file = Path(self.files[k])
             pictures[k] = _load_image(file)
             with within(str(file)):
                 _check_size(pictures[k], self.info)
@@ -1450,6 +1484,8 @@ def _open_image(file):
     try:
         with Image.open(file) as image:
             yield image
+    except FileNotFoundError:
+        raise DataError("expected an image, found no such file", str(file)) from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         reason = f"expected an image, found one that does not decode: {error}"
         raise DataError(reason, str(file)) from error
@@ -1774,7 +1810,7 @@ def _write_numbers(pen, position, anchor, indices, size):
 
 def _draw_row(panels, sample):
     """The panels of one sample side by side, and its conversation on their right."""
-    lines = [": ".join(map(str, sample.place)), sample.media or "text only", ""]
+    lines = [": ".join(map(str, sample.place)), media_name(sample.media or "text only"), ""]
     region_numbers = iter(range(1, len(sample.objects) + 1))
     for question, answer in sample.turns:
         question = re.sub(REGION_TAG, lambda tag: f"<region {next(region_numbers)}>", question)

@@ -39,10 +39,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import AutoConfig, Sam2VideoInferenceSession, Sam2VideoModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import data
 import model as models
@@ -363,17 +366,17 @@ def read_marks(reply):
 def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
     """Returns the model's reply to one question about a video or an image. Raises data.DataError.
 
-    media: a path. question: with one `<region>` for each object, in order. objects: for each a dict {frame
-    index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the object, or what a data file
-    may have: RLE, or polygons in pixels of the frame (see box). preview: a path, where the objects are drawn.
+    media: a path, or a list of frame files. question: with one `<region>` for each object, in order. objects:
+    for each a dict {frame index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the
+    object, or what a data file may have: RLE, or polygons in pixels of the frame (see box). preview: a path,
+    where the objects are drawn.
     """
-    media, annotation = os.fspath(media), []
-    for masks in objects:
-        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in masks.items()})
+    name = data.media_name(media)
+    media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
     # A sample needs an answer, though this one is not read.
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
-    entry = {"video": media, "conversations": turns, "annotation": annotation}
-    dataset = Questions([data.parse_sample(entry, (media,), "", 0, outside_paths=True)], processor)
+    entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
+    dataset = Questions([data.parse_sample(entry, (name,), "", 0, outside_paths=True)], processor)
     if preview:
         frames, height = set().union(*objects), data.media_info(media).height
         picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(height, 480))
@@ -382,6 +385,35 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     if isinstance(reply, data.DataError):
         raise reply
     return reply
+
+
+def track(media, objects, model, region_frames=data.Settings.region_frames):
+    """Returns the objects with masks on up to region_frames frames, which SAM 2 finds. Raises data.DataError.
+
+    media, objects: as for ask, but a mask may also be a point inside the object: a tuple (x, y) in pixels of
+    the frame. A mask that fills its bounding box is taken for a box around the object. Any other is the
+    object, and stays as it is. model: see load_tracker. The frames are spread over the video, and are all
+    that SAM 2 sees of it, so that memory does not depend on its length. An object's frames on which SAM 2
+    sees nothing are left out. Masks come as arrays (H, W).
+    """
+    video, name = data.open_media(media), data.media_name(media)
+    with data.within(name):
+        frames = frames_to_track(objects, video.info.num_frames, region_frames)
+    pixels = to_pixels(video.read(frames).values(), model.config.image_size)
+    session = Sam2VideoInferenceSession(pixels, inference_device=model.device, dtype=pixels.dtype)
+    tracked = []
+    for i, masks in enumerate(objects):
+        with data.within(name, f"object {i}"):
+            tracked.append(track_object(model, session, frames, masks, video.info))
+    return tracked
+
+
+def to_annotation(objects):
+    """Returns objects, as ask takes them, as the "annotation" of a data file."""
+    annotation = []
+    for masks in objects:
+        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in masks.items()})
+    return annotation
 
 
 def to_segmentation(mask):
@@ -576,6 +608,92 @@ def read_predictions(path, by_id):
         data.expect(not missing, "a prediction for each question", f"none for {', '.join(missing)}")
 
 
+# ---- SAM 2 ----
+
+
+def load_tracker(path, device=None):
+    """Returns the Sam2VideoModel of a folder or Hugging Face name, such as facebook/sam2.1-hiera-tiny."""
+    expected = "a Hugging Face name or a folder with config.json and weights of a SAM 2 video model"
+    with models.model_errors_in_one_line(path, "--track", expected):
+        family = AutoConfig.from_pretrained(path).model_type
+        data.expect(family == "sam2_video", "a SAM 2 video model (sam2_video)", family)
+        model = models.load_weights(Sam2VideoModel, path)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def frames_to_track(objects, num_frames, count):
+    """Returns the frames with masks, and others evenly spread: count in all, in order of time."""
+    pointed = sorted(set().union(*objects))
+    others = data.evenly(range(num_frames), count)
+    for frame in pointed:
+        data.expect(frame in range(num_frames), f"a frame index from 0 to {num_frames - 1}", frame)
+        if others:  # the frame takes the place of the nearest one
+            others.pop(np.argmin([abs(other - frame) for other in others]))
+    return sorted({*pointed, *others})
+
+
+def to_pixels(pictures, size):
+    """T pictures, uint8 (H, W, 3) -> float32 (T, 3, size, size).
+
+    It stands in for transformers' Sam2VideoVideoProcessor, which needs torchvision.
+    """
+    pictures = torch.from_numpy(np.stack(list(pictures))).movedim(3, 1)
+    pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+    mean, std = 255 * torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
+    return (pictures - mean) / std
+
+
+def track_object(model, session, frames, masks, info):
+    """Returns {frame: bool (H, W)} of an object that masks, {frame: mask or point}, point at."""
+    data.expect(masks, "a mask or a point on at least one frame", masks)
+    session.reset_tracking_data()
+    drawn, found = {}, {}
+    for frame, mask in masks.items():
+        k = frames.index(frame)
+        with data.within(f"frame {frame}"):
+            drawn[frame] = add_prompt(session, k, mask, info, model.config.image_size)
+        model(session, k)
+    for reverse in (False, True):  # from the first of these frames on
+        for output in model.propagate_in_video_iterator(session, reverse=reverse):
+            logits = F.interpolate(output.pred_masks, (info.height, info.width), mode="bilinear")
+            found[frames[output.frame_idx]] = (logits[0, 0] > 0).cpu().numpy()
+    found |= {frame: mask for frame, mask in drawn.items() if mask is not None}
+    visible = {frame: mask for frame, mask in sorted(found.items()) if mask.any()}
+    data.expect(visible, "an object that SAM 2 sees on at least one frame", frames)
+    return visible
+
+
+def add_prompt(session, k, mask, info, size):
+    """Tells SAM 2 where the object is on frame k of the session. Returns the mask if it is the object itself.
+
+    It stands in for transformers' Sam2VideoProcessor, which needs torchvision. size: the side, in pixels, of
+    the square pictures that SAM 2 sees.
+    """
+    index = session.obj_id_to_idx(0)  # of the one object in the session
+    session.obj_with_new_inputs = [0]
+    picture = f"inside the picture, {info.width}x{info.height} (width x height)"
+    if isinstance(mask, tuple):
+        is_inside = len(mask) == 2 and 0 <= mask[0] < info.width and 0 <= mask[1] < info.height
+        data.expect(is_inside, f"a point x,y {picture}", mask)
+        points, labels, height, width = [mask], [1], info.height, info.width
+    else:
+        segmentation = to_segmentation(mask)
+        mask = data.decode_mask(segmentation, info.height, info.width)
+        data.expect(mask.any(), f"a mask that is not empty {picture}", segmentation)
+        height, width = mask.shape
+        top, bottom, left, right = data.mask_bounds(mask)
+        if not mask[top:bottom, left:right].all():
+            resized = torch.from_numpy(mask)[None, None].float()
+            resized = F.interpolate(resized, (size, size), mode="bilinear", antialias=True)
+            session.add_mask_inputs(index, k, resized >= 0.5)
+            return mask
+        points, labels = [(left, top), (right, bottom)], [2, 3]  # the labels of a box's corners
+    points = torch.tensor(points) * torch.tensor([size / width, size / height])
+    prompt = {"point_coords": points[None, None], "point_labels": torch.tensor(labels)[None, None]}
+    session.add_point_inputs(index, k, prompt)
+    return None
+
+
 # ---- the judge's server ----
 
 ATTEMPTS = 6
@@ -661,6 +779,11 @@ def corners(text):
     return [float(number) for number in text.split(",")]
 
 
+def x_y(text):
+    x, y = corners(text)
+    return x, y
+
+
 def picture(path):
     return np.asarray(Image.open(path).convert("L"))
 
@@ -712,7 +835,10 @@ def parse(argv=None):
     point("--box", type=x_y_w_h, metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels")
     point("--polygon", type=corners, metavar="X1,Y1,X2,Y2,...", help="a mask: its corners, in pixels")
     point("--mask", type=picture, metavar="PICTURE", help="a mask: all that is not black")
+    point("--point", type=x_y, metavar="X,Y", help="--track: a point inside the object, in pixels")
     add("--object", dest="pointed", action="append_const", const=None, help="begins the next object")
+    add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
+    add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
     add("--media", help="folder that media paths are relative to (default: each data file's own)")
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
@@ -736,9 +862,13 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
     points = args.video or args.pointed or args.preview
+    masks = [value for value in args.pointed if value is not None and not isinstance(value, int)]
+    clicks = any(isinstance(mask, tuple) for mask in masks)
     for option, is_given, fits, needed in (
         ("--ask", asks, args.video, "--video or --image"),
         ("--video, masks, --preview", points, asks, "--ask"),
+        ("--track, --save-masks", args.track or args.save_masks, masks, "an object: --box, --point, ..."),
+        ("--point", clicks, args.track, "--track"),
         ("--score", args.score, bench, "--bench-q or --bench-d"),
         ("--control", args.control, args.data, "--data"),
         ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
@@ -769,6 +899,12 @@ def main(argv=None):
     elif rank() == 0:
         objects = read_objects(args.pointed, data.media_info(args.video))
         model, processor = load(args.model, args.device)
+        if args.track:
+            sam, region_frames = load_tracker(args.track, args.device), processor.settings.region_frames
+            objects = track(args.video, objects, sam, region_frames)
+        if args.save_masks:
+            with data.atomic_write(args.save_masks) as temporary, open(temporary, "w") as file:
+                json.dump({"video": args.video, "annotation": to_annotation(objects)}, file)
         print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens, args.preview))
 
 

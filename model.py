@@ -444,15 +444,7 @@ def load_model(path, processor):
     if path == "tiny":
         return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
     with model_errors_in_one_line(path):
-        backbone, report = AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the report names them too
-        )
-        problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
-        data.expect(not problems, "weights that fit the model exactly", problems)
-        model = ReferringVideoLLM(backbone, processor)
+        model = ReferringVideoLLM(load_weights(AutoModelForImageTextToText, path), processor)
         if os.path.exists(os.path.join(path, SETTINGS_FILE)):  # train.py wrote this folder
             weights = load_file(os.path.join(path, REGION_WEIGHTS))
             try:
@@ -462,18 +454,33 @@ def load_model(path, processor):
     return model
 
 
+def load_weights(model_class, path):
+    """Returns model_class.from_pretrained(path) in float32; data.DataError unless the weights fit exactly."""
+    model, report = model_class.from_pretrained(
+        path,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the report names them too
+    )
+    problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
+    data.expect(not problems, "weights that fit the model exactly", problems)
+    return model
+
+
+MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
+
+
 @contextmanager
-def model_errors_in_one_line(path):
+def model_errors_in_one_line(path, option="--model", expected=MODEL_FILES):
     """Turns what libraries raise about missing or broken model files into a data.DataError of one line."""
     try:
-        with data.within(f"--model {path}"):
+        with data.within(f"{option} {path}"):
             yield
     except data.DataError:  # is a ValueError, so it must pass before the next line
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        expected = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
         found = " ".join(str(error).split())[:300]
-        raise data.DataError(f"expected {expected}, found: {found}", f"--model {path}") from error
+        raise data.DataError(f"expected {expected}, found: {found}", f"{option} {path}") from error
 
 
 # ---- The tiny model ----

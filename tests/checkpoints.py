@@ -1,4 +1,4 @@
-"""Small random checkpoints of both families, written by transformers, with the files of published ones."""
+"""Small random checkpoints of both families and of SAM 2, written by transformers as published ones are."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Sam2VideoConfig,
+    Sam2VideoModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -116,3 +118,49 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def make_sam(folder, seed=0):
+    """Writes a SAM 2 video model that sees pictures of 128x128 pixels, and an object on most of them."""
+    size = 128
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": 16,
+        "image_size": [size, size],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [16, 32, 64, 128],
+        "num_attention_heads_per_stage": [1, 2, 2, 2],
+        "global_attention_blocks": [3],
+    }
+    config = Sam2VideoConfig(
+        image_size=size,
+        vision_config={
+            "backbone_config": backbone,
+            "backbone_channel_list": [128, 64, 32, 16],
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+            "fpn_hidden_size": 128,
+        },
+        prompt_encoder_config={"hidden_size": 128, "image_size": size, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 128,
+            "mlp_dim": 64,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 64,
+        },
+        memory_attention_hidden_size=128,
+        memory_attention_num_layers=2,
+        memory_attention_feed_forward_hidden_size=64,
+        memory_attention_rope_feat_sizes=[8, 8],
+        memory_encoder_hidden_size=128,
+        mask_downsampler_embed_dim=128,
+        memory_fuser_embed_dim=128,
+        memory_fuser_intermediate_dim=64,
+    )
+    torch.manual_seed(seed)
+    model = Sam2VideoModel(config)
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.12)
+    torch.nn.init.constant_(model.mask_decoder.pred_obj_score_head.proj_out.bias, 6.0)  # above 0: it sees one
+    model.eval().save_pretrained(folder)
+    return Path(folder)

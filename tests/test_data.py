@@ -326,6 +326,12 @@ def test_media_outside_of_their_folder_are_refused_unless_allowed(folder, path):
     assert data.read_samples(write(folder, [good() | {"video": "b/../..a.mp4"}]))[0].media.endswith(
         "b/../..a.mp4"
     )
+    frames = ["clip/f0.png", f"{path}/f1.png"]
+    file = write(folder, [good() | {"video": frames}])
+    with pytest.raises(DataError, match=f"inside the media folder .*, found '{path}/f1.png'"):
+        data.read_samples(file)[0]
+    outside = tuple(os.path.join(folder, name) for name in frames)
+    assert data.read_samples(file, outside_paths=True)[0].media == outside
 
 
 def test_a_decoder_that_hangs_loses_its_sample_and_nothing_else(folder, monkeypatch, processor):
@@ -447,7 +453,34 @@ BAD_SAMPLES = {
         r"image: a file in .*\.png.*, found 'clip.mp4'",
     ),
     "video of another type": (spoil(["video"], 5), "video: one path, found 5"),
-    "several videos": (spoil(["video"], ["a", "b"]), "video: one path"),
+    "several videos": (spoil(["video"], ["a.mp4", "b.mp4"]), r"video: a file in .*\.png.*, found 'a.mp4'"),
+    "a video among frame files": (spoil(["video"], ["a.png", "a.mp4"]), "video: a file in .*, found 'a.mp4'"),
+    "an empty list of frame files": (spoil(["video"], []), r"video: .*list of frame files, found \[\]"),
+    "a number among frame files": (spoil(["video"], ["a.png", 5]), "video: one path, found 5"),
+    "too few mask_ids": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=[0, 1, 0, 1]),
+        "annotation: object 1: frame 'None': .*whole number from 0, found 'None'",
+    ),
+    "too many mask_ids": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=[0, 1, 0, 1, 2, 3]),
+        "annotation: expected mask_ids: one for each of the 5 masks, found 6",
+    ),
+    "a frame twice in mask_ids": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=[1, 1, 0, 1, 2]),
+        "annotation: object 0: frame '1': expected each frame once",
+    ),
+    "mask_ids that are names": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=["0", "1", "0", "1", "0"]),
+        "mask_ids: a list of frame indices, found",
+    ),
+    "mask_ids of another type": (
+        lambda e: e.update(video=["a.png", "b.png"], mask_ids=3),
+        "mask_ids: a list of frame indices, found 3",
+    ),
+    "a list of images": (
+        lambda e: e.update(image=["a.png", "b.png"], video=None),
+        r"image: one path, found \['a.png', 'b.png'\]",
+    ),
     "both mask keys": (spoil(["masks"], []), "annotation or masks, not both"),
     "objects of another type": (spoil([A], {"1": {}}), "annotation.*one entry an object"),
     "object of another type": (spoil([A, 1], 5), "annotation: object 1.*5"),
@@ -657,6 +690,26 @@ BAD_MEDIA = {
         "/data.json: expected a video, found what FFmpeg can't open",
     ),
     "folder without images": (spoil(["video"], "nothing"), "nothing.*none in it"),
+    "a missing frame file": (
+        spoil(["video"], ["a.png", "absent.png"] + ["a.png"] * 10),
+        "/absent.png: expected an image, found no such file",
+    ),
+    "the first frame file is missing": (
+        spoil(["video"], ["absent.png"] + ["a.png"] * 11),
+        "/absent.png: expected an image, found no such file",
+    ),
+    "a frame file that is no image": (
+        spoil(["video"], ["a.png", "empty.png"] + ["a.png"] * 10),
+        "/empty.png: expected an image, found one that does not decode",
+    ),
+    "a frame file of another size": (
+        spoil(["video"], ["a.png", "small.png"] + ["a.png"] * 10),
+        r"/small.png: expected the first frame's height and width \(24, 32\), found \(16, 16\)",
+    ),
+    "past the end of a list": (
+        spoil(["video"], ["a.png"] * 10),
+        "object 0: frame 10: .*frame index below 10, the number of frames, found 10",
+    ),
     "past the end": (spoil([A, 0], box_of("1", "12")), "object 0: frame 12: .*below 12.*found 12"),
     "image has one frame": (
         lambda e: (e.update(image="a.png"), e.pop("video")),
@@ -688,6 +741,8 @@ BAD_MEDIA = {
 @pytest.mark.parametrize("name", BAD_MEDIA)
 def test_wrong_media_and_masks_come_back_as_errors_with_their_place(folder, processor, name):
     (folder / "empty.mp4").write_bytes(b"")
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("RGB", (16, 16)).save(folder / "small.png")
     (folder / "nothing").mkdir()
     change, message = BAD_MEDIA[name]
     entry = good()
@@ -745,6 +800,20 @@ def test_a_frame_is_decoded_once_however_many_ask_for_it(folder, processor, monk
     loaded.clear()
     np.testing.assert_array_equal(dataset[1, 0]["video_patches"], first["video_patches"])
     assert not loaded  # the second epoch comes from the cache
+
+
+def test_mask_ids_say_on_which_of_the_frame_files_a_mask_lies(folder):
+    """As in RynnEC's files, whose masks have frame names for keys. Other media have frame indices there."""
+    masks = [square(i, 1, i + 9, 9) for i in range(3)]
+    named = {"masks": [{"scene_090": masks[0], "scene_012": masks[1]}, {"scene_090": masks[2]}]}
+    frames = [f"clip/f{i}.png" for i in (9, 7, 3)]
+    entry = good() | named | {"video": frames, "mask_ids": [2, 0, 2], "annotation": None}
+    assert read_one(folder, entry).objects == [{2: masks[0], 0: masks[1]}, {2: masks[2]}]
+    numbered = {"masks": [{"5": masks[0]}, {"1": masks[1]}], "mask_ids": [0, 1], "annotation": None}
+    assert read_one(folder, good() | numbered).objects == [{5: masks[0]}, {1: masks[1]}]
+    del entry["mask_ids"]
+    with pytest.raises(DataError, match="object 0: frame 'scene_090': expected a frame index"):
+        read_one(folder, entry)
 
 
 def test_a_bare_mask_is_for_images_alone(folder):
@@ -937,9 +1006,38 @@ def test_a_partly_hidden_object_is_cut_to_one_frame_as_often_as_others(folder, p
 
 
 def test_another_spelling_of_the_same_file_is_no_other_media(folder, processor):
-    entries = [good(), good() | {"video": "./clip"}]
-    dataset = data.ReferringDataset(data.read_samples(write(folder, entries)), processor, control="shuffle")
-    assert "other media to take masks from" in str(dataset[0, 0])
+    frames = [f"clip/f{i}.png" for i in range(12)]
+    lists = [good() | {"video": frames}, good() | {"video": [f"./{name}" for name in frames[::-1]]}]
+    for entries in ([good(), good() | {"video": "./clip"}], lists):
+        samples = data.read_samples(write(folder, entries))
+        dataset = data.ReferringDataset(samples, processor, control="shuffle")
+        assert "other media to take masks from" in str(dataset[0, 0])
+
+
+def test_a_list_of_frame_files_is_read_as_a_folder_of_frames_is(folder, processor):
+    """In the order as given: frame k of the list is the k-th path, whatever natural order would say."""
+    frames = [f"clip/f{i}.png" for i in range(12)]
+    swapped = frames[:3] + [frames[11]] + frames[4:11] + [frames[3]]
+    entries = [good(), good() | {"video": frames}, good() | {"video": swapped}]
+    dataset = data.ReferringDataset(data.read_samples(write(folder, entries)), processor)
+    folder_of_frames, listed, swapped = (dataset[0, i] for i in range(3))
+    assert folder_of_frames.keys() == listed.keys()
+    for name, value in folder_of_frames.items():
+        np.testing.assert_array_equal(listed[name], value)
+    assert folder_of_frames["still_frames"] == swapped["still_frames"] == [1, 3, 10]
+    height, width = processor.still_size(H, W)
+    f11 = Image.open(folder / "clip/f11.png").resize((width, height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(swapped["still_patches"][1], processor.still_patches(np.asarray(f11)))
+    assert (swapped["still_patches"][1] != listed["still_patches"][1]).any()
+    previews = [np.asarray(data.preview(dataset, [i])) for i in range(2)]
+    frames_end = 3 * (256 + 6)  # pixels: three frames and their margins; the conversation follows
+    np.testing.assert_array_equal(previews[0][:, :frames_end], previews[1][:, :frames_end])
+
+
+def test_a_list_that_is_not_read_in_time_is_named_in_short():
+    never, _ = os.pipe()
+    with pytest.raises(DataError, match=r"^a.png to c.png \(3 frames\): expected to be read within 0.1 s"):
+        data.TimedReader(0.1).run(("a.png", "b.png", "c.png"), os.read, never, 1)
 
 
 def test_a_worker_that_opens_a_changed_file_says_so(folder):

@@ -280,6 +280,19 @@ def test_folder_of_images(tmp_path):
         read_frames(tmp_path, [0, 2])
 
 
+def test_a_list_of_images_keeps_its_order(tmp_path):
+    paths = [tmp_path / f"img{k}.png" for k in (2, 10, 1, 33)]
+    for path, number in zip(paths, (2, 10, 1, 33)):
+        Image.fromarray(draw_number(number)).save(path)
+    paths.append(str(paths[1]))  # twice, and a text in place of a Path
+    assert media_info(paths) == MediaInfo(5, 24.0, 64, 128, is_image=False)
+    assert numbers(paths, [3, 0, 1, 2, 4]) == [33, 2, 10, 1, 10]
+    with pytest.raises(DataError, match=r"img2.png to .*img10.png \(5 frames\): .*from 0 to 4, found 5"):
+        read_frames(paths, [5])
+    with pytest.raises(DataError, match="at least one frame file"):
+        read_frames([], [0])
+
+
 @pytest.mark.parametrize(
     "mode, suffix",
     [("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"), ("RGB", "webp"), ("CMYK", "jpg")],
@@ -575,7 +588,7 @@ def test_digits_of_other_scripts_do_not_end_the_natural_order(tmp_path):
     for name in ("1²2.png", "1a2.png", "1٣2.png", "10.png", "9.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert media_info(tmp_path).num_frames == 5
-    assert open_media(tmp_path).names[-2:] == ["9.png", "10.png"]
+    assert [os.path.basename(file) for file in open_media(tmp_path).files[-2:]] == ["9.png", "10.png"]
 
 
 @pytest.mark.parametrize("place", [22, 30, 44, 52])

@@ -61,21 +61,25 @@ def spec_sample(entry, place, media, position, outside_paths=False):
     path = turns = size = None
     names = [given[key] for key in ("video", "image") if key in given]
     if names:
-        path = names[0][0] if is_a(list, names[0]) and len(names[0]) == 1 else names[0]
-        need(
-            len(names) == 1
-            and is_a(str, path)
-            and path
-            and not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in path)
-        )
-        depths = accumulate({"": 0, ".": 0, "..": -1}.get(part, 1) for part in path.split("/"))
-        need(outside_paths or path[0] != "/" and min(depths) >= 0)
-        path = path if path[0] == "/" else f"{media}/{path}"
+        need(len(names) == 1)
+        listed = names[0] if is_a(list, names[0]) else names
+        paths = tuple(spec_path(path, media, outside_paths) for path in listed)
+        need(len(paths) == 1 or len(paths) > 1 and "video" in given and all(map(spec_is_image, paths)))
+        path = paths if len(paths) > 1 else paths[0]
     turns = spec_turns(given.get("conversations"), path is not None)
     masks = [(key, given[key]) for key in ("annotation", "masks") if key in given]
     need(len(masks) <= 1 and is_a(list, *(listed for _, listed in masks)))
-    is_image = path is not None and spec_is_image(path)
+    is_image = is_a(str, path) and spec_is_image(path)
     need(is_image or "image" not in given)
+    ids = given.get("mask_ids", []) if is_a(tuple, path) else []
+    need(is_a(list, ids) and is_a(int, *ids))
+    if is_a(tuple, path) and "mask_ids" in given and masks:  # numbers, and names for keys
+        ((key, listed),) = masks
+        need(is_a(dict, *listed) and len(ids) == sum(map(len, listed)))
+        ends = list(accumulate(map(len, listed)))
+        numbers = [[str(i) for i in ids[end - len(frames) : end]] for frames, end in zip(listed, ends)]
+        need(all(len(set(frames)) == len(frames) for frames in numbers))
+        masks = [(key, [dict(zip(index, frames.values())) for index, frames in zip(numbers, listed)])]
     objects = [spec_object(frames, key, is_image) for key, listed in masks for frames in listed]
     need(sum(question.count("<region>") for question, _ in turns) == len(objects) and (path or not objects))
     if "height" in given or "width" in given:
@@ -83,6 +87,14 @@ def spec_sample(entry, place, media, position, outside_paths=False):
         need(is_a(int, *size) and min(size) >= 1 and math.prod(size) <= 2**26)
     need(is_a(str, given.get("type", "")))
     return data.Sample(place, entry.get("id", position), path, turns, objects, size, given.get("type", ""))
+
+
+def spec_path(path, media, outside_paths):
+    need(is_a(str, path) and path)
+    need(not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in path))
+    depths = accumulate({"": 0, ".": 0, "..": -1}.get(part, 1) for part in path.split("/"))
+    need(outside_paths or path[0] != "/" and min(depths) >= 0)
+    return path if path[0] == "/" else f"{media}/{path}"
 
 
 def spec_is_image(path):
@@ -212,12 +224,16 @@ def make_sample(rng):
             rng.choice(["", "<video>\n", "<image>", "\n<video>\n"]),
         )
         entry[media] = rng.choice([name, [name]])
+        if media == "video" and rng.random() < 0.3:  # a list of frame files
+            name, entry["video"] = "", rng.choices(["./a b.png", "ü/.a.JPG"], k=rng.randint(2, 3))
         questions[0] = rng.choice([tag + questions[0], questions[0] + tag])
     greeting = [("gpt", "Hello <region> <video>")] * (rng.random() < 0.1)
     turns = greeting + [turn for question in questions for turn in (("human", question), ("gpt", "A cat."))]
     entry["conversations"] = [{"from": who, "value": text} for who, text in turns]
     if objects or rng.random() < 0.1:
         entry[key] = [make_object(rng, key, media and spec_is_image(name)) for _ in range(objects)]
+        if rng.random() < 0.2:
+            entry["mask_ids"] = rng.sample(range(100_000), sum(map(len, entry[key])))
     if rng.random() < 0.3:
         entry |= {"height": rng.randint(1, 2000), "width": rng.randint(1, 2000), "type": "what", "note": None}
     return entry
@@ -346,6 +362,7 @@ KEYS = [
     "video",
     "image",
     "masks",
+    "mask_ids",
     "annotation",
     "height",
     "width",
