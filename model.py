@@ -52,7 +52,7 @@ REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
 
 
 class ReferringVideoLLM(nn.Module):
-    """A Qwen3-VL or Qwen2.5-VL of transformers, in which nothing is changed, and a RegionEncoder.
+    """A Qwen3.5, Qwen3-VL or Qwen2.5-VL of transformers, unchanged, and a RegionEncoder.
 
     Shapes: B samples of L tokens (padded), width D of the LLM, vocabulary V.
     """
@@ -120,7 +120,7 @@ class ReferringVideoLLM(nn.Module):
         visual_rows = row_of[is_visual][:, 0]
         embeddings = place(embeddings, is_visual, cells[visual_rows])
 
-        # What each of the LLM's first layers adds to the visual tokens; Qwen2.5-VL has no such features.
+        # What each of the LLM's first layers adds to the visual tokens; only Qwen3-VL has such features.
         added = [features[visual_rows] for features in getattr(vision, "deepstack_features", [])]
         deepstack = {"visual_pos_masks": is_visual, "deepstack_visual_embeds": added} if added else {}
 
@@ -139,7 +139,7 @@ class ReferringVideoLLM(nn.Module):
             mm_token_type_ids=is_image.int() + 2 * is_video.int(),
             image_grid_thw=images if len(images) else None,
             video_grid_thw=videos if len(videos) else None,
-            second_per_grid_ts=batch["seconds_per_pair"],  # not used by Qwen3-VL: its prompt has timestamps
+            second_per_grid_ts=batch["seconds_per_pair"],  # for Qwen2.5-VL; others have timestamps
             attention_mask=batch["attention_mask"],
         )
         return embeddings, positions, ahead, deepstack
