@@ -298,22 +298,23 @@ def test_a_question_that_the_template_raises_at_is_a_bad_sample(loaded):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "old, new, message",
     [
         # As in the thinking variants of Qwen3-VL, thoughts that begin in the prompt do not end there.
-        (("{% if enable_thinking is false %}", "{% if false %}"), "the answer 'answer' behind its prompt"),
-        (("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>"), "then <|im_end|>"),
-        (("{{ text }}<|im_end|>", "{{ text }}<|im_end"), "then <|im_end|>"),
-        (("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>"), "the answer 'answer' behind its prompt"),
-        (("{% if last.question < 0 %}", "{% if true %}"), "No user query found"),
+        ("{% if enable_thinking is false %}", "{% if false %}", "the answer 'answer' behind its prompt"),
+        ("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>", "the answer 'answer' behind its prompt"),
+        ("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>", "then <|im_end|>"),
+        ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>", "keeps each answer"),
+        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", "keeps each answer"),
+        ("{% if last.question < 0 %}", "{% if true %}", "No user query found"),
     ],
 )
 @pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
-def test_a_template_of_another_kind_is_refused_in_one_line(checkpoint, tmp_path, change, message):
+def test_a_template_of_another_kind_is_refused_in_one_line(checkpoint, tmp_path, old, new, message):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     template = (tmp_path / "chat_template.jinja").read_text()
-    assert change[0] in template
-    (tmp_path / "chat_template.jinja").write_text(template.replace(*change))
+    assert old in template
+    (tmp_path / "chat_template.jinja").write_text(template.replace(old, new))
     with pytest.raises(data.DataError, match=f"^--model {tmp_path}: .*{re.escape(message)}") as caught:
         models.load_processor(tmp_path)
     assert "\n" not in str(caught.value)
