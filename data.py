@@ -46,6 +46,7 @@ import av
 import numpy as np
 import torch
 from einops import rearrange
+from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
@@ -296,8 +297,14 @@ class Settings:
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
 # What the backbone families do differently in the prompt; the rest is read from the checkpoint's own files.
-# Qwen3-VL writes the time in front of each pair of frames. Qwen2.5-VL has it in its position ids.
-FAMILIES = {"qwen3_vl": {"timestamps": True}, "qwen2_5_vl": {"timestamps": False}}
+# Qwen2.5-VL has the time in its position ids. The others write it in front of each pair of frames.
+FAMILIES = {
+    "qwen3_vl": {"timestamps": True},
+    "qwen2_5_vl": {"timestamps": False},
+    "qwen3_vl_moe": {"timestamps": True},
+    "qwen3_5": {"timestamps": True},
+    "qwen3_5_moe": {"timestamps": True},
+}
 
 
 class Processor:
@@ -318,10 +325,12 @@ class Processor:
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
         self.min_pixels = image_processor.size["shortest_edge"]  # despite these names, both are areas
         self.max_pixels = image_processor.size["longest_edge"]
-        self.image_pad = tokenizer.convert_ids_to_tokens(config.image_token_id)
-        self.video_pad = tokenizer.convert_ids_to_tokens(config.video_token_id)
-        self.vision_start = tokenizer.convert_ids_to_tokens(config.vision_start_token_id)
-        self.vision_end = tokenizer.convert_ids_to_tokens(config.vision_end_token_id)
+        ids = [config.image_token_id, config.video_token_id]
+        ids += [config.vision_start_token_id, config.vision_end_token_id]
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        # Where its file is missing, transformers makes an empty tokenizer for some families.
+        expect(None not in tokens, f"a tokenizer that knows the ids {ids} of config.json", tokens)
+        self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokens
         tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -331,6 +340,8 @@ class Processor:
         config.text_config.num_hidden_layers = config.vision_config.depth = 0
         with torch.device("meta"):
             self.empty_backbone = AutoModel.from_config(config)
+        # A template that cannot be used is an error here, not of each sample.
+        self._render([("question", "answer")] * 2, None)
 
     @classmethod
     def from_pretrained(cls, path, settings):
@@ -342,7 +353,7 @@ class Processor:
         if template:
             with open(template) as file:
                 tokenizer.chat_template = json.load(file)["chat_template"]
-        # Both families use this class; AutoImageProcessor may choose one that needs torchvision.
+        # All families use this class; AutoImageProcessor may choose one that needs torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         return cls(tokenizer, image_processor, config, settings)
 
@@ -401,7 +412,7 @@ class Processor:
 
         frames: indices of the sampled frames. cells: how many one pair of frames has. With timestamps,
         vision_start and vision_end enclose each pair of frames but not the whole video, as in transformers
-        4.57, with which Qwen3-VL was published (5.10 encloses the whole video, too).
+        4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published (5.10 encloses the whole video, too).
         """
         pair = self.temporal_patch_size
         frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
@@ -423,15 +434,7 @@ class Processor:
         for text in chain.from_iterable(turns):
             found = self.control_tokens.search(text)
             expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        # Render the template once, with a mark in place of each answer. Prompts are what stands between.
-        messages = []
-        for question, _ in turns:
-            messages.append({"role": "user", "content": self._message_parts(question, media)})
-            messages.append({"role": "assistant", "content": ANSWER_MARK})
-        prompts = self.tokenizer.apply_chat_template(messages, tokenize=False).split(ANSWER_MARK)
-        end = self.tokenizer.eos_token
-        valid = len(prompts) == len(turns) + 1 and all(prompt.startswith(end) for prompt in prompts[1:])
-        expect(valid, f"a chat template that shows each answer once and ends it with {end}", prompts)
+        prompts, answers, rest = self._render(turns, media)
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             placeholder = self.vision_start + pad + self.vision_end
@@ -439,14 +442,13 @@ class Processor:
             prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
         token_counts = iter(region_tokens)
         pieces = []  # (text, whether it is supervised)
-        for prompt, (_, answer) in zip(prompts, turns):
-            prompt = prompt.removeprefix(end)  # it is supervised with the answer before it
+        for prompt, answer in zip(prompts, answers):
             pieces.append((re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt), False))
-            pieces.append((answer + end, True))
+            pieces.append((answer, True))
         if for_generation:
             pieces.pop()
         else:
-            pieces.append((prompts[-1].removeprefix(end), False))
+            pieces.append((rest, False))
         input_ids, labels = [], []
         for text, is_supervised in pieces:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -457,6 +459,39 @@ class Processor:
             expected = f"expected at most --max-length {self.settings.max_length} tokens"
             raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
+
+    def _render(self, turns, media):
+        """Returns a conversation as the chat template writes it: the prompt in front of each answer, the
+        answers with their end tokens, and what stands behind the last one.
+
+        Each prompt is the one that generation begins from, without thinking. Qwen3.5's ends with an empty
+        <think> block, which its template takes out again when another question follows. Here it stays, as in
+        trl's template for training Qwen3.5, so that training shows each turn as it is asked.
+        """
+        end = self.tokenizer.eos_token
+        messages, prompts, answers = [], [], []
+        for question, answer in turns:
+            messages.append({"role": "user", "content": self._message_parts(question, media)})
+            asked = self._apply_template(messages, add_generation_prompt=True)
+            _, *earlier = asked.split(ANSWER_MARK + end)
+            expected = f"a chat template that keeps each answer and {end} when a question follows"
+            expect(len(earlier) == len(prompts), expected, asked)
+            messages.append({"role": "assistant", "content": answer})
+            shown = self._apply_template(messages)
+            written, _, rest = shown.removeprefix(asked).rpartition(end)
+            expected = f"a chat template that puts the answer {shorten(answer)} behind its prompt, then {end}"
+            expect(written.strip() == answer.strip(), expected, shown.removeprefix(asked))
+            messages[-1]["content"] = ANSWER_MARK  # so that the next prompt can be told from what precedes it
+            prompts.append(earlier[-1] if earlier else asked)
+            answers.append(written + end)
+        return prompts, answers, rest
+
+    def _apply_template(self, messages, **options):
+        options |= {"tokenize": False, "enable_thinking": False}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except TemplateError as error:
+            raise DataError(f"expected a chat that the template accepts, found: {error}") from None
 
     def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
         """The position ids of a sample's tokens, int64 (3, L): time, row and column, as the backbone counts.

@@ -61,7 +61,7 @@ REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
 
 
 class ReferringVideoLLM(nn.Module):
-    """A Qwen3-VL or Qwen2.5-VL of transformers, whose weights and results are its own, and a RegionEncoder.
+    """A Qwen3.5, Qwen3-VL or Qwen2.5-VL of transformers, computing what it always did, and a RegionEncoder.
 
     Shapes: rows of L tokens (one to learn from, B for generation), width D of the LLM, vocabulary V.
     """
@@ -119,7 +119,7 @@ class ReferringVideoLLM(nn.Module):
         # Without regions it makes no tokens, but the empty gradients that DDP waits for.
         tokens = self.region_encoder(cells, **batch["regions"])
         embeddings = place(embeddings, batch["region_index"], tokens)
-        # What each of the LLM's first layers adds to the visual tokens; Qwen2.5-VL has no such features.
+        # What each of the LLM's first layers adds to the visual tokens; only Qwen3-VL has such features.
         added = [self._in_prompt(features, batch) for features in getattr(vision, "deepstack_features", [])]
         deepstack = {"visual_pos_masks": batch["visual_index"], "deepstack_visual_embeds": added}
         return embeddings, deepstack if added else {}

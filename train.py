@@ -63,7 +63,7 @@ class Config:
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
     outside_paths: bool = option(False, "accept media paths that are absolute or leave that folder")
-    model: str = option("tiny", "tiny (random weights), or a name or folder of a Qwen3-VL or Qwen2.5-VL")
+    model: str = option("tiny", "tiny (random weights), or name or folder of a Qwen3.5, Qwen3-VL, Qwen2.5-VL")
     out: str = option("out", "folder for all output; must not hold an earlier run, unless that is resumed")
     train: str = option(None, "what learns: region,projector,llm,vision (default: all if tiny, or region)")
     steps: int = option(560, "optimizer steps, unless --epochs is given")

@@ -1,21 +1,19 @@
-"""Small random checkpoints of both families and of SAM 2, written by transformers as published ones are."""
+"""Small random checkpoints of all families and of SAM 2, written by transformers as published ones are."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     Sam2VideoConfig,
     Sam2VideoModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 # The published templates, without tools. Qwen2.5-VL's begins with a system turn of its own.
 SYSTEM = (
@@ -33,6 +31,30 @@ TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Qwen3.5's strips every message, begins the answers behind the last question with thoughts, and is asked with
+# enable_thinking=False for none, which is the default of the smaller models, not of the larger ones, as here.
+# It was compared with the copies of the published ones in trl (trl/chat_templates/qwen3_5_*.jinja).
+THINKING_TEMPLATE = (
+    "{% macro show(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    "{% set last = namespace(question=-1) %}{% for message in messages if message.role == 'user' %}"
+    "{% set text = show(message.content) | trim %}"
+    "{% if not (text.startswith('<tool_response>') and text.endswith('</tool_response>')) %}"
+    "{% set last.question = 2 * loop.index0 %}{% endif %}{% endfor %}"
+    "{% if last.question < 0 %}{{ raise_exception('No user query found in messages.') }}{% endif %}"
+    "{% for message in messages %}{% set text = show(message.content) | trim %}{% set thoughts = '' %}"
+    "{% if message.role == 'assistant' and '</think>' in text %}"
+    "{% set thoughts = text.split('</think>')[0].split('<think>')[-1] | trim %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and loop.index0 > last.question %}"
+    "<think>\n{{ thoughts }}\n</think>\n\n{% endif %}"
+    "{{ text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 SPECIAL = (
     "<|endoftext|>",
@@ -65,9 +87,11 @@ def make_tokenizer(template):
 def make_checkpoint(folder, family, seed=0, spare_rows=8):
     """Writes a checkpoint to folder. spare_rows: embedding rows that the tokenizer does not use."""
     system = SYSTEM if family == "qwen2_5_vl" else ""
-    tokenizer = make_tokenizer(TEMPLATE.replace("@SYSTEM@", system))
+    hybrid = family.startswith("qwen3_5")  # with layers of linear attention
+    template = THINKING_TEMPLATE if hybrid else TEMPLATE.replace("@SYSTEM@", system)
+    tokenizer = make_tokenizer(template)
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
-    patch = 16 if family == "qwen3_vl" else 14
+    patch, mean, std = 16, [0.5] * 3, [0.5] * 3
     text = {
         "vocab_size": len(tokenizer) + spare_rows,
         "hidden_size": 64,
@@ -75,6 +99,7 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "mrope_section": [4, 2, 2]},
     }
     vision = {
@@ -84,32 +109,51 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
         "num_heads": 3,
         "patch_size": patch,
         "out_hidden_size": 64,
+        "num_position_embeddings": 64,
     }
-    tokens = {
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(seed)
-    if family == "qwen3_vl":
-        text |= {"head_dim": 16}
-        text["rope_parameters"] |= {"mrope_interleaved": True}
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        model = Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
-        )
-        mean, std = [0.5] * 3, [0.5] * 3
-    else:
-        vision |= {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-        )
+    if family == "qwen2_5_vl":
+        patch = 14
         mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    for p in model.parameters():  # transformers starts with 0.02; larger weights make every input matter
-        if p.ndim > 1:
+        vision |= {"patch_size": patch, "window_size": 56, "fullatt_block_indexes": [1]}
+        vision |= {"tokens_per_second": 2}
+        del text["head_dim"], vision["num_position_embeddings"]
+    else:
+        text["rope_parameters"] |= {"mrope_interleaved": True}
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
+        vision |= {"deepstack_visual_indexes": [0, 1]}
+    if hybrid:
+        text |= {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "head_dim": 32,
+        }
+        # Of a head's 32 numbers a quarter is rotated, by 4 frequencies.
+        text["rope_parameters"] |= {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
+    if family.endswith("moe"):
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    if family == "qwen3_5_moe":
+        text |= {"shared_expert_intermediate_size": 24}
+        del text["intermediate_size"]
+    config = AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:  # transformers starts with 0.02; larger weights make every input matter
             torch.nn.init.normal_(p, std=0.1)
+        elif name.endswith("A_log"):  # so does a slower decay: states then reach from sample to sample
+            torch.nn.init.uniform_(p, -5, -2)
     factor = patch * 2
     size = {"shortest_edge": 4 * factor**2, "longest_edge": 64 * factor**2}
     processor = Qwen2VLImageProcessorPil(size=size, patch_size=patch, image_mean=mean, image_std=std)

@@ -118,15 +118,16 @@ def runs(mixed, tmp_path_factory):  # noqa: F811
     samples[3]["video"] = "absent.mp4"
     one_bad = mixed.parent / "bad_for_fsdp.json"
     one_bad.write_text(json.dumps(samples))
-    checkpoint = make_checkpoint(top / "qwen2_5_vl", "qwen2_5_vl")
     parts = {
         "region": ["--train", "region"],
         "projector,llm": ["--train", "projector,llm"],
         "vision": ["--train", "vision"],
     }
     parts["bad"] = ["--data", one_bad, "--max-bad", 0.5]
-    parts["qwen2_5_vl"] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3]
-    parts["qwen2_5_vl"] += ["--frame-pixels", 3136, "--region-pixels", 3136]
+    for family in ("qwen2_5_vl", "qwen3_5_moe"):
+        checkpoint = make_checkpoint(top / family, family)
+        parts[family] = ["--model", checkpoint, "--train", "region,projector,llm,vision", "--lr", 1e-3]
+        parts[family] += ["--frame-pixels", 3136, "--region-pixels", 3136]
 
     def job(name, *arguments):
         part = parts.get(name.split("/")[0], [])
@@ -176,7 +177,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs, name):
     agree(metrics(runs[0] / name), metrics(runs[0] / "one"))
 
 
-@pytest.mark.parametrize("parts", ["region", "projector,llm", "vision", "bad", "qwen2_5_vl"])
+@pytest.mark.parametrize("parts", ["region", "projector,llm", "vision", "bad", "qwen2_5_vl", "qwen3_5_moe"])
 def test_so_they_are_with_frozen_parts_a_rank_that_has_nothing_and_weights_that_are_not_tied(runs, parts):
     agree(metrics(runs[0] / parts / "fsdp"), metrics(runs[0] / parts / "one"))
 

@@ -33,6 +33,10 @@ def checkpoint(request, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
+# For tests that say nothing about the family.
+any_family = pytest.mark.parametrize("checkpoint", FAMILIES[:1], indirect=True)
+
+
 @pytest.fixture
 def loaded(checkpoint):
     processor = models.load_processor(checkpoint, **asdict(SETTINGS))
@@ -118,6 +122,8 @@ def theirs(checkpoint, world, number):
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if "qwen3_5" in str(checkpoint):  # each answer stands behind the prompt that asks for it without thinking
+        text = re.sub(r"(<\|im_start\|>assistant\n)(?!<think>)", r"\1<think>\n\n</think>\n\n", text)
     inputs = {}
     namespace = SimpleNamespace(
         image_token="<|image_pad|>",
@@ -158,8 +164,8 @@ def theirs(checkpoint, world, number):
             # the grid.
             inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 9 * 24.0)])
     (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
-    # transformers 4.57, with which Qwen3-VL was published, had no pair of vision tokens around all
-    # timestamps.
+    # transformers 4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published, had no pair of vision tokens around
+    # all timestamps.
     outer_pair = (
         r"<\|vision_start\|>((?:<[\d.]+ seconds><\|vision_start\|>.*?<\|vision_end\|>)+)<\|vision_end\|>"
     )
@@ -248,11 +254,67 @@ def test_the_prompt_of_a_question_ends_as_the_template_begins_an_answer(loaded, 
     _, processor = loaded
     tokenizer = processor.tokenizer
     expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say the other thing."}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": "Say the other thing."}],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,
     )
     assert dataset(world, processor).question(0, 0)["input_ids"].tolist() == tokenizer.encode(
         expected, add_special_tokens=False
     )
+
+
+def test_a_conversation_is_what_the_template_makes_of_it(loaded):
+    """Qwen3.5's strips white space, the others' leave it."""
+    _, processor = loaded
+    question, answer = " Say\n the other thing. \n", "\n Never. "
+    ids, labels = processor.encode([(question, answer)], None, None, [])
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    expected = processor.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert processor.tokenizer.decode(ids) == expected
+    assert expected.endswith(processor.tokenizer.decode(labels[labels != data.IGNORE_INDEX]) + "\n")
+
+
+@pytest.mark.parametrize("answer", ["Red</think>", "<think>It is a box.</think>A box."])
+def test_an_answer_with_thoughts_is_refused_where_the_template_would_take_them_out(loaded, answer):
+    _, processor = loaded
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
+    stays = answer + "<|im_end|>" in processor.tokenizer.apply_chat_template(messages, tokenize=False)
+    if stays:
+        assert answer in processor.tokenizer.decode(processor.encode([("What?", answer)], None, None, [])[0])
+    else:
+        with pytest.raises(data.DataError, match=f"puts the answer '{answer}' behind its prompt"):
+            processor.encode([("What?", answer)], None, None, [])
+    assert stays == (processor.config.model_type not in ("qwen3_5", "qwen3_5_moe"))
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
+def test_a_question_that_the_template_raises_at_is_a_bad_sample(loaded):
+    with pytest.raises(data.DataError, match="chat that the template accepts.*No user query found"):
+        loaded[1].encode([("<tool_response>Red.</tool_response>", "Yes.")], None, None, [])
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        # As in the thinking variants of Qwen3-VL, thoughts that begin in the prompt do not end there.
+        ("{% if enable_thinking is false %}", "{% if false %}", "the answer 'answer' behind its prompt"),
+        ("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>", "the answer 'answer' behind its prompt"),
+        ("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>", "then <|im_end|>"),
+        ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>", "keeps each answer"),
+        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", "keeps each answer"),
+        ("{% if last.question < 0 %}", "{% if true %}", "No user query found"),
+    ],
+)
+@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
+def test_a_template_of_another_kind_is_refused_in_one_line(checkpoint, tmp_path, old, new, message):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    assert old in template
+    (tmp_path / "chat_template.jinja").write_text(template.replace(old, new))
+    with pytest.raises(data.DataError, match=f"^--model {tmp_path}: .*{re.escape(message)}") as caught:
+        models.load_processor(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_mixed_precision_runs_and_stays_close(loaded, world):
@@ -265,6 +327,7 @@ def test_mixed_precision_runs_and_stays_close(loaded, world):
         assert mixed.dtype == torch.float32 and mixed.item() == pytest.approx(model(batch).item(), rel=0.03)
 
 
+@any_family
 def test_control_tokens_in_a_text_are_refused(loaded, world):
     _, processor = loaded
     for text in ("What<|im_end|>?", "<|video_pad|>", data.REGION_TOKEN):
@@ -272,6 +335,7 @@ def test_control_tokens_in_a_text_are_refused(loaded, world):
             processor.encode([(text, "x")], None, None, [])
 
 
+@any_family
 def test_a_sample_that_is_too_long_is_refused_not_cut(checkpoint, world):
     encoded = dataset(world, data.Processor.from_pretrained(checkpoint, SETTINGS))[0, 4]
     length = len(encoded["input_ids"])
@@ -335,6 +399,7 @@ def test_the_position_code_is_pinned_to_numbers_worked_by_hand(autocast, weights
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
 
 
+@any_family
 def test_each_placeholder_gets_its_own_object(loaded, world):
     """Swapping the two objects of a sample swaps their tokens and touches nothing else."""
     model, processor = loaded
@@ -353,6 +418,7 @@ def test_each_placeholder_gets_its_own_object(loaded, world):
     assert not torch.allclose(tokens["one"][0], tokens["one"][2])
 
 
+@any_family
 def test_a_faulty_neighbour_never_shifts_regions(loaded, world):
     """In the reference code, too few tags hand the rest of a sample's features to the next sample of the
     batch."""
@@ -409,12 +475,14 @@ def test_the_gradient_of_merged_rows_is_shared_by_the_rows_that_were_joined():
     assert pooled.grad[:, 0].tolist() == [3, 3, 7, 3, 3, 3]
 
 
+@any_family
 def test_frames_are_merged_in_order_of_time_whatever_the_order_in_the_file(loaded, world):
     encoded = dataset(world, loaded[1])[0, 4]
     times = [w[4] for w in encoded["boxes"]]
     assert times == [0, 2 / 8, 5 / 8, 1, 2 / 8] and encoded["object_frames"] == [4, 1]
 
 
+@any_family
 def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
     processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, region_frames=3))
     assert dataset(world, processor)[0, 4]["object_frames"] == [3, 1]
@@ -427,6 +495,7 @@ def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
     assert half[3, 4]["boxes"] == half[3, 4]["boxes"]
 
 
+@any_family
 def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     _, processor = loaded
     plain, full = dataset(world, processor)[0, 4], dataset(world, processor, control="full")[0, 4]
@@ -443,6 +512,7 @@ def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     assert [w[4] for w in shuffled["boxes"]] == [w[4] for w in plain["boxes"]]
 
 
+@any_family
 @pytest.mark.parametrize("fault", ["not an object", "a broken mask", "absent media"])
 def test_a_wrong_sample_lends_no_masks_and_is_not_blamed_on_the_one_that_is_asked(loaded, world, fault):
     _, processor = loaded
@@ -508,6 +578,35 @@ def test_generate_equals_argmax_step_by_step_without_a_cache(loaded, world):
     assert any(together) and len({tuple(answer) for answer in together}) > 1
 
 
+def test_answers_equal_those_of_generate_of_transformers(checkpoint, loaded, world):
+    model, processor = loaded
+    config, end = model.backbone.config, processor.tokenizer.eos_token_id
+    # Of tokens that neither of the two could go on from, none may be an answer.
+    barred = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+    model.backbone.lm_head.register_forward_hook(
+        lambda module, inputs, scores: scores.index_fill(-1, torch.tensor(barred), -torch.inf)
+    )
+    ds, plain = dataset(world, processor), AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    questions = [ds.question(0, 0), ds.question(1, 0), ds.question(2, 1)]
+    together = model.generate(
+        data.collate(questions, processor, for_generation=True), [end], max_new_tokens=12
+    )
+    for number, question, found in zip(range(3), questions, together):
+        inputs = theirs(checkpoint, world, number)
+        for name in ("input_ids", "mm_token_type_ids"):  # without the answer
+            inputs[name] = inputs[name][:, : len(question["input_ids"])]
+        answer = plain.generate(
+            **inputs,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=end,
+            suppress_tokens=[*barred, processor.region_token_id],
+        )[0, len(question["input_ids"]) :].tolist()
+        assert found == (answer[: answer.index(end)] if end in answer else answer)
+    assert len({tuple(answer) for answer in together}) > 1
+
+
+@any_family
 def test_generate_stops_at_any_end_token(loaded, world):
     """Published checkpoints list several end tokens; only the tokenizer's was heeded."""
     model, processor = loaded
@@ -521,6 +620,7 @@ def test_generate_stops_at_any_end_token(loaded, world):
             assert model.generate(batch, ends, max_new_tokens=8)[0] == free[: free.index(end)]
 
 
+@any_family
 @pytest.mark.parametrize("listed, others", [(None, []), (7, [7]), ([3, 9], [3, 9])])
 def test_end_tokens_are_those_of_tokenizer_and_generation_config(loaded, tmp_path, listed, others):
     model, processor = loaded
@@ -551,6 +651,7 @@ class ScriptedHead(torch.nn.Module):
         return scores
 
 
+@any_family
 def test_an_answer_ends_at_its_end_token_while_others_of_the_batch_go_on(loaded, world):
     """Slip: a row that had ended was taken up again when the model went on with text behind its end token."""
     model, processor = loaded
@@ -562,6 +663,7 @@ def test_an_answer_ends_at_its_end_token_while_others_of_the_batch_go_on(loaded,
     assert answers == [[5], [5, 6, 7], []]
 
 
+@any_family
 def test_a_region_placeholder_is_never_generated(loaded, world):
     model, processor = loaded
     end, region = processor.tokenizer.eos_token_id, processor.region_token_id
@@ -572,7 +674,7 @@ def test_a_region_placeholder_is_never_generated(loaded, world):
 
 
 def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transformers_alone(
-    loaded, world, tmp_path
+    checkpoint, loaded, world, tmp_path
 ):
     model, processor = loaded
     give_regions_weight(model)
@@ -580,6 +682,8 @@ def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transform
     processor.save_pretrained(tmp_path / "saved")
     again = models.load_processor(tmp_path / "saved")
     assert again.region_token_id == processor.region_token_id
+    saved, published = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", checkpoint))
+    assert saved.keys() == published.keys() and all(torch.equal(saved[n], published[n]) for n in saved)
     other = models.load_model(tmp_path / "saved", again).eval()
     numbers = range(6)
     with torch.no_grad():
@@ -591,6 +695,7 @@ def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transform
         assert torch.equal(plain(input_ids=ids).logits, model.logits(batch_of(world, processor, [0])))
 
 
+@any_family
 @pytest.mark.parametrize(
     "file, change, message",
     [
@@ -620,6 +725,16 @@ def test_loading_is_strict(loaded, tmp_path, file, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen3_5", "qwen3_5_moe"], indirect=True)
+def test_weights_that_transformers_leaves_out_are_not_left_over(checkpoint, tmp_path):
+    """Published Qwen3.5 have a head for predicting several tokens, for which transformers has no module."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors") | {"mtp.fc.weight": torch.zeros(3)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    models.load_model(tmp_path, models.load_processor(tmp_path))
+
+
+@any_family
 def test_a_saved_folder_without_its_region_weights_is_refused(loaded, tmp_path):
     """Otherwise a trained model would come back with a region encoder that adds nothing."""
     model, processor = loaded
@@ -646,11 +761,14 @@ def test_a_model_that_does_not_exist_is_named_in_one_line(checkpoint, tmp_path):
             models.load_model(path, models.load_processor(path))
         message = str(caught.value)
         assert message.startswith(f"--model {path}: expected ") and "\n" not in message and len(message) < 600
-        assert all(word in message for word in ('"tiny"', "a Hugging Face name", "config.json"))
+        # transformers 5.23 had made an empty tokenizer for Qwen3.5.
+        if path != str(without_tokenizer) or "a tokenizer that knows the ids" not in message:
+            assert all(word in message for word in ('"tiny"', "a Hugging Face name", "config.json"))
         if path.endswith("empty"):
             assert "config.json" in message.partition("found: ")[2]
 
 
+@any_family
 def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
     """Stage 2 of a training once dropped the settings of stage 1, without a word."""
     model, processor = loaded
@@ -665,6 +783,7 @@ def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
     assert models.load_processor("tiny", ["word"], num_frames=3).settings == data.Settings(num_frames=3)
 
 
+@any_family
 @pytest.mark.parametrize("saved", ['{"num_frame": 3}', "[3]"])
 def test_unknown_settings_are_named_in_one_line(loaded, tmp_path, saved):
     """They ended in a traceback of Settings' TypeError."""
@@ -679,6 +798,7 @@ def test_unknown_settings_are_named_in_one_line(loaded, tmp_path, saved):
         models.load_processor(tmp_path)
 
 
+@any_family
 def test_no_memory_is_not_reported_as_a_broken_model(checkpoint, monkeypatch):
     def from_pretrained(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -689,6 +809,7 @@ def test_no_memory_is_not_reported_as_a_broken_model(checkpoint, monkeypatch):
         models.load_model(checkpoint, processor)
 
 
+@any_family
 def test_the_settings_are_saved_beside_the_weights(loaded, tmp_path):
     model, processor = loaded
     model.save_pretrained(tmp_path, asdict(processor.settings))
@@ -716,6 +837,14 @@ def test_parameter_groups_hold_every_parameter_once(loaded):
     assert not any("merger" in names[id(p)] for name in ("vision", "llm", "region") for p in groups[name])
 
 
+def test_layers_are_what_transformers_never_splits_over_devices(loaded):
+    """FSDP gathers, and checkpointing recomputes, one of them at a time."""
+    model, _ = loaded
+    names = model.backbone._no_split_modules
+    expected = [module for module in model.backbone.modules() if type(module).__name__ in names]
+    assert len(expected) == 3 + 3 and set(model.layers()) == set(expected)
+
+
 @pytest.mark.parametrize("numbers", [[0], [1], [2], [3], []])
 def test_every_parameter_gets_a_gradient_from_every_kind_of_batch(loaded, world, numbers):
     """Without it, DistributedDataParallel waits for ever when one rank's batch has no region or no media."""
@@ -729,6 +858,16 @@ def test_every_parameter_gets_a_gradient_from_every_kind_of_batch(loaded, world,
     assert without == [] and torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("checkpoint", ["qwen3_vl_moe", "qwen3_5_moe"], indirect=True)
+def test_every_expert_learns(loaded, world):
+    """The weights of all experts of a layer are one parameter: gradients of zero would not be None."""
+    model, processor = loaded
+    model.train()(batch_of(world, processor, range(6))).backward()
+    experts = [p.grad for name, p in model.named_parameters() if ".experts." in name]
+    assert len(experts) == 2 * 3 and all(grad.flatten(1).any(1).all() for grad in experts)
+
+
+@any_family
 def test_an_unknown_family_is_refused(checkpoint, tmp_path):
     for file in checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
