@@ -183,19 +183,29 @@ def decode_mask(segmentation, height, width):
     another resolution of the same shape; the mask comes back at that size. Raises DataError for a malformed
     mask or one of another shape.
     """
+    return coco_mask.decode(_to_rle(segmentation, height, width))
+
+
+def mask_share(segmentation, height, width):
+    """The share of the picture that a segmentation covers, in [0, 1]; arguments and errors of decode_mask."""
+    rle = _to_rle(segmentation, height, width)
+    return int(coco_mask.area(rle)) / math.prod(rle["size"])
+
+
+def _to_rle(segmentation, height, width):
     check_segmentation(segmentation)
     if isinstance(segmentation, dict):
         size = segmentation["size"]
         _check_same_shape(size, (height, width), "mask")
         if isinstance(segmentation["counts"], list):
-            segmentation = coco_mask.frPyObjects(segmentation, *size)
-        return coco_mask.decode(segmentation)
+            return coco_mask.frPyObjects(segmentation, *size)
+        return segmentation
     polygons = _as_polygons(segmentation)
     for polygon in polygons:
         x, y = polygon[0::2], polygon[1::2]
         near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
         expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def window(mask, sides, height, width):
@@ -261,6 +271,14 @@ def mask_bounds(mask):
     if len(rows) == 0:
         return 0, 0, 0, 0
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def fill_box(mask):
+    """uint8 (H, W) -> the same with its whole bounding box inside."""
+    top, bottom, left, right = mask_bounds(mask)
+    filled = np.zeros_like(mask)
+    filled[top:bottom, left:right] = 1
+    return filled
 
 
 def mask_box(mask):
@@ -579,9 +597,10 @@ class ReferringDataset(Dataset):
     the worker: the caller decides.
 
     single_frame: the probability that an object is cut to one random annotated frame (the paper trains on a
-    mix of both modes). control: "none"; "full" replaces every mask by the whole frame; "shuffle" by the masks
-    of a random object on other media. cache_bytes: memory for decoded frames. timeout: seconds allowed for
-    opening a media file, and again for reading frames from it.
+    mix of both modes). control: "none"; "full", "shuffle" and "box" replace every mask by the whole frame, by
+    that of a random object on other media, and by its bounding box; "blind" leaves only the text (see
+    without_media). cache_bytes: memory for decoded frames. timeout: seconds allowed for opening a media file,
+    and again for reading frames from it.
     """
 
     def __init__(
@@ -618,6 +637,8 @@ class ReferringDataset(Dataset):
 
     def encode(self, sample, rng, for_generation=False):
         """Returns a dict of what collate joins. Raises DataError with the sample's place."""
+        if self.control == "blind":
+            sample = without_media(sample)
         with within(*sample.place):
             media = self.media_of(sample) if sample.media else None
             objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
@@ -668,9 +689,11 @@ class ReferringDataset(Dataset):
         return evenly(frames, self.settings.region_frames)
 
     def replace_masks(self, masks, sample, rng):
-        """The control: on the same frames the whole picture, or the masks of an object on other media."""
+        """The control: on the same frames whole pictures, boxes, or the masks of an object on other media."""
         if self.control == "full":
             return {frame: np.ones((1, 1), np.uint8) for frame in masks}
+        if self.control == "box":
+            return {frame: fill_box(mask) for frame, mask in masks.items()}
         for i in rng.permutation(len(self.samples)).tolist():
             with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
                 donor = self.samples[i]
@@ -759,6 +782,18 @@ EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
 EMPTY_SAMPLE |= {"position_ids": np.zeros((3, 1), np.int64)}
 EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
+
+
+def without_media(sample):
+    """The same conversation as text alone, as control="blind" asks it.
+
+    The media tag is removed with its line breaks, and each `<region>` becomes the words "the object".
+    """
+    turns = []
+    for question, answer in sample.turns:
+        text = "\n".join(filter(None, MEDIA_TAG.split(question)))
+        turns.append((text.replace(REGION_TAG, "the object"), answer))
+    return replace(sample, media=None, turns=turns, objects=[])
 
 
 def evenly(items, count):

@@ -2,7 +2,7 @@
 
     python eval.py --model out/final --video a.mp4 --frame 36 --box 100,50,200,80 --ask "What is <region>?"
     python eval.py --model out/final --data test.json                          # exact match and loss, by type
-    python eval.py --model out/final --data test.json --control full shuffle   # the same with other masks
+    python eval.py --model out/final --data test.json --control full shuffle box blind   # with controls
     python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q   # multiple choice
     python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions
     # A server of chat completions judges these descriptions:
@@ -12,13 +12,15 @@
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
 
 Every answer of a conversation is one question: the model reads the conversation up to there, and replies
-greedily. A control asks the questions about regions again with other masks: the whole frame (full), or the
-masks of an object on other media (shuffle). What is still right then does not come from the mask.
+greedily. A control asks them again, for a column of its own. Three ask those about regions with other masks:
+the whole frame (full), the masks of an object on other media (shuffle), or bounding boxes (box). blind asks
+all of them as text alone, with "the object" in place of `<region>`. What is still right then does not come
+from what was replaced.
 
 All of it runs under torchrun as well (--ask on the first rank alone). With --out, the same command resumes a
-run that was killed; the loss is computed again. A bad sample ends --data (python data.py FILE lists all of
-them). A benchmark continues without a bad entry, which gets an "error" in predictions.jsonl, is wrong in
---bench-q, and is not judged in --bench-d.
+run that was killed, and controls can be added later; the loss is computed again. A bad sample ends --data
+(python data.py FILE lists all of them). A benchmark continues without a bad entry, which gets an "error" in
+predictions.jsonl, is wrong in all columns of --bench-q, and is not judged in --bench-d.
 """
 
 import argparse
@@ -31,9 +33,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from bisect import bisect_right
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -158,14 +162,19 @@ def mean_loss(model, processor, samples, args):
 
 # ---- the table ----
 
+# COCO's sizes of objects: below 32 * 32 pixels of the frame, below 96 * 96, and above.
+SIZES, SIZE_LIMITS = ("small", "medium", "large"), (32**2, 96**2)
+OTHER_ROWS = ("(no type)", *SIZES, "about regions", "all")
+
 
 def score(questions, columns):
     """Returns {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
-    columns: {column: key of its reply in a question; no key: not asked}. A reply is right if it
-    equals the answer; None is wrong. The rows are the types of questions, "about regions" (if only some are),
-    and "all". The column "constant" is added: always the most frequent answer to questions of this type. It
-    differs for those with and without regions, so that it can be compared with the controls.
+    columns: {column: key of its reply in a question; no key: not asked}. A reply is right if it equals the
+    answer; None is wrong. The rows are the types of questions, the sizes of objects (unless all have one
+    size), "about regions" (if only some are), and "all". The column "constant" is added: always the most
+    frequent answer to questions of this type. It differs for those with and without regions, so that it can
+    be compared with the controls.
     """
     answers = defaultdict(Counter)
     for question in questions:
@@ -177,9 +186,15 @@ def score(questions, columns):
     rows = {}
     for kind in sorted({question["type"] for question in questions}):
         row = kind or "(no type)"
-        if kind in ("(no type)", "about regions", "all"):  # the names of other rows
-            row = f"type {kind}"
+        while kind and row in (*OTHER_ROWS, *rows):
+            row = f"type {row}"
         rows[row] = [question for question in questions if question["type"] == kind]
+    by_size = defaultdict(list)
+    for question in questions:
+        if "area" in question:
+            by_size[SIZES[bisect_right(SIZE_LIMITS, question["area"])]].append(question)
+    if len(by_size) > 1:
+        rows |= {size: by_size[size] for size in SIZES if size in by_size}
     about_regions = [question for question in questions if question["regions"]]
     if 0 < len(about_regions) < len(questions):
         rows["about regions"] = about_regions
@@ -321,6 +336,28 @@ def choose(reply, options):
     return (same[0], "text") if len(same) == 1 else (None, "none")
 
 
+def choose_all(questions, columns):
+    """Reads the letters of all replies, prints the table, and returns what scores.json says of them."""
+    choices, replies = {}, {}
+    for column in columns:
+        choices["accuracy" if column == "pred" else column] = f"{column}_choice"
+        counts = Counter()
+        for question in questions:
+            if column in question:
+                letter, by = None, "not asked"
+                if question[column] is not None:
+                    letter, by = choose(question[column], read_options(question)[0])
+                question |= {f"{column}_choice": letter, f"{column}_by": by}
+                counts[by] += 1
+        replies[column] = {by: counts[by] for by in ("letter", "text", "none")}
+    rows = score(questions, choices)
+    print_table(rows)
+    for column, counts in replies.items():
+        print(f"{column}: replies that name a letter: {counts['letter']}; ", end="")
+        print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
+    return {"rows": rows, "replies": replies}
+
+
 def without_markup(text):
     return BOXED.sub(r"\1", text).replace("**", "").strip()
 
@@ -438,6 +475,11 @@ def box(x, y, w, h):
 def evaluate(args):
     """Reads the questions of --data or of a benchmark, asks them, and scores the replies."""
     bench = args.bench_q or args.bench_d
+    # {column: control}. A column is also the key of its replies in predictions.jsonl.
+    columns = {"pred" if bench else "exact": "none"} | {control: control for control in args.control}
+    if args.score:
+        scores = read_settings(args.score)
+        args.mode = scores.get("mode", "multi")  # another model may not need a mask on the published frame
     with first_on_this_machine():  # the first rank writes the index of the data file, the others read it
         samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
     questions, keys = read_questions(samples)
@@ -447,9 +489,11 @@ def evaluate(args):
             by_id = questions_by_id(questions)  # ids that repeat end the run before anything is asked
     if args.score:
         args.out.mkdir(parents=True, exist_ok=True)
-        scores = read_settings(args.score)
-        read_predictions(args.score, by_id)
+        read_predictions(args.score, by_id, columns)
     else:
+        if "shuffle" in args.control:
+            media = {str(q.get("video") or q.get("image")) for q in questions if q["regions"]}
+            data.expect(len(media) > 1, "regions on several videos or images for --control shuffle", media)
         if rank() == 0:
             open_run(args)
         model, processor = load(args.model, args.device)
@@ -457,13 +501,12 @@ def evaluate(args):
             scores = {"mode": args.mode, "no_options": args.no_options}
         else:
             scores = {"loss": mean_loss(model, processor, samples, args)}
-        for name in ("pred" if bench else "exact", *args.control):
-            control = name if name in args.control else "none"
-            asked = {i: key for i, key in enumerate(keys) if control == "none" or questions[i]["regions"]}
+        for column, control in columns.items():
+            asked = {i: key for i, key in enumerate(keys) if is_asked(questions[i], control)}
             for i, reply in ask_all(model, processor, samples, asked, control, args).items():
                 if isinstance(reply, data.DataError):
                     questions[i]["error"], reply = str(reply), None
-                questions[i][name] = reply
+                questions[i][column] = reply
     check_errors(questions, strict=not bench)
     is_first = rank() == 0
     if dist.is_initialized():
@@ -471,34 +514,33 @@ def evaluate(args):
         dist.barrier()
         dist.destroy_process_group()
     if is_first:
-        report(questions, scores, args)
+        add_areas(questions, keys, samples)
+        report(questions, columns, scores, args)
 
 
-def report(questions, scores, args):
+def is_asked(question, control):
+    """Whether there is anything in the question that the control replaces or takes away."""
+    return control in ("none", "blind") or question["regions"]
+
+
+def report(questions, columns, scores, args):
     """Scores the replies, prints the result, and writes OUT/predictions.jsonl and OUT/scores.json."""
+    errors = [question["error"] for question in questions if "error" in question]
+    for question in questions:
+        if "error" in question:  # blind can ask without media; no reply counts, so that columns compare
+            question |= dict.fromkeys(columns.keys() & question.keys())
     if args.data:
-        scores["rows"] = score(questions, {name: name for name in ("exact", *args.control)})
+        scores["rows"] = score(questions, {column: column for column in columns})
         print_table(scores["rows"])
         print(f"loss {scores['loss']:.4f} per supervised token")
     if args.bench_q:
-        for question in questions:
-            question["choice"], question["by"] = None, "not asked"
-            if "error" not in question:
-                options, _ = read_options(question)
-                question["choice"], question["by"] = choose(question["pred"], options)
-        counts = Counter(question["by"] for question in questions)
-        scores["rows"] = score(questions, {"accuracy": "choice"})
-        scores["replies"] = {by: counts[by] for by in ("letter", "text", "none")}
-        print_table(scores["rows"])
-        print(f"replies that name a letter: {counts['letter']}; ", end="")
-        print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
+        scores |= choose_all(questions, columns)
     if args.bench_d:
         print(f"{len(questions)} descriptions")
     if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
         write_jsonl(args.out / "predictions.jsonl", questions)
     if args.judge:
-        scores |= judge([question for question in questions if "error" not in question], args)
-    errors = [question["error"] for question in questions if "error" in question]
+        scores |= judge(questions, columns, args)
     scores["not_asked"] = len(errors)
     with data.atomic_write(args.out / "scores.json") as temporary, open(temporary, "w") as file:
         json.dump(scores, file, indent=2)
@@ -536,6 +578,33 @@ def read_settings(predictions):
     path = Path(predictions)
     runs = read_jsonl(path.with_name("run.json")) if path.name == "predictions.jsonl" else []
     return {key: run[key] for run in runs for key in ("mode", "no_options")}
+
+
+def add_areas(questions, keys, samples):
+    """Adds to each question about regions the "area" of the smallest object that it points at.
+
+    An object's area is its mean over the frames where it is visible, in pixels of the frame. A question that
+    points at nothing is about the objects of the question before. There is no area where masks or media
+    cannot be read: predictions can be scored without the media.
+    """
+    reader = data.TimedReader(timeout=120)
+    info_of = lru_cache(maxsize=None)(lambda path: reader.run(path, data.media_info, path))
+    for question, (sample_index, turn_index) in zip(questions, keys):
+        if not question["regions"]:
+            continue
+        with suppress(data.DataError):
+            sample = samples[sample_index]
+            info = info_of(sample.media)
+            size = sample.size or (info.height, info.width)
+            tags = [text.count(data.REGION_TAG) for text, _ in sample.turns[: turn_index + 1]]
+            latest = [count for count in tags if count][-1]
+            areas = []
+            for masks in sample.objects[sum(tags) - latest : sum(tags)]:
+                shares = [data.mask_share(mask, *size) for mask in masks.values()]
+                visible = [share for share in shares if share > 0]
+                data.expect(visible, "a mask that is not empty", shares)
+                areas.append(info.height * info.width * sum(visible) / len(visible))
+            question["area"] = min(areas)
 
 
 def ask_all(model, processor, samples, keys, control, args):
@@ -590,20 +659,23 @@ def questions_by_id(questions):
     return by_id
 
 
-def read_predictions(path, by_id):
-    """Adds "pred" to the questions from a file of {"id": ..., "pred": text}, exactly one for each."""
+def read_predictions(path, by_id, columns):
+    """Adds the replies of all columns to the questions, from a file of {"id": ..., "pred": text, ...}.
+
+    The file has exactly one line for each question. Only a run with controls writes keys other than "pred".
+    """
     lines, missing = data.read_samples(path), dict(by_id)
     for i in range(len(lines)):
         line, place, *_ = lines.read(i)
         with data.within(*place):
-            is_prediction = isinstance(line, dict) and "id" in line and "pred" in line
-            data.expect(is_prediction, 'an object with "id" and "pred"', line)
+            data.expect(isinstance(line, dict) and "id" in line, 'an object with "id" and "pred"', line)
             question = missing.pop(json.dumps(line["id"]), None)
             data.expect(question is not None, "the id of a question, each once", line["id"])
-        question["pred"] = line["pred"]
-        if not isinstance(line["pred"], str):
-            question["pred"] = None
-            question["error"] = str(line.get("error", "its pred is not a text"))
+            for column in [column for column in columns if is_asked(question, columns[column])]:
+                data.expect(column in line, f'an object with "{column}"', sorted(line))
+                question[column] = line[column]
+                if not isinstance(line[column], str):
+                    question["error"] = str(line.get("error", f"its {column} is not a text"))
     with data.within(path):
         data.expect(not missing, "a prediction for each question", f"none for {', '.join(missing)}")
 
@@ -700,18 +772,37 @@ ATTEMPTS = 6
 JUDGE_TIMEOUT = 120  # seconds
 
 
-def judge(questions, args):
-    """Has descriptions judged, prints the mean marks, and returns what scores.json says of them.
-
-    Each reply becomes a line of OUT/judged.jsonl at once, and is not asked for again. Raises data.DataError
-    if that file holds marks of other predictions, or of another judge or prompt.
-    """
+def judge(questions, columns, args):
+    """Has the descriptions judged, prints the mean marks, and returns what scores.json says of them."""
     prompt_hash = hashlib.sha256(args.judge_system.encode()).hexdigest()[:12]
     setting = {"judge": args.judge_model, "prompt": prompt_hash}
+    results = {column: judge_column(questions, column, setting, args) for column in columns}
+    names = sorted(set().union(*(result["models"] for result in results.values())))
+    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}")
+    print(f"prompt {prompt_hash}: {args.judge_prompt or 'the one in eval.py, not the published one'}")
+    print(" " * 26 + "".join(f"{column:>9}" for column in columns))
+    for aspect in (*ASPECTS, "Average"):
+        means = [result["means"][aspect] for result in results.values()]
+        print(f"{aspect:26}" + "".join(f"{'-' if mean is None else f'{mean:.2f}':>9}" for mean in means))
+    for column, result in results.items():
+        print(f"{column}: {result['replies']} replies, ", end="")
+        print(f"{result['failed']} of them without four scores: left out of the means")
+    return setting | results
+
+
+def judge_column(questions, column, setting, args):
+    """Has the descriptions of one column judged. Returns what scores.json says of them.
+
+    Each reply becomes a line of OUT/judged.jsonl (of a control: OUT/judged-CONTROL.jsonl) at once, and is not
+    asked for again. Raises data.DataError if that file holds marks of other predictions, or of another judge
+    or prompt.
+    """
     wanted, judged = {}, {}
     for id, question in questions_by_id(questions).items():
-        wanted[id] = {name: question.get(name) for name in ("id", "video", "caption", "pred")} | setting
-    path = args.out / "judged.jsonl"
+        if question.get(column) is not None:
+            entry = {name: question.get(name) for name in ("id", "video", "caption")}
+            wanted[id] = entry | {"pred": question[column]} | setting
+    path = args.out / ("judged.jsonl" if column == "pred" else f"judged-{column}.jsonl")
     for line in read_jsonl(path):
         id = json.dumps(line["id"])
         is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
@@ -730,12 +821,7 @@ def judge(questions, args):
         means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
         means["Average"] = sum(means.values()) / len(ASPECTS)
     names, failed = sorted({str(line["model"]) for line in judged.values()}), len(judged) - len(marks)
-    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}")
-    print(f"prompt {prompt_hash}: {args.judge_prompt or 'the one in eval.py, not the published one'}")
-    for aspect, mean in means.items():
-        print(f"{aspect:26}{'-' if mean is None else f'{mean:.2f}':>6}")
-    print(f"{len(judged)} replies, {failed} of them without four scores: left out of the means")
-    return setting | {"models": names, "means": means, "replies": len(judged), "failed": failed}
+    return {"models": names, "means": means, "replies": len(judged), "failed": failed}
 
 
 def chat(args, user):
@@ -840,51 +926,61 @@ def parse(argv=None):
     add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
     add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
     add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
-    add("--media", help="folder that media paths are relative to (default: each data file's own)")
+    relative = "folder that media paths are relative to (default: each data file's own); --score: for areas"
+    add("--media", help=relative)
     add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
-    controls = ("full", "shuffle")
-    add("--control", nargs="+", choices=controls, default=[], help="ask --data again with other masks")
+    controls = ("full", "shuffle", "box", "blind")
+    again = "ask again with other masks or without media; --score: read the replies of such a run"
+    add("--control", nargs="+", choices=controls, default=[], help=again)
     on_frames = "benchmarks: masks on the published frame alone (default), or on all"
     add("--mode", choices=("single", "multi"), help=on_frames)
     add("--no-options", action="store_true", help="--bench-q: ask without options; an option's text is right")
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
-    add("--judge-model", default="gpt-4o", help="(default: %(default)s)")
+    add("--judge-model", help="(default: gpt-4o)")
     add("--judge-prompt", metavar="FILE", help="the published system.txt, instead of eval.py's own words")
     add(
         "--out",
         type=Path,
         help="a new folder for what is written, or that of a run to resume",
     )
-    add("--batch-size", type=int, default=32)
-    add("--max-new-tokens", type=int, default=128)
-    add("--workers", type=int, default=2)
+    add("--batch-size", type=int, help="(default: 32)")
+    add("--max-new-tokens", type=int, help="(default: 128)")
+    add("--workers", type=int, help="(default: 2)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
     points = args.video or args.pointed or args.preview
     masks = [value for value in args.pointed if value is not None and not isinstance(value, int)]
     clicks = any(isinstance(mask, tuple) for mask in masks)
+    loading = args.batch_size is not None or args.workers is not None
+    counts = [count for count in (args.batch_size, args.max_new_tokens) if count is not None]
     for option, is_given, fits, needed in (
         ("--ask", asks, args.video, "--video or --image"),
         ("--video, masks, --preview", points, asks, "--ask"),
         ("--track, --save-masks", args.track or args.save_masks, masks, "an object: --box, --point, ..."),
         ("--point", clicks, args.track, "--track"),
         ("--score", args.score, bench, "--bench-q or --bench-d"),
-        ("--control", args.control, args.data, "--data"),
+        ("--control", args.control, not asks, "--data or a benchmark"),
         ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
         ("--no-options", args.no_options, args.bench_q and args.model, "--model and --bench-q"),
         ("--judge", args.judge, args.bench_d, "--bench-d"),
         ("--judge", args.judge, re.match("https?://", args.judge or ""), "an http:// or https:// address"),
-        ("--judge-prompt", args.judge_prompt, args.judge, "--judge"),
+        ("--judge-prompt, --judge-model", args.judge_prompt or args.judge_model, args.judge, "--judge"),
         ("a benchmark", bench and (args.model or args.judge), args.out, "--out"),
         ("--out", args.out, not asks, "--data or a benchmark"),
-        ("--batch-size, --max-new-tokens", True, min(args.batch_size, args.max_new_tokens) > 0, "1 or more"),
-        ("--workers", True, args.workers >= 0, "0 or more"),
+        ("--media, --outside-paths", args.media or args.outside_paths, not asks, "--data or a benchmark"),
+        ("--batch-size, --workers", loading, args.model and not asks, "--model and --data or a benchmark"),
+        ("--max-new-tokens", args.max_new_tokens is not None, args.model, "--model"),
+        ("--batch-size, --max-new-tokens", counts, min(counts, default=1) > 0, "1 or more"),
+        ("--workers", True, (args.workers or 0) >= 0, "0 or more"),
     ):
         if is_given and not fits:
             parser.error(f"{option} needs {needed}")
-    # --score reads no masks, so there need not be one on the published frame.
-    args.mode = args.mode or ("multi" if args.score else "single")
+    defaults = {"mode": "single", "judge_model": "gpt-4o"}
+    defaults |= {"batch_size": 32, "max_new_tokens": 128, "workers": 2}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.judge_system = Path(args.judge_prompt).read_text() if args.judge_prompt else JUDGE_PROMPT
     return args
 

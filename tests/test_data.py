@@ -833,6 +833,53 @@ def test_a_path_that_no_file_system_takes_is_a_data_error():
         data.media_info("x" * 5000)
 
 
+def test_a_boxed_mask_covers_its_bounding_box(folder, processor):
+    """The boxes are pycocotools' own. Their share of a cell is the product of two overlaps of intervals."""
+
+    def overlap(cells, begin, size, pixels):
+        edges = np.arange(cells + 1) * pixels / cells
+        inside = np.minimum(edges[1:], begin + size) - np.maximum(edges[:-1], begin)
+        return inside.clip(min=0) * cells / pixels
+
+    entry = good()
+    rng = np.random.default_rng(1)
+    speckles = np.zeros((H, W))
+    speckles[5:17, 9:30] = rng.random((12, 21)) < 0.1
+    entry[A] = [
+        {"1": {"segmentation": [3, 2, 20, 5, 8, 23]}, "7": {"segmentation": compressed(speckles)}},
+        {"7": {"segmentation": uncompressed(np.eye(H, W, 4))}},
+    ]
+    samples = data.read_samples(write(folder, [entry]))
+    plain = data.ReferringDataset(samples, processor)[0, 0]
+    boxed = data.ReferringDataset(samples, processor, control="box")[0, 0]
+    gh, gw = (side // processor.merge_size for side in plain["still_grid"])
+    rles = coco_mask.frPyObjects([entry[A][0]["1"]["segmentation"]], H, W)
+    rles += [compressed(speckles), compressed(np.eye(H, W, 4))]
+    for grid, rle in zip(boxed["coverage"], rles, strict=True):
+        x, y, w, h = coco_mask.toBbox(rle)
+        expected = np.outer(overlap(gh, y, h, H), overlap(gw, x, w, W))
+        np.testing.assert_allclose(grid.reshape(gh, gw), expected, atol=1e-6)
+    assert all((b > a + 1e-3).any() for a, b in zip(plain["coverage"], boxed["coverage"]))
+    for name in plain.keys() - {"coverage"}:
+        assert np.array_equal(plain[name], boxed[name]), name
+
+
+def test_the_share_of_a_mask_does_not_depend_on_its_form_or_resolution():
+    rng = np.random.default_rng(2)
+    small = rng.random((H // 2, W // 2)) < 0.3
+    large = small.repeat(2, axis=0).repeat(2, axis=1)
+    for mask in (small, large):
+        for encoded in (compressed(mask), uncompressed(mask)):
+            assert data.mask_share(encoded, H, W) == small.mean()
+    for polygons in (square(4, 2, 12, 6), [square(4, 2, 12, 6)], [square(4, 2, 12, 4), square(4, 3, 12, 6)]):
+        assert data.mask_share(polygons, H, W) == 8 * 4 / (H * W)
+    assert data.mask_share(square(8, 4, 24, 12), 2 * H, 2 * W) == 8 * 4 / (H * W)
+    with pytest.raises(DataError, match="a mask of the frame's shape, 32x24"):
+        data.mask_share(compressed(np.ones((W, H))), H, W)
+    with pytest.raises(DataError, match="run lengths that sum to"):
+        data.mask_share({"size": [H, W], "counts": [5, 6]}, H, W)
+
+
 def test_a_shuffled_mask_comes_from_a_sample_that_can_be_read(folder, processor):
     turns = [{"from": "human", "value": "What is <region>?"}, {"from": "gpt", "value": "A dog."}]
     right = {

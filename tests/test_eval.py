@@ -103,6 +103,33 @@ def test_a_type_that_is_called_as_another_row_keeps_its_own():
     counts = {row: columns["questions"] for row, columns in rows.items()}
     assert counts["type all"] == counts["type about regions"] == counts["(no type)"] == 1
     assert counts["about regions"] == 3 and counts["all"] == 4 and counts["type (no type)"] == 1
+    kinds = ["type large", "small", "large", "large"]
+    questions = [{"type": kind, "regions": True, "answer": "a", "reply": "a"} for kind in kinds]
+    for question, area in zip(questions, (9, 1024, 1025, 9216)):
+        question["area"] = area
+    rows = evaluation.score(questions, {"exact": "reply"})
+    counts = {row: columns["questions"] for row, columns in rows.items()}
+    types = {"type large": 2, "type small": 1, "type type large": 1}
+    assert counts == types | {"small": 1, "medium": 2, "large": 1, "all": 4}
+
+
+@pytest.mark.parametrize(
+    "area, size",
+    [(1, "small"), (1023.9, "small"), (1024, "medium"), (9215.9, "medium"), (9216, "large"), (1e7, "large")],
+)
+def test_the_row_of_a_size_holds_what_is_right_in_it(area, size):
+    """Two questions of the size, one of them right, one of another size and one without."""
+    other = 1 if area >= 1024 else 1024
+    questions = [(area, "a"), (area, "b"), (other, "a"), (None, "a")]
+    questions = [
+        {"type": "x", "regions": True, "answer": "a", "reply": reply} | ({"area": area} if area else {})
+        for area, reply in questions
+    ]
+    rows = evaluation.score(questions, {"exact": "reply"})
+    assert rows[size]["exact"] == {"right": 1, "asked": 2}
+    assert rows["all"]["exact"] == {"right": 3, "asked": 4} and len(rows) == 4
+    del questions[2]
+    assert list(evaluation.score(questions, {"exact": "reply"})) == ["x", "all"], "one size is no news"
 
 
 def test_entries_without_an_answer_do_not_choose_the_constant_answer():
@@ -444,7 +471,7 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
             and f"bad.json: sample {n} (id {n})" in predictions[n]["error"]
         )
     counts = {"right": 2, "asked": 18}
-    assert scores["mode"] == "single" and scores["replies"] == {"letter": 2, "text": 0, "none": 0}
+    assert scores["mode"] == "single" and scores["replies"]["pred"] == {"letter": 2, "text": 0, "none": 0}
     assert (
         scores["not_asked"] == 16
         and scores["rows"]["all"]["accuracy"] == scores["rows"]["x"]["accuracy"] == counts
@@ -461,8 +488,7 @@ def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_p
     )
     assert capsys.readouterr().out.splitlines()[-1] == last
     again = json.loads((tmp_path / "scored" / "scores.json").read_text())
-    # The rows may differ in "constant": --score reads no masks, so that it knows more of the answers.
-    assert again | {"rows": None} == scores | {"rows": None} and list(scores["rows"]) == ["x", "all"]
+    assert again == scores and list(scores["rows"]) == ["x", "all"]
     assert again["rows"]["all"]["accuracy"] == counts
     # Another model's predictions: an entry without answer or object counts as wrong; masks are not read.
     theirs = tmp_path / "out" / "theirs.jsonl"
@@ -528,7 +554,7 @@ def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsy
     wrong_in_q = 6  # whatever options, Answer or Question are, a description can be asked for
     predictions, scores = run_bad("d", checkpoint, bad_file, tmp_path / "out", "--workers", 0, "--judge", url)
     assert [p["id"] for p in predictions if p["pred"] is None] == list(range(1 + wrong_in_q, 17))
-    assert scores["not_asked"] == 10 and scores["replies"] == 8 == len(server.asked)
+    assert scores["not_asked"] == 10 and scores["pred"]["replies"] == 8 == len(server.asked)
     assert "10 of 18 questions could not be asked: not judged;" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -726,7 +752,7 @@ def says_its_coverage(checkpoint, monkeypatch):
 
     def generate(model, batch, *_):
         assert len(batch["ids"]) == 1
-        coverage = batch["coverage"]
+        coverage = batch["regions"]["coverage"]
         return [tokenizer(f"{coverage.mean():.2f}" if len(coverage) else "none")["input_ids"]]
 
     monkeypatch.setattr(models.ReferringVideoLLM, "generate", generate)
@@ -736,10 +762,12 @@ def test_controls_replace_the_masks_of_all_questions_about_regions(
     checkpoint, world, tmp_path, says_its_coverage
 ):
     """Worked by hand. The object of the first clip fills half of the picture, that of the second a quarter.
-    A control asks only about regions. The last turn of the first sample is about a region as well, because an
-    earlier turn has the `<region>`."""
+    Controls of masks ask only about regions. The last turn of the first sample is about a region as well,
+    because an earlier turn has the `<region>`."""
+    controls = ("full", "shuffle", "box", "blind")
     half = [{"3": {"segmentation": evaluation.box(0, 0, 48, 96)}}]
-    quarter = [{"3": {"segmentation": evaluation.box(0, 0, 24, 96)}}]
+    angle = [evaluation.box(0, 0, 48, 24), evaluation.box(0, 24, 16, 72)]  # its box is the other object
+    quarter = [{"3": {"segmentation": angle}}]
     turns = [("<video>\nWhere is this?", "none"), ("How large is <region>?", "0.50"), ("Is it?", "0.25")]
 
     def sample(clip, turns, objects):
@@ -764,25 +792,262 @@ def test_controls_replace_the_masks_of_all_questions_about_regions(
         "--data",
         world / "uneven.json",
         "--control",
-        "full",
-        "shuffle",
+        *controls,
         *options,
     )
     evaluation.main([str(a) for a in arguments])
     predictions = lines(tmp_path / "runs" / "1" / "predictions.jsonl")
-    said = [[p.get(name) for p in predictions] for name in ("exact", "full", "shuffle")]
+    said = [[p.get(name) for p in predictions] for name in ("exact", *controls)]
     assert said[0] == ["none", "0.50", "0.50", "0.25", "none"]
     assert said[1] == [None, "1.00", "1.00", "1.00", None]
     assert said[2] == [None, "0.25", "0.25", "0.50", None]
+    assert said[3] == [None, "0.50", "0.50", "0.50", None]
+    assert said[4] == ["none"] * 5
     # The constant answer is chosen apart for questions of a type with regions ("0.50") and without ("none").
     rows = json.loads((tmp_path / "runs" / "1" / "scores.json").read_text())["rows"]
     right = {
-        row: [counts[name]["right"] for name in ("exact", "full", "shuffle", "constant")]
+        row: [counts[name]["right"] for name in ("exact", *controls, "constant")]
         for row, counts in rows.items()
     }
-    asked = {row: [counts["questions"], counts["full"]["asked"]] for row, counts in rows.items()}
-    assert right == {"x": [3, 0, 2, 4], "about regions": [1, 0, 2, 2], "all": [3, 0, 2, 4]}
-    assert asked == {"x": [5, 3], "about regions": [3, 3], "all": [5, 3]}
+    asked = {row: [counts[name]["asked"] for name in ("exact", *controls)] for row, counts in rows.items()}
+    every, about_regions = [3, 0, 2, 2, 2, 4], [1, 0, 2, 2, 0, 2]
+    assert right == {"x": every, "about regions": about_regions, "all": every}
+    assert asked == {"x": [5, 3, 3, 3, 5], "about regions": [3] * 5, "all": [5, 3, 3, 3, 5]}
+
+
+def test_the_area_of_a_question_is_that_of_its_smallest_object(world, tmp_path):
+    """Frames of 96x96. The areas are worked by hand, or pycocotools' own."""
+
+    def entry(objects, questions=("What is <region>?",), **more):
+        turns = []
+        for question in questions:
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": "It."}]
+        annotation = []
+        for masks in objects:
+            annotation.append({str(frame): {"segmentation": mask} for frame, mask in masks.items()})
+        video = str(world / "videos" / "test0000.mp4")
+        return {"video": video, "conversations": turns, "annotation": annotation} | more
+
+    ellipse = np.hypot(*np.ogrid[-3:3:96j, -2:2:96j]) < 1
+    at_half = np.zeros((48, 48), np.uint8)
+    at_half[7:17, 20:30] = 1
+    hidden = {"size": [96, 96], "counts": [96 * 96]}
+    small, large = evaluation.box(9, 9, 20, 20), evaluation.box(0, 0, 96, 96)
+    both = ["<region> or <region>?", "Sure?"]
+    turns = ["Where is this?", "Is it <region>?", "Sure?", "Or <region>?", "Sure?"]
+    absent = {"video": str(world / "videos" / "none.mp4")}
+    entries = [
+        (entry([{3: rle(ellipse)}]), [coco_mask.area(rle(ellipse))]),
+        (entry([{3: small, 5: hidden, 6: evaluation.box(0, 0, 60, 60)}]), [(400 + 3600) / 2]),
+        (entry([{3: rle(at_half)}]), [400]),
+        (entry([{3: evaluation.box(0, 0, 80, 80)}], height=192, width=192), [1600]),
+        (entry([{3: small}, {3: large}], both), [400, 400]),
+        (entry([{3: small}, {3: large}], turns), [None, 400, 400, 9216, 9216]),
+        (entry([], ["Where is this?"]), [None]),
+        (entry([{3: hidden}]), [None]),
+        (entry([{3: small}]) | absent, [None]),
+    ]
+    (tmp_path / "areas.json").write_text(json.dumps([entry for entry, _ in entries]))
+    samples = data.read_samples(tmp_path / "areas.json", outside_paths=True)
+    questions, keys = evaluation.read_questions(samples)
+    evaluation.add_areas(questions, keys, samples)
+    areas = [area for _, expected in entries for area in expected]
+    assert [question.get("area") for question in questions] == areas
+
+
+# ---- the controls on the benchmarks ----
+
+CONTROLS = ("full", "shuffle", "box", "blind")
+
+
+@pytest.fixture
+def coverage_bench(world):
+    """A benchmark about how much of the picture an object covers, as says_its_coverage answers. -> its path.
+
+    The objects of the first two entries cover a half and a quarter of it, which is an angle in the box of
+    the first. The first is tiny on all other frames. The third is about no object.
+    """
+    half, tiny = evaluation.box(0, 0, 48, 96), evaluation.box(9, 9, 8, 8)
+    angle = [evaluation.box(0, 0, 48, 24), evaluation.box(0, 24, 16, 72)]
+    masks = [[{frame: half if frame == 3 else tiny for frame in range(8)}], [{3: angle}], []]
+    entries = []
+    for i, (objects, answer) in enumerate(zip(masks, ("(A) 0.50", "(B) 0.25", "(D) none"))):
+        entry = {"id": i, "video": f"videos/test000{i}.mp4", "frame_idx": "3", "type": "x", "Answer": answer}
+        entry["options"] = ["(A) 0.50", "(B) 0.25", "(C) 1.00", "(D) none"]
+        entry["Question"] = "How large is <object0><region>?" if objects else "How large is nothing?"
+        entry["caption"] = f"It covers {answer[4:]}."
+        entry["annotation"] = [{str(f): {"segmentation": m} for f, m in frames.items()} for frames in objects]
+        entries.append(entry)
+    (world / "coverage.json").write_text(json.dumps(entries))
+    (world / "coverage_d.json").write_text(json.dumps(entries[:2]))
+    return world / "coverage.json"
+
+
+SAID = {
+    "pred": ["0.50", "0.25", "none"],
+    "full": ["1.00", "1.00", None],
+    "shuffle": ["0.25", "0.50", None],
+    "box": ["0.50", "0.50", None],
+    "blind": ["none", "none", "none"],
+}
+
+
+def test_bench_q_with_every_control(checkpoint, coverage_bench, tmp_path, says_its_coverage, capsys):
+    options = ["--model", checkpoint, "--bench-q", coverage_bench, "--batch-size", 1, "--workers", 0]
+    options = [str(a) for a in (*options, "--device", "cpu", "--out", tmp_path / "out")]
+    evaluation.main([*options, "--control", *CONTROLS])
+    output = capsys.readouterr().out
+    predictions = lines(tmp_path / "out" / "predictions.jsonl")
+    assert {column: [p.get(column) for p in predictions] for column in SAID} == SAID
+    assert [p.get("area") for p in predictions] == [48 * 96, 24 * 96, None], (
+        "on the frame that is asked about"
+    )
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    right = {"accuracy": [3, 3], "full": [0, 2], "shuffle": [0, 2], "box": [1, 2], "blind": [1, 3]}
+    assert {column: list(scores["rows"]["all"][column].values()) for column in right} == right
+    assert scores["replies"]["full"] == {"letter": 0, "text": 2, "none": 0}
+    assert output.splitlines()[0].split() == [*right, "constant"]
+    assert "full: replies that name a letter: 0; an option's whole text: 2" in output
+
+    # The predictions can be scored again, whole or without the controls, and say as much.
+    files = ["--bench-q", coverage_bench, "--score", tmp_path / "out" / "predictions.jsonl"]
+    files = [str(a) for a in (*files, "--out", tmp_path / "again")]
+    evaluation.main([*files, "--control", *CONTROLS])
+    assert capsys.readouterr().out == output
+    assert json.loads((tmp_path / "again" / "scores.json").read_text()) == scores
+    evaluation.main(files)
+    again = json.loads((tmp_path / "again" / "scores.json").read_text())
+    assert list(again["rows"]["all"]) == ["questions", "accuracy", "constant"]
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps({"id": i, "pred": "(A)"}) + "\n" for i in range(3)))
+    files[3] = str(theirs)
+    with pytest.raises(data.DataError, match=r"""theirs.jsonl: sample 0 .*: expected .* with "box", found"""):
+        evaluation.main([*files, "--control", "box"])
+
+
+def test_controls_may_be_added_to_a_run_that_is_done(checkpoint, coverage_bench, tmp_path, says_its_coverage):
+    options = ["--model", checkpoint, "--bench-q", coverage_bench, "--batch-size", 1, "--workers", 0]
+    options = [str(a) for a in (*options, "--device", "cpu", "--out", tmp_path / "out")]
+    for controls in ((), ("box",), ("blind", "box"), ("blind", "blind")):
+        evaluation.main([*options, *(["--control", *controls] if controls else [])])
+        predictions = lines(tmp_path / "out" / "predictions.jsonl")
+        for column in SAID:
+            expected = SAID[column] if column in ("pred", *controls) else [None] * 3
+            assert [p.get(column) for p in predictions] == expected
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "out" / "parts").iterdir())
+    assert names == ["blind", "box", "none"], "each of them asked once"
+
+
+def test_a_run_that_is_killed_in_a_control_goes_on_there(checkpoint, world, whole, tmp_path):
+    """Nothing is asked again, and the run ends with what one that was not killed finds."""
+    controls = ("--control", "box", "blind", "full")
+    evaluation.main(command(checkpoint, world, tmp_path / "undisturbed", *controls))
+    out = tmp_path / "out"
+    process = start(*command(checkpoint, world, out, *controls, "--batch-size", 1))
+    deadline = time.monotonic() + 120
+    while not any(path.read_bytes().count(b"\n") >= 2 for path in out.glob("parts/blind-0-*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, "no line yet"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {path: path.read_bytes() for path in out.glob("parts/*")}
+    assert {path.name.split("-")[0] for path in before} == {"none", "box", "blind"}
+    evaluation.main(command(checkpoint, world, out, *controls))
+    asked = {name: 0 for name in ("none", "box", "blind", "full")}
+    for path in out.glob("parts/*"):
+        asked[path.name.split("-")[0]] += path.read_bytes().count(b"\n")
+        assert path not in before or path.read_bytes() == before[path]
+    assert set(asked.values()) == {len(whole)}, "each question once in each column"
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    predictions = lines(out / "predictions.jsonl")
+    assert [p["pred"] for p in predictions] == [p["pred"] for p in whole]
+    assert [p["blind"] for p in predictions] != [p["pred"] for p in whole]
+
+
+def test_bench_d_is_judged_under_every_control(
+    checkpoint, coverage_bench, tmp_path, says_its_coverage, server, capsys, monkeypatch
+):
+    """The marks, worked by hand, are the digits behind the point of what was said: 0.25 means 2 and 5."""
+    monkeypatch.setattr(evaluation.time, "sleep", lambda _: None)
+    bench = coverage_bench.with_name("coverage_d.json")
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    options = [
+        "--model",
+        checkpoint,
+        "--bench-d",
+        bench,
+        "--batch-size",
+        1,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    ]
+    options += ["--out", tmp_path / "out", "--judge", url]
+    options = [str(a) for a in options]
+    said = [SAID[column][i] for column in ("pred", *CONTROLS) for i in range(2)]
+    marks = [(0, 0, 0, 0) if text == "none" else (5, 4, *map(int, text[2:])) for text in said]
+    server.script = [GOOD.format(*four) for four in marks[:5]] + [503] * evaluation.ATTEMPTS
+    with pytest.raises(SystemExit, match="resumes from here"):
+        evaluation.main([*options, "--control", *CONTROLS])
+    server.script = [GOOD.format(*four) for four in marks[5:]]
+    asked = len(server.asked)
+    evaluation.main([*options, "--control", *CONTROLS])
+    assert len(server.asked) == asked + 5, "the replies that are there are kept"
+    questions = [body["messages"][1]["content"] for _, _, body in server.asked]
+    questions = questions[:5] + questions[asked:]
+    captions = ["It covers 0.50.", "It covers 0.25."] * 5
+    for question, caption, text in zip(questions, captions, said, strict=True):
+        assert question == f"##Correct answer: {caption}\n##Predicted answer: {text}\n"
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    averages = {
+        "pred": (5 + 4 + (5 + 2) / 2 + (0 + 5) / 2) / 4,
+        "full": (5 + 4 + 0 + 0) / 4,
+        "shuffle": (5 + 4 + (2 + 5) / 2 + (5 + 0) / 2) / 4,
+        "box": (5 + 4 + 5 + 0) / 4,
+        "blind": 0,
+    }
+    assert {column: scores[column]["means"]["Average"] for column in averages} == averages
+    assert all(scores[column]["replies"] == 2 for column in averages)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert list(averages) in table
+    assert ["Average", *(f"{mean:.2f}" for mean in averages.values())] in table
+    names = {path.name for path in (tmp_path / "out").glob("judged*")}
+    assert names == {"judged.jsonl", *(f"judged-{control}.jsonl" for control in CONTROLS)}
+    # Fewer columns, and the predictions without the model, need none of that again.
+    evaluation.main([*options, "--control", "blind"])
+    score = ["--bench-d", bench, "--score", tmp_path / "out" / "predictions.jsonl", "--judge", url]
+    evaluation.main([str(a) for a in (*score, "--out", tmp_path / "out", "--control", "blind")])
+    assert len(server.asked) == asked + 5
+    again = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert again["blind"] == scores["blind"] and again["pred"] == scores["pred"] and "box" not in again
+
+
+def test_an_entry_that_cannot_be_asked_counts_alike_in_all_columns(
+    checkpoint, bad_file, tmp_path, monkeypatch
+):
+    """A question without its media could be asked all the same: then blind would be right more often."""
+    monkeypatch.setattr(evaluation, "choose", lambda reply, options: ("B", "letter"))
+    controls = ("--control", "full", "blind", "--workers", 0)
+    predictions, scores = run_bad("q", checkpoint, bad_file, tmp_path / "out", *controls)
+    for column in ("pred", "full", "blind"):
+        assert [isinstance(p[column], str) for p in predictions] == [True, *[False] * 16, True]
+    for column in ("accuracy", "full", "blind"):
+        assert scores["rows"]["all"][column] == {"right": 2, "asked": 18}
+    assert scores["not_asked"] == 16
+
+
+def test_shuffle_needs_masks_of_other_media(checkpoint, bad_file, tmp_path):
+    """It would fail for each question of the last column, after all others had been asked."""
+    entry = json.loads(bad_file.read_text())[0]
+    same = bad_file.with_name("same_video.json")
+    same.write_text(json.dumps([entry, entry | {"id": 1}]))
+    with pytest.raises(
+        data.DataError, match="several videos or images for --control shuffle, found {'videos/"
+    ):
+        run_bad("q", checkpoint, same, tmp_path / "out", "--control", "box", "shuffle")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the judge ----
@@ -892,14 +1157,10 @@ def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.script = [GOOD.format(5, 4, 3, 2), GOOD.format(1, 1, 1, 1), GOOD.format(0, 4, 5, 0)]
     scores = judged(folder, server)
-    assert list(scores["means"].values()) == pytest.approx([2, 3, 3, 1, 2.25])
-    assert (scores["replies"], scores["failed"], scores["judge"], scores["models"], waits) == (
-        3,
-        0,
-        "some-judge",
-        ["local-1"],
-        [],
-    )
+    result = scores["pred"]
+    assert list(result["means"].values()) == pytest.approx([2, 3, 3, 1, 2.25])
+    assert (result["replies"], result["failed"], result["models"]) == (3, 0, ["local-1"])
+    assert (scores["judge"], waits) == ("some-judge", [])
     path, key, body = server.asked[1]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "some-judge")
     assert body["temperature"] == 0, "otherwise two runs of the same judge give different scores"
@@ -921,14 +1182,9 @@ def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
 def test_a_judge_that_answers_badly_is_counted(described, server, capsys):
     folder, _ = described
     server.script = ["Five stars!", None, GOOD.format(5, 4, 3, 2)]
-    scores = judged(folder, server)
-    assert (scores["replies"], scores["failed"]) == (3, 2) and list(scores["means"].values()) == [
-        5,
-        4,
-        3,
-        2,
-        3.5,
-    ]
+    result = judged(folder, server)["pred"]
+    assert (result["replies"], result["failed"]) == (3, 2)
+    assert list(result["means"].values()) == [5, 4, 3, 2, 3.5]
     assert "3 replies, 2 of them without four scores" in capsys.readouterr().out
     assert [line["reply"] for line in lines(folder / "out" / "judged.jsonl")] == [
         "Five stars!",
@@ -939,14 +1195,14 @@ def test_a_judge_that_answers_badly_is_counted(described, server, capsys):
 
 def test_none_of_the_replies_readable(described, server, capsys):
     server.script = ["?"] * 3
-    assert set(judged(described[0], server)["means"].values()) == {None}
+    assert set(judged(described[0], server)["pred"]["means"].values()) == {None}
 
 
 @pytest.mark.parametrize("fault", [500, 408, 409, 429, "hang", "garbage", "empty", "cut"])
 def test_a_judge_that_falters_is_asked_again(described, server, fault):
     folder, waits = described
     server.script = [fault, fault, GOOD.format(5, 4, 3, 2)]
-    assert judged(folder, server)["failed"] == 0
+    assert judged(folder, server)["pred"]["failed"] == 0
     assert waits == [2, 4] and len(server.asked) == 5
 
 
@@ -959,7 +1215,7 @@ def test_a_judge_that_is_gone_ends_the_run_and_the_next_goes_on(described, serve
     with open(folder / "out" / "judged.jsonl", "a") as file:
         file.write('{"id": 1, "capt')  # and a kill tore a line
     server.asked.clear()
-    assert judged(folder, server)["replies"] == 3 and len(server.asked) == 2
+    assert judged(folder, server)["pred"]["replies"] == 3 and len(server.asked) == 2
     assert [line["id"] for line in lines(folder / "out" / "judged.jsonl")] == [0, 1, 2]
 
 
@@ -1202,10 +1458,15 @@ def test_a_model_of_random_weights_is_not_evaluated():
             "--judge needs --bench-d",
         ),
         (["--data", "x.json", "--score", "p"], "--score needs"),
+        (["--model", "m", "--ask", "Why?", "--video", "v", "--control", "full"], "--control needs --data or"),
+        (["--model", "m", "--ask", "Why?", "--video", "v", "--media", "d"], "--media, --outside-paths needs"),
         (
-            ["--model", "m", "--bench-q", "q.json", "--out", "o", "--control", "full"],
-            "--control needs --data",
+            ["--model", "m", "--ask", "Why?", "--video", "v", "--outside-paths"],
+            "--outside-paths needs --data",
         ),
+        (["--model", "m", "--ask", "Why?", "--video", "v", "--workers", "0"], "--workers needs --model and"),
+        (["--bench-q", "q", "--score", "p", "--batch-size", "4"], "--workers needs --model and --data"),
+        (["--bench-q", "q", "--score", "p", "--max-new-tokens", "4"], "--max-new-tokens needs --model"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--out", "o"], "--out needs"),
         (["--model", "m", "--data", "x.json", "--bench-q", "q.json"], "not allowed with"),
         (
@@ -1218,7 +1479,11 @@ def test_a_model_of_random_weights_is_not_evaluated():
         ),
         (
             ["--model", "m", "--bench-d", "d", "--out", "o", "--judge-prompt", "f"],
-            "--judge-prompt needs",
+            "--judge-model needs --judge",
+        ),
+        (
+            ["--model", "m", "--bench-d", "d", "--out", "o", "--judge-model", "f"],
+            "--judge-model needs --judge",
         ),
         (["--model", "m", "--data", "x.json", "--mode", "single"], "--mode needs"),
         (["--model", "m", "--ask", "Why?", "--video", "v", "--mode", "multi"], "--mode needs"),

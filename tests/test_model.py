@@ -91,8 +91,9 @@ def dataset(world, processor, **options):
     return data.ReferringDataset(world[0], processor, **options)
 
 
-def batch_of(world, processor, numbers, **options):
-    return data.collate([dataset(world, processor)[0, i] for i in numbers], processor, **options)
+def batch_of(world, processor, numbers, control="none", **options):
+    encoded = [dataset(world, processor, control=control)[0, i] for i in numbers]
+    return data.collate(encoded, processor, **options)
 
 
 # ---- transformers' own inputs
@@ -510,6 +511,46 @@ def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     other = dataset(world, processor)[0, 5]["boxes"][0][:4]  # the only object on other media
     assert all(w[:4] == pytest.approx(other) for w in shuffled["boxes"])
     assert [w[4] for w in shuffled["boxes"]] == [w[4] for w in plain["boxes"]]
+
+
+def test_blind_is_a_conversation_without_media(loaded, world):
+    """It equals a data file of the same texts, written by hand, and the media need not exist."""
+    _, processor = loaded
+    config = processor.config
+    special = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+    special += [config.vision_end_token_id, processor.region_token_id]
+    assert set(special) <= set(batch_of(world, processor, range(6))["input_ids"].unique().tolist())
+    texts = [
+        ["Say the other thing.", "Never."],
+        ["What is on the image?", "Noise in the picture."],
+        ["Describe \n then.", "More noise.", "And the rest?", "The same."],
+        ["What is the object?", "The one."],
+        ["Is the object left of the object?", "On the left."],
+        ["What is the object?", "A box."],
+    ]
+    speakers = ["human", "gpt"] * 2
+    entries = []
+    for turns in texts:
+        turns = [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns)]
+        entries.append({"conversations": turns})
+    (world[1] / "texts.json").write_text(json.dumps(entries))
+    by_hand = data.ReferringDataset(data.read_samples(world[1] / "texts.json"), processor)
+    shutil.rmtree(world[1] / "clip")
+    (world[1] / "a.png").unlink()
+    assert isinstance(dataset(world, processor)[0, 4], data.DataError)
+
+    blind = dataset(world, processor, control="blind")
+    pairs = [(blind[0, i], by_hand[0, i]) for i in range(len(texts))]
+    pairs += [(blind.question(i, 0), by_hand.question(i, 0)) for i in range(len(texts))]
+    pairs.append((blind.question(2, 1), by_hand.question(2, 1)))
+    for found, expected in pairs:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert np.array_equal(found[name], value), name
+    batch = batch_of(world, processor, range(6), control="blind")
+    assert not set(special) & set(batch["input_ids"].unique().tolist())
+    assert len(batch["visual_index"]) == len(batch["region_index"]) == batch["regions"]["num_tokens"] == 0
+    assert len(batch["targets"]) > 0
 
 
 @any_family
