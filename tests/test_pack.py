@@ -16,21 +16,14 @@ from transformers import AutoModelForImageTextToText
 import data
 import model as models
 
-KINDS = [
-    4,
-    1,
-    0,
-    2,
-    5,
-    3,
-]  # regions on several frames, image, text, video, region of an image, region on a frame
+# Regions on several frames, an image, text, a video, a region of an image, a region on one frame of a video.
+KINDS = [4, 1, 0, 2, 5, 3]
 
 
 def pixels(patches, processor, repeat):
     """As transformers' image processor makes them of uint8 patches (test_model.py compares them with it)."""
-    mean, std = (
-        np.array(getattr(processor.image_processor, name))[:, None] for name in ("image_mean", "image_std")
-    )
+    images = processor.image_processor
+    mean, std = (np.array(x)[:, None] for x in (images.image_mean, images.image_std))
     values = (patches.reshape(len(patches), 3, -1) / 255 - mean) / std
     return torch.from_numpy(np.tile(values, repeat).reshape(len(patches), -1)).float()
 
@@ -75,24 +68,18 @@ def plain_loss(plain, encoder, encoded, processor):
     is_region = inputs["input_ids"] == processor.region_token_id
 
     def put_regions(module, args, embeddings):
-        embeddings = embeddings.clone()
-        embeddings[is_region] = region_tokens(plain, encoder, encoded, processor)
+        if is_region.any():
+            embeddings = embeddings.clone()
+            embeddings[is_region] = region_tokens(plain, encoder, encoded, processor)
         return embeddings
 
-    hook = plain.get_input_embeddings().register_forward_hook(put_regions) if is_region.any() else None
-    loss = plain(**inputs).loss
-    if hook:
-        hook.remove()
+    with plain.get_input_embeddings().register_forward_hook(put_regions):
+        loss = plain(**inputs).loss
     return loss * (encoded["labels"] != data.IGNORE_INDEX).sum()
 
 
 @pytest.mark.parametrize("window", [0, 2])
-def test_loss_and_gradients_of_a_row_are_those_of_transformers_one_sample_at_a_time(
-    checkpoint,
-    loaded,
-    world,
-    window,  # noqa: F811
-):
+def test_a_row_learns_as_transformers_one_sample_at_a_time(checkpoint, loaded, world, window):  # noqa: F811
     model, processor = loaded
     give_regions_weight(model)
     processor.settings = data.replace(processor.settings, window=window)
