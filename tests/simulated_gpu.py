@@ -77,6 +77,7 @@ class SimulatedGPU:
         for name in ("Stream", "stream", "current_stream"):
             enter(mock.patch(f"torch.cuda.{name}"))
         enter(mock.patch("torch.__future__.get_swap_module_params_on_conversion", lambda: True))
+        enter(mock.patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)))  # an H100
         for name in ("pool_forward", "pool_backward"):
             enter(mock.patch.object(kernels, name, InterpretedKernel(getattr(kernels, name))))
         if self.exact:  # torch.autocast finds that there is no GPU, warns, and does nothing
@@ -127,6 +128,10 @@ class Arguments(TorchFunctionMode):
         if function is torch.Tensor.tolist:
             return args[0].to("cpu").tolist()
         if torch.is_autocast_enabled("cuda"):
+            # Mixtures of experts multiply by this, for which torch has no rule, but a program can make one.
+            rules = aten._grouped_mm.default.py_kernels
+            if function is torch._grouped_mm and torch._C.DispatchKey.AutocastCUDA in rules:
+                return rules[torch._C.DispatchKey.AutocastCUDA](*args, *kwargs.values())
             dtype = self.autocast_dtype(function, args)
             if dtype:
                 args, kwargs = tree_map(lambda x: self.cast(x, dtype), (args, kwargs))
@@ -188,6 +193,7 @@ class Operators(TorchDispatchMode):
         self.stand_ins = {
             torch.ops.torch_attn._varlen_attn.default: partial(flash_forward, flash_dtype),
             torch.ops.torch_attn._varlen_attn_backward.default: flash_backward,
+            aten.histc.default: histogram,
         }
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -237,6 +243,8 @@ class Operators(TorchDispatchMode):
             return any(x.dtype in (torch.bool, torch.uint8) or not x.is_cuda for x in indices)
         if operator is aten.repeat_interleave.Tensor:
             return kwargs.get("output_size") is None
+        if operator is aten._grouped_mm.default:  # in another dtype, torch loops over the groups
+            return args[0].dtype != torch.bfloat16
         return operator in ALWAYS_WAIT
 
     def note_wait(self, operator):
@@ -246,6 +254,11 @@ class Operators(TorchDispatchMode):
                 place = f"{Path(frame.filename).name} {frame.name}"
                 break
         self.waits[f"{place} {operator.overloadpacket}"] += 1
+
+
+def histogram(x, bins, least, most):
+    """A CPU counts floating point numbers alone, as transformers knows, which therefore gives a GPU integers."""
+    return torch.histc(x.float(), bins, least, most).to(x.dtype)
 
 
 class InterpretedKernel:

