@@ -257,7 +257,7 @@ class Operators(TorchDispatchMode):
 
 
 def histogram(x, bins, least, most):
-    """A CPU counts floating point numbers alone, as transformers knows, which therefore gives a GPU integers."""
+    """A CPU counts floating point numbers alone. transformers knows, and gives integers only to a GPU."""
     return torch.histc(x.float(), bins, least, most).to(x.dtype)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from simulated_gpu import GPUTensor, SimulatedGPU, to_cpu
 from test_model import batch_of, checkpoint, give_regions_weight, loaded, world  # noqa: F401 (fixtures)
+from test_pack import join, relative_error
 from test_train import train_here
 from torch.nn.attention.varlen import varlen_attn
 
@@ -48,15 +49,14 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(ready):
     assert all(isinstance(p, GPUTensor) for p in model.parameters())
     assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-6)
     for name, gradient in gradients.items():
-        error = (gradient - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-5, name
+        assert relative_error(gradient, expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("names", ["region", "region,projector,llm,vision"])
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(ready, names, grad_checkpoint):
-    """As train.py does it on a GPU: frozen weights, and what goes into matrix products, are bfloat16. The goal
-    was that a micro-batch waits for the GPU ten times at most."""
+    """As train.py does it on a GPU: frozen weights, and what goes into matrix products, are bfloat16. The
+    goal was that a micro-batch waits for the GPU ten times at most."""
     model, batch = ready
     train.choose_parameters(model, train.Config(train=names, lr=1.0, region_lr=1.0))
     for p in model.parameters():  # as published weights, so that halve_frozen finds them exact
@@ -69,9 +69,8 @@ def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(ready, na
     assert not waits
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected_loss.item(), rel=0.01)
     for name, gradient in gradients.items():
-        assert gradient.dtype == torch.float32
-        error = (gradient - expected[name]).norm() / expected[name].norm()
-        assert error < 0.2, name
+        assert gradient.dtype == torch.float32, name
+    assert relative_error(*(join(x, gradients) for x in (gradients, expected))) < 0.1
 
 
 def test_a_step_of_the_whole_loop_waits_three_times(world, tmp_path, monkeypatch):  # noqa: F811

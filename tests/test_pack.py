@@ -101,9 +101,13 @@ def test_a_row_learns_as_transformers_one_sample_at_a_time(checkpoint, loaded, w
         assert alone.item() == pytest.approx(expected_loss, rel=2e-6), number
     found = {name: p.grad for name, p in model.named_parameters()}
     # All gradients together come to 0.5e-6 to 2.2e-6 (Qwen3.5), those of a single parameter to 3e-6 at most.
-    assert relative_error(*(torch.cat([g.flatten() for g in x.values()]) for x in (found, expected))) < 3e-6
+    assert relative_error(*(join(gradients, found) for gradients in (found, expected))) < 3e-6
     for name in found:
         assert relative_error(found[name], expected[name]) < 1e-5, name
+
+
+def join(gradients, names):
+    return torch.cat([gradients[name].flatten() for name in names])
 
 
 def relative_error(found, expected):
@@ -111,8 +115,8 @@ def relative_error(found, expected):
 
 
 def test_what_a_sample_reads_changes_no_other_sample_of_its_row_by_a_bit(loaded, world):  # noqa: F811
-    """Other words, pixels and masks of the same number between two samples, whose logits stay as they are. In a
-    mixture of experts all samples of a row share the matrix products, and so their rounding."""
+    """Other words, pixels and masks of the same number between two samples, whose logits stay as they are. In
+    a mixture of experts all samples of a row share the matrix products, and so their rounding."""
     model, processor = loaded
     give_regions_weight(model)
     tolerance = 1e-5 if hasattr(processor.config.text_config, "num_experts") else 0
