@@ -369,6 +369,9 @@ def attention_within_samples(
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_within_samples)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+# Mixtures of experts multiply by this, of which autocast does not know. In float32 it would be a loop over
+# the experts that waits for the GPU.
+torch.library.register_autocast("aten::_grouped_mm", "cuda", torch.bfloat16)
 
 
 def pack(backbone):
