@@ -377,13 +377,10 @@ def test_it_learns_four_samples_by_heart_and_eval_hears_them_back(mixed, tmp_pat
     assert all(("full" in a) == a["regions"] for a in answers)
 
 
-@pytest.mark.parametrize("bench", [bench_data, bench_step])
-def test_benchmarks_time_both_ways_and_write_nothing(toy, tmp_path, capsys, monkeypatch, bench):
-    if bench is bench_data:
-        pytest.importorskip("decord")
-    monkeypatch.setattr(bench_step, "ROUNDS", 2)
+def test_bench_data_times_both_ways_and_writes_nothing(toy, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("decord")
     monkeypatch.chdir(tmp_path)
-    bench.main([str(toy / "train.json"), "--batch-size", "4"])
+    bench_data.main([str(toy / "train.json")])
     ours, plain, ratio = capsys.readouterr().out.splitlines()[-3:]
     times = [float(re.fullmatch(r" *(ours|plain): +([0-9.]+) ms, .*", line)[2]) for line in (ours, plain)]
     ratio = float(re.fullmatch(r"ours is ([0-9.]+) times as fast", ratio)[1])
@@ -415,21 +412,58 @@ def test_bench_data_reads_the_same_in_both_ways(toy):
     np.testing.assert_array_equal(labels, ours["labels"])
 
 
-def test_bench_step_learns_the_same_in_both_ways(toy):
-    samples = data.read_samples(toy / "train.json")
-    config = train.parse(["--data", str(toy / "train.json"), "--batch-size", "6", "--micro-batch", "4"])
-    model, processor = train.build(config, samples)
-    (micro_batches, padded_batch), *_ = bench_step.encode_steps(config, samples, processor)
-    assert len(micro_batches) == 2 and len(padded_batch["input_ids"]) == 6
-    gradients = []
-    for backward, batch in (
-        (bench_step.our_backward, micro_batches),
-        (bench_step.plain_backward, padded_batch),
-    ):
-        model.zero_grad(set_to_none=True)
-        backward(model, batch, torch.device("cpu"))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+def test_bench_step_learns_the_same_in_both_ways():
+    """All kinds of samples, with as many padded as not. The plain way has two loops over region frames."""
+    options = bench_step.parse(["--batch-size", "12", "--micro-batch", "7"])
+    model, processor = bench_step.build("tiny", "region,projector,llm,vision", torch.device("cpu"))
+    for p in model.region_encoder.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for samples in bench_step.encode_steps(options, processor)[:2]:
+        train.backward(model, [data.collate(some, processor) for some in samples])
+        tokens = sum((sample["labels"] != data.IGNORE_INDEX).sum() for some in samples for sample in some)
+        ours = torch.cat([p.grad.flatten() for p in model.parameters()]) / tokens
+        model.zero_grad()
+        padded = [bench_step.plain_batch(some, processor) for some in samples]
+        plain = bench_step.plain_twin(model)
+        bench_step.plain_backward(plain, model.region_encoder, padded, torch.device("cpu"))
+        theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        assert all((batch["inputs"]["attention_mask"] == 0).any() for batch in padded)
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("size, billions", [("2b", 2.13), ("8b", 8.77)])
+def test_bench_step_builds_models_of_the_published_sizes(size, billions):
+    model, _ = bench_step.build(size, "region", torch.device("meta"))
+    found = sum(p.numel() for p in model.backbone.parameters())
+    assert found / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_bench_step_runs_without_what_reads_files(tmp_path):
+    """Where only torch and transformers are. It times both ways, and says where the time goes."""
+    command = (
+        "import sys; sys.modules |= {'av': None, 'pycocotools': None}; import bench_step; bench_step.main()"
+    )
+    options = "--batch-size 4 --micro-batch 2 --rounds 1 --grad-checkpoint --profile".split()
+    out = run("-c", command, *options, tmp_path / "trace.json", PYTHONPATH=str(TOP / "tests"))
+    ours, plain, ratio = out.splitlines()[-3:]
+    times = []
+    for row, way in ((ours, "ours"), (plain, "plain")):
+        name, milliseconds, samples, _, mfu, memory, vision, llm, optimizer, waiting = row.split()
+        assert (name, memory, waiting) == (way, "-", "-") and float(mfu.rstrip("%")) > 0
+        assert sum(float(share.rstrip("%")) for share in (vision, llm, optimizer)) == pytest.approx(
+            100, abs=2
+        )
+        times.append(float(milliseconds))
+        assert float(samples) == pytest.approx(4000 / times[-1], rel=0.02)
+    ratio = float(re.fullmatch(r"ours is ([0-9.]+) times as fast", ratio)[1])
+    assert ratio == pytest.approx(times[1] / times[0], rel=0.02)
+    assert (tmp_path / "trace.json").stat().st_size > 1000
+
+
+def test_bench_step_counts_what_overlaps_once():
+    assert bench_step.covered([(5, 7), (0, 2), (1, 3), (6, 6.5), (9, 10)]) == 6
+    assert bench_step.covered([]) == 0
 
 
 def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(tmp_path):
