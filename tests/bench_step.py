@@ -55,8 +55,8 @@ import train  # noqa: E402
 
 STEPS = 4  # different steps, each of other samples
 
-# From config.json of Qwen/Qwen3-VL-2B-Instruct and Qwen/Qwen3-VL-8B-Instruct on huggingface.co; the rest is as
-# transformers has it by default.
+# From config.json of Qwen/Qwen3-VL-2B-Instruct and Qwen/Qwen3-VL-8B-Instruct on huggingface.co; the rest is
+# as transformers has it by default.
 SIZES = {
     "2b": {
         "text_config": {
