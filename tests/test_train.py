@@ -268,7 +268,7 @@ def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    expected = "--train: expected names out of region,projector,llm,vision, found "
+    expected = "--train: expected names out of region,projector,llm,vision,lora, found "
     for parts in ("regions", "llm,llm"):
         with pytest.raises(SystemExit, match=expected + parts):
             train_here("--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path, "--train", parts)
