@@ -263,7 +263,7 @@ def merge_lora(weights):
         layer, is_lora, _ = name.partition(".lora_A.")
         if is_lora:
             w, b = weights[f"{layer}.base_layer.weight"], weights[f"{layer}.lora_B.default.weight"]
-            merged[f"{layer}.base_layer.weight"] = (w.float() + LORA_SCALE * (b @ a)).cpu()
+            merged[f"{layer}.base_layer.weight"] = (w + LORA_SCALE * (b @ a)).cpu()
     return merged
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 
+import memory
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint
@@ -76,9 +77,17 @@ def test_adapters_change_no_bit_until_they_learn(checkpoint, mixed):  # noqa: F8
     assert not torch.allclose(logits_of(checkpoint, mixed, awake), base, atol=0.1)
 
 
+@any_family
+def test_each_parameter_is_in_one_group(checkpoint):
+    model = models.load_model(checkpoint, models.load_processor(checkpoint))
+    model.add_lora(4)
+    grouped = [id(p) for group in model.parameter_groups().values() for p in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
 def test_only_the_adapters_and_the_region_encoder_learn(checkpoint, one):
     """In a checkpoint the base is the one that training began with. In the final model, it is but for the
-    matrices of attention and MLP, which have changed by a matrix of rank 4."""
+    matrices of attention and MLP, each of which has changed by a matrix of rank 4 at most."""
     out, _ = one
     base, final = (load_file(path / "model.safetensors") for path in (checkpoint, out / "final"))
     kept = load_file(out / "step-000004" / "model.safetensors")
@@ -88,8 +97,7 @@ def test_only_the_adapters_and_the_region_encoder_learn(checkpoint, one):
     assert changed == {name for name in base if ADAPTED.fullmatch(name)}
     assert len(changed) == NUMBER_ADAPTED[checkpoint.name]
     for name in changed:
-        rank = torch.linalg.matrix_rank(final[name] - base[name], rtol=1e-3)
-        assert rank == min(4, *base[name].shape), name
+        assert torch.linalg.matrix_rank(final[name] - base[name], rtol=1e-3) <= 4, name
     region = [load_file(out / name / "region_encoder.safetensors") for name in ("step-000002", "final")]
     assert all(not torch.equal(region[0][name], region[1][name]) for name in region[0])
 
@@ -210,3 +218,14 @@ def test_a_new_run_continues_the_adapters_of_a_checkpoint(one, tmp_path):
     assert final_bytes(tmp_path / "run") == final_bytes(out)
     settings = json.loads((tmp_path / "run" / "final" / "nanorefer.json").read_text())
     assert settings["frame_pixels"] == 3136
+
+
+def test_memory_by_formula_counts_the_weights_of_the_published_models():
+    """The totals are those that the Hub shows for the two checkpoints. Rank 16 adds 16 rows to each side of a
+    matrix: of attention (query and output 2048 x 2048, key and value 1024 x 2048) and of the MLP."""
+    backbones = [memory.numel(memory.build(size).backbone.parameters()) for size in ("2B", "8B")]
+    assert backbones == [2_127_532_032, 8_767_123_696]
+    region, lora = (memory.bytes_by_formula("2B", train, ranks=1) for train in ("region", "region,lora"))
+    weights = 28 * 16 * (2 * (2048 + 2048) + 2 * (1024 + 2048) + 3 * (6144 + 2048))
+    assert lora[0] - region[0] == 18 * weights
+    assert lora[1] - region[1] == (16 + 4 / 28) * weights  # two layers of 28 are gathered, 2 bytes a weight
