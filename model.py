@@ -252,21 +252,6 @@ class ReferringVideoLLM(nn.Module):
             json.dump(settings, file, indent=2)
 
 
-@torch.no_grad()
-def merge_lora(weights):
-    """weights: {name: tensor}. Returns them without adapters: W + 2 B A, float32 on the CPU, in place of W.
-
-    It is not merged in peft's own way, which adds to W in place: W may be in bfloat16, which would round.
-    """
-    merged = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-    for name, a in weights.items():
-        layer, is_lora, _ = name.partition(".lora_A.")
-        if is_lora:
-            w, b = weights[f"{layer}.base_layer.weight"], weights[f"{layer}.lora_B.default.weight"]
-            merged[f"{layer}.base_layer.weight"] = (w + LORA_SCALE * (b @ a)).cpu()
-    return merged
-
-
 # ---- The region encoder ----
 
 
@@ -512,6 +497,21 @@ def load_weights(model_class, path):
     problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
     data.expect(not problems, "weights that fit the model exactly", problems)
     return model
+
+
+@torch.no_grad()
+def merge_lora(weights):
+    """weights: {name: tensor}. Returns them without adapters: W + 2 B A, float32 on the CPU, in place of W.
+
+    It is not merged in peft's own way, which adds to W in place: W may be in bfloat16, which would round.
+    """
+    merged = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for name, a in weights.items():
+        layer, is_lora, _ = name.partition(".lora_A.")
+        if is_lora:
+            w, b = weights[f"{layer}.base_layer.weight"], weights[f"{layer}.lora_B.default.weight"]
+            merged[f"{layer}.base_layer.weight"] = (w + LORA_SCALE * (b @ a)).cpu()
+    return merged
 
 
 def load_lora(model, weights):
