@@ -30,6 +30,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -55,6 +56,8 @@ from kernels import masked_average_pool
 
 SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
 REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
+LORA_WEIGHTS = "lora.safetensors"  # the same, in a checkpoint of a run that trains adapters
+LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 
 
 # ---- The video LLM with regions ----
@@ -69,6 +72,7 @@ class ReferringVideoLLM(nn.Module):
     def __init__(self, backbone, processor):
         super().__init__()
         self.backbone = backbone
+        self.lora_rank = None
         self.region_token_id = processor.region_token_id
         # Published checkpoints have more embedding rows than tokens, so most of them need not grow.
         if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
@@ -191,36 +195,59 @@ class ReferringVideoLLM(nn.Module):
         ids = ids if isinstance(ids, list) else [ids]
         return sorted({*ids, tokenizer.eos_token_id} - {None})
 
+    def add_lora(self, rank):
+        """Adds adapters of peft to the matrices of the LLM's layers, or keeps those that a checkpoint had.
+
+        A matrix W then computes W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685). A is random, (rank,
+        in), and B zero, (out, rank), so initially nothing changes. Experts have none: they are no nn.Linear.
+        Raises data.DataError if there are adapters of another rank.
+        """
+        if self.lora_rank is None:
+            settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
+            inject_adapter_in_model(settings, self.backbone.model.language_model)
+            self.lora_rank = rank
+        data.expect(self.lora_rank == rank, f"--lora-rank {self.lora_rank}, as in {LORA_WEIGHTS}", rank)
+
     def layers(self):
         """Returns the layers of tower and LLM: FSDP gathers, and checkpointing recomputes, one at a time."""
         return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
 
     def parameter_groups(self):
-        """Returns {"region", "projector", "llm", "vision": list of parameters}, each once."""
+        """Returns {"region", "projector", "llm", "vision", "lora": list of parameters}, each once."""
         visual = self.backbone.model.visual
         projector = list(visual.merger.parameters())
         for merger in getattr(visual, "deepstack_merger_list", []):
             projector += merger.parameters()
+        lora = [p for name, p in self.named_parameters() if ".lora_" in name]
         llm = [*self.backbone.model.language_model.parameters(), *self.backbone.lm_head.parameters()]
-        in_projector = {id(p) for p in projector}
+        elsewhere = {id(p) for p in [*projector, *lora]}
         return {
             "region": list(self.region_encoder.parameters()),
             "projector": projector,
-            "llm": list(dict.fromkeys(llm)),  # lm_head may share the weights of the embeddings
-            "vision": [p for p in visual.parameters() if id(p) not in in_projector],
+            # lm_head may share the weights of the embeddings.
+            "llm": [p for p in dict.fromkeys(llm) if id(p) not in elsewhere],
+            "vision": [p for p in visual.parameters() if id(p) not in elsewhere],
+            "lora": lora,
         }
 
-    def save_pretrained(self, folder, settings, weights=None):
+    def save_pretrained(self, folder, settings, weights=None, merge=True):
         """Writes the backbone so that it loads with transformers alone, and the rest beside it.
 
         settings: dict, for nanorefer.json. weights: {name: tensor} to save in place of the parameters.
+        merge: adds adapters to the matrices that they adapt; else they have a file of their own.
         """
-        parts = {"backbone": {}, "region_encoder": {}}
-        for name, weight in (weights or dict(self.named_parameters())).items():
+        weights = weights or dict(self.named_parameters())
+        parts = {"backbone": {}, "region_encoder": {}, "lora": {}}
+        for name, weight in (merge_lora(weights) if merge else weights).items():
             part, _, name_in_part = name.partition(".")
-            parts[part][name_in_part] = weight.detach()
+            if ".lora_" in name:
+                part, name_in_part = "lora", name
+            # peft holds a matrix that it adapts as base_layer, which transformers does not know.
+            parts[part][name_in_part.replace(".base_layer.", ".")] = weight.detach()
         self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
         save_file(parts["region_encoder"], os.path.join(folder, REGION_WEIGHTS))
+        if parts["lora"]:
+            save_file(parts["lora"], os.path.join(folder, LORA_WEIGHTS))
         with open(os.path.join(folder, SETTINGS_FILE), "w") as file:
             json.dump(settings, file, indent=2)
 
@@ -452,6 +479,8 @@ def load_model(path, processor):
             weights = load_file(os.path.join(path, REGION_WEIGHTS))
             try:
                 model.region_encoder.load_state_dict(weights)
+                if os.path.exists(os.path.join(path, LORA_WEIGHTS)):
+                    load_lora(model, load_file(os.path.join(path, LORA_WEIGHTS)))
             except RuntimeError as error:  # names or shapes that do not fit
                 raise ValueError(error) from None
     return model
@@ -468,6 +497,30 @@ def load_weights(model_class, path):
     problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
     data.expect(not problems, "weights that fit the model exactly", problems)
     return model
+
+
+@torch.no_grad()
+def merge_lora(weights):
+    """weights: {name: tensor}. Returns them without adapters: W + 2 B A, float32 on the CPU, in place of W.
+
+    It is not merged in peft's own way, which adds to W in place: W may be in bfloat16, which would round.
+    """
+    merged = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for name, a in weights.items():
+        layer, is_lora, _ = name.partition(".lora_A.")
+        if is_lora:
+            w, b = weights[f"{layer}.base_layer.weight"], weights[f"{layer}.lora_B.default.weight"]
+            merged[f"{layer}.base_layer.weight"] = (w + LORA_SCALE * (b @ a)).cpu()
+    return merged
+
+
+def load_lora(model, weights):
+    """Gives a model the adapters that save_pretrained wrote. Raises an error if they do not fit exactly."""
+    model.add_lora(max((len(a) for name, a in weights.items() if ".lora_A." in name), default=1))
+    report = model.load_state_dict(weights, strict=False)
+    missing = [name for name in report.missing_keys if ".lora_" in name]
+    problems = {"missing": missing, "left over": report.unexpected_keys}
+    data.expect(not any(problems.values()), f"{LORA_WEIGHTS} with an adapter for each layer alone", problems)
 
 
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'

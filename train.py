@@ -65,12 +65,17 @@ class Config:
     outside_paths: bool = option(False, "accept media paths that are absolute or leave that folder")
     model: str = option("tiny", "tiny (random weights), or name or folder of a Qwen3.5, Qwen3-VL, Qwen2.5-VL")
     out: str = option("out", "folder for all output; must not hold an earlier run, unless that is resumed")
-    train: str = option(None, "what learns: region,projector,llm,vision (default: all if tiny, or region)")
+    train: str = option(
+        None, "what learns: region,projector,llm,vision,lora (default: all but lora if tiny, or region)"
+    )
+    lora_rank: int = option(None, "rank of the adapters that lora adds to the LLM (default: 16)")
     steps: int = option(560, "optimizer steps, unless --epochs is given")
     epochs: float = option(None, "passes over the data, in place of --steps")
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
     micro_batch: int = option(8, "samples per forward pass of a rank at most")
-    lr: float = option(None, "peak learning rate of projector, llm, vision (default: 1e-3 if tiny, or 2e-5)")
+    lr: float = option(
+        None, "peak learning rate but for region (default: 1e-3 if tiny, 2e-4 with lora, or 2e-5)"
+    )
     region_lr: float = option(None, "peak learning rate of region (default: 3e-3 if tiny, or 1e-3)")
     warmup: int = option(10, "steps of linear warm-up, after which a cosine falls to 0")
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none")
@@ -196,16 +201,24 @@ def build(config, samples, ckpt_path=None):
     fill_in_defaults(config, processor, len(samples))
     torch.manual_seed(config.seed)
     model = models.load_model(path, processor)
+    if config.lora_rank:
+        model.add_lora(config.lora_rank)
     print0(f"model: {path}" + (" (random weights; --model takes a pretrained one)" if path == "tiny" else ""))
     return model, processor
 
 
 def fill_in_defaults(config, processor, num_samples):
-    """Sets the options that are None. Raises SystemExit if the batch does not fit the number of ranks."""
+    """Sets the options that are None. Raises SystemExit if the batch does not fit the number of ranks, or for
+    a --lora-rank without adapters.
+    """
+    uses_lora = "lora" in (config.train or "").split(",")
+    if config.lora_rank and not uses_lora:
+        raise SystemExit(f"--lora-rank {config.lora_rank}: expected lora in --train, found {config.train}")
     if config.model == "tiny":
         defaults = {"train": "region,projector,llm,vision", "lr": 1e-3, "region_lr": 3e-3}
     else:
-        defaults = {"train": "region", "lr": 2e-5, "region_lr": 1e-3}
+        defaults = {"train": "region", "lr": 2e-4 if uses_lora else 2e-5, "region_lr": 1e-3}
+    defaults["lora_rank"] = 16 if uses_lora else None
     defaults["workers"] = min(16, cores_per_rank())
     largest_batch = min(16, num_samples)
     defaults["batch_size"] = largest_batch - largest_batch % world_size()
@@ -227,9 +240,13 @@ def choose_parameters(model, config):
     parts, chosen = model.parameter_groups(), config.train.split(",")
     if not set(chosen) <= set(parts) or len(set(chosen)) < len(chosen):
         raise SystemExit(f"--train: expected names out of {','.join(parts)}, found {config.train}")
+    if {"llm", "lora"} <= set(chosen):  # matrices that learn have no use for adapters
+        raise SystemExit(f"--train: expected either llm or lora, found {config.train}")
 
     groups, counts = [], []
     for name, parameters in parts.items():
+        if not parameters:  # a model without adapters
+            continue
         millions = sum(p.numel() for p in parameters) / 1e6
         counts.append(f"{name} {millions:.2f} M" + ("" if name in chosen else " (frozen)"))
         for p in parameters:
@@ -611,13 +628,16 @@ def prepare_out(out, first_step):
 
 
 def save(model, processor, path, training=None):
-    """Writes the model, and `training` as training.pt if given, to a folder. Every rank must call it."""
+    """Writes the model, and `training` as training.pt if given, to a folder. Every rank must call it.
+
+    Adapters are merged unless the run is to go on: it could not continue from merged weights bit for bit.
+    """
     weights = {name: gather_to_rank0(p) for name, p in model.named_parameters()}
     if rank() > 0:
         return
     with data.atomic_write(path) as folder:
         os.makedirs(folder)
-        model.save_pretrained(folder, asdict(processor.settings), weights)
+        model.save_pretrained(folder, asdict(processor.settings), weights, merge=training is None)
         processor.save_pretrained(folder)
         if training:
             torch.save(training, os.path.join(folder, "training.pt"))
@@ -638,7 +658,7 @@ def checkpoints(out):
 
 
 def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done):
-    """Writes OUT/step-NNNNNN: the model as in OUT/final, and in training.pt what the loop needs to continue.
+    """Writes OUT/step-NNNNNN: the model (adapters apart), and in training.pt what the loop needs to continue.
 
     The files do not depend on the number of ranks, nor on --fsdp. Every rank must call it.
     """

@@ -2,6 +2,15 @@
 
     python tests/shapes.py DIR          # writes DIR/videos, images, train.json, test.json, bench_q.json
     python tests/shapes.py DIR --small  # the same, but the objects take up 5 % of a frame of 384 x 384 pixels
+    python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
+
+The last is for teaching a model something new, as with adapters:
+
+    python train.py --data DIR/train.json --out DIR/before
+    python train.py --data DIR/new.json --model DIR/before/final --train lora --lr 1e-3 --epochs 4 \\
+        --out DIR/after
+    python eval.py --model DIR/before/final --data DIR/test.json
+    python eval.py --model DIR/after/final --data DIR/test.json
 
 Every clip shows four objects: each colour, each shape and each direction of motion occurs once, dealt at
 random. The picture as a whole therefore says nothing about any question, and a model that ignores the mask is
@@ -273,17 +282,18 @@ def write_clip(rng, folder, name, small=False):
     return {"objects": objects, "background": background, "scale": scale} | paths
 
 
-def train_samples(rng, clip):
+def train_samples(rng, clip, left_out):
     """Yields three samples of one clip: a video with regions on three frames, and two of the other kinds,
-    mostly images with regions."""
+    mostly images with regions. No question is of the kind left_out."""
     objects, scale, video = clip["objects"], clip["scale"], ("video", clip["video"])
     background = ("background", "What colour is the background?", clip["background"], [])
-    moving = questions(
-        rng, objects, ANNOTATED, ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]
-    ) + [background]
+    kinds = ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]
+    kinds = [kind for kind in kinds if kind != left_out]
+    moving = questions(rng, objects, ANNOTATED, kinds) + [background]
     yield entry(rng, video, scale, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
     for frame, path in clip["images"].items():
-        still = questions(rng, objects, (frame,), ["shape"] * 4 + ["colour"])
+        kinds = [kind for kind in ["shape"] * 4 + ["colour"] if kind != left_out]
+        still = questions(rng, objects, (frame,), kinds)
         choice = rng.random()
         if choice < 0.8:
             yield entry(rng, ("image", path), scale, _shuffled(rng, still), (frame,), rng.random() < 0.2)
@@ -304,16 +314,17 @@ def _shuffled(rng, items):
     return rng.sample(items, len(items))
 
 
-def write_world(folder, train_clips, test_clips, seed=0, small=False):
+def write_world(folder, train_clips, test_clips, seed=0, small=False, new_kind=None):
     rng, folder = random.Random(seed), Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    train = [
-        sample
-        for i in range(train_clips)
-        for sample in train_samples(rng, write_clip(rng, folder, f"train{i:04}", small))
-    ]
-    test, bench = [], []
+    train, new, test, bench = [], [], [], []
+    for i in range(train_clips):
+        clip = write_clip(rng, folder, f"train{i:04}", small)
+        train += train_samples(rng, clip, new_kind)
+        asked = questions(rng, clip["objects"], ANNOTATED, [new_kind] * 4) if new_kind else []
+        if asked:
+            new.append(entry(rng, ("video", clip["video"]), clip["scale"], asked, ANNOTATED))
     for i in range(test_clips):
         clip = write_clip(rng, folder, f"test{i:04}", small)
         video, scale = ("video", clip["video"]), clip["scale"]
@@ -325,7 +336,8 @@ def write_world(folder, train_clips, test_clips, seed=0, small=False):
         background = ("background", "What colour is the background?", clip["background"], [])
         test.append(entry(rng, video, scale, [background], ()) | {"type": "background"})
     rng.shuffle(train)
-    for name, samples in (("train", train), ("test", test), ("bench_q", bench)):
+    files = {"train": train, "test": test, "bench_q": bench} | ({"new": new} if new_kind else {})
+    for name, samples in files.items():
         with_ids = [{"id": i} | sample for i, sample in enumerate(samples)]
         (folder / f"{name}.json").write_text(json.dumps(with_ids))
     clips = f"{train_clips} + {test_clips} clips"
@@ -341,8 +353,9 @@ def main():
     parser.add_argument("--test-clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="objects of 5 %% of a 384-pixel frame")
+    parser.add_argument("--new-kind", choices=ASK, help="questions in new.json alone, not in train.json")
     args = parser.parse_args()
-    write_world(args.folder, args.train_clips, args.test_clips, args.seed, args.small)
+    write_world(args.folder, args.train_clips, args.test_clips, args.seed, args.small, args.new_kind)
 
 
 if __name__ == "__main__":

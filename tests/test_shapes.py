@@ -140,3 +140,16 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
         contents = [(path.relative_to(tmp_path / name), path.read_bytes()) for path in files]
         digests.append(contents)
     assert digests[0] == digests[1] and len(digests[0]) == 12 * 3 + 3
+
+
+def test_a_new_kind_is_asked_in_a_file_of_its_own(tmp_path):
+    """What --new-kind leaves out of train.json, new.json asks about the same clips; test.json asks it all."""
+    shapes.write_world(tmp_path, train_clips=3, test_clips=1, new_kind="direction")
+    train, new, test = ((tmp_path / f"{name}.json").read_text() for name in ("train", "new", "test"))
+    asked = [turn["value"] for entry in json.loads(new) for turn in entry["conversations"][::2]]
+    assert len(asked) == 3 * 4 and all("Which way does <region> move?" in question for question in asked)
+    assert "Which way" not in train and "Which way" in test
+    for kind in ("What colour is <region>", "What shape", "Where is", "background"):
+        assert kind in train and kind not in new
+    samples = data.read_samples(tmp_path / "new.json")
+    assert all(len(samples[i].objects) == 4 for i in range(len(samples)))

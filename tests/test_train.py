@@ -245,7 +245,7 @@ def test_single_frame_and_seed_reach_the_data_set(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision"]
+    "names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision", "region,lora"]
 )
 def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
     config = train.parse(["--data", str(mixed), "--train", names, "--out", str(tmp_path)])
@@ -257,6 +257,8 @@ def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
         model.region_encoder.mlp[-1].weight
     )  # so that gradients reach all of the region encoder at once
     torch.nn.init.normal_(model.region_encoder.position[-1].weight)
+    for p in model.parameter_groups()["lora"]:  # likewise
+        torch.nn.init.normal_(p, std=0.1)
     before = {name: p.clone() for name, p in model.named_parameters()}
     dataset = data.ReferringDataset(samples, processor)
     model.train()(data.collate([dataset[0, i] for i in range(4)], processor)).backward()
@@ -268,7 +270,7 @@ def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    expected = "--train: expected names out of region,projector,llm,vision, found "
+    expected = "--train: expected names out of region,projector,llm,vision,lora, found "
     for parts in ("regions", "llm,llm"):
         with pytest.raises(SystemExit, match=expected + parts):
             train_here("--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path, "--train", parts)
