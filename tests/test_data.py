@@ -852,7 +852,7 @@ def test_a_boxed_mask_covers_its_bounding_box(folder, processor):
     samples = data.read_samples(write(folder, [entry]))
     plain = data.ReferringDataset(samples, processor)[0, 0]
     boxed = data.ReferringDataset(samples, processor, control="box")[0, 0]
-    gh, gw = (side // processor.merge_size for side in plain["still_grid"])
+    gh, gw = (side // processor.merge_size for side in plain["still_grids"][0])
     rles = coco_mask.frPyObjects([entry[A][0]["1"]["segmentation"]], H, W)
     rles += [compressed(speckles), compressed(np.eye(H, W, 4))]
     for grid, rle in zip(boxed["coverage"], rles, strict=True):
