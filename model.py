@@ -382,16 +382,24 @@ def attention_within_samples(
             window_size=(-1, 0) if is_causal else (-1, -1),
         )
         return out.to(query.dtype)[None], None
-    # Neighbours of equal length, such as the frames of a video, are one batch.
+    out = attention_in_turn(query, key, value, cu_seq_lens_q, scaling, dropout, is_causal)
+    return out[None], None
+
+
+@torch.compiler.disable  # because each row has other lengths, for which it would compile the loop anew
+def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
+    """Attention within one sample after another, (L, heads, size). Neighbours of equal length, such as the
+    frames of a video, are one batch.
+    """
     outputs, start = [], 0
-    for length, group in groupby(cu_seq_lens_q.diff().tolist()):
+    for length, group in groupby(bounds.diff().tolist()):
         count = len(list(group))
         rows = slice(start, start + count * length)
         start += count * length
         batched = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(*batched, None, dropout, is_causal, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_within_samples)
