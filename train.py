@@ -182,7 +182,8 @@ def copy_ahead(steps, device):
         if stream:
             torch.cuda.current_stream().wait_stream(stream)
         ahead = copies
-    yield ahead
+    if ahead is not None:
+        yield ahead
 
 
 # ---- model and optimizer ----
