@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import bench_data
@@ -482,6 +483,75 @@ def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(tmp_path):
     (bad,) = train.read_jsonl(tmp_path / "out/bad_samples.jsonl")
     assert "sample 1" in bad["places"][1]
     assert "expected to be read within 0.2 s (--timeout)" in bad["reason"]
+
+
+# ---- feeding a device ----
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_copy_ahead_keeps_the_order_and_loses_nothing(count):
+    fetched, device = [], torch.device("cpu")
+
+    def loader():
+        for i in range(count):
+            fetched.append(i)
+            yield [{"step": i, "inner": {"x": torch.full((2,), i)}}, {"step": i, "y": torch.tensor([i])}]
+
+    copied = []
+    for first, second in train.copy_ahead(loader(), device):
+        copied.append(first["step"])
+        assert first["inner"]["x"].tolist() == [first["step"]] * 2 and second["y"].tolist() == [
+            second["step"]
+        ]
+        assert fetched[-1] == min(first["step"] + 1, count - 1)  # the next one is on its way
+    assert copied == fetched == list(range(count))
+
+
+@pytest.mark.parametrize(
+    "cores, ranks, expected", [(12, 4, 3), (3, 8, 1), (64, 1, 64), (7, 2, 3), (5, None, 5)]
+)
+def test_the_cores_of_a_machine_are_divided_among_its_ranks(monkeypatch, cores, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert train.cores_per_rank() == expected
+    config = train.Config()
+    train.fill_in_defaults(config, models.load_processor("tiny", ["a"]), num_samples=4)
+    assert config.workers == min(expected, 16)
+
+
+def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch):
+    """Rows of other lengths, and of other numbers of samples and frames, need no new code, nor do layers of the
+    same kind. What torch.compile made of the layers runs as it stands: to turn it into C++ would take minutes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = bench_step.parse(["--batch-size", "6", "--micro-batch", "3"])
+    model, processor = bench_step.build("tiny", "region,projector,llm,vision", torch.device("cpu"))
+    encoded = bench_step.encode_steps(options, processor)
+    rows = [data.collate(samples, processor) for step in encoded for samples in step]
+
+    def gradients():
+        for row in rows:
+            loss = train.backward(model, [row]).item()
+            yield loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+            model.zero_grad()
+
+    plain = [*gradients()]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    train.compile_layers(model)
+    compiled, counts = [], []
+    for found in gradients():
+        compiled.append(found)
+        counts.append(len(graphs))
+    for (loss, gradient), (expected_loss, expected) in zip(compiled, plain):
+        assert loss == pytest.approx(expected_loss, rel=2e-6)
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert counts[0] > 0 and set(counts) == {counts[0]}
 
 
 # ---- options ----
