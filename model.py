@@ -116,7 +116,7 @@ class ReferringVideoLLM(nn.Module):
         """Returns what the LLM reads: embeddings (rows, L, D), and Qwen3-VL's deepstack features as keyword
         arguments.
         """
-        embeddings = self.backbone.get_input_embeddings()(batch["input_ids"])
+        embeddings = self._embed(batch["input_ids"])
         vision = self._encode_media(batch)
         cells = vision.pooler_output
         embeddings = place(embeddings, batch["visual_index"], self._in_prompt(cells, batch))
@@ -127,6 +127,12 @@ class ReferringVideoLLM(nn.Module):
         added = [self._in_prompt(features, batch) for features in getattr(vision, "deepstack_features", [])]
         deepstack = {"visual_pos_masks": batch["visual_index"], "deepstack_visual_embeds": added}
         return embeddings, deepstack if added else {}
+
+    def _embed(self, ids):
+        """Returns the embeddings of tokens, (rows, L, D). The layers add to them, which needs float32, also where
+        the weights are frozen and kept in bfloat16.
+        """
+        return self.backbone.get_input_embeddings()(ids).float()
 
     def _in_prompt(self, rows, batch):
         """Leaves out of the tower's output the cells of annotated frames, which are not in the prompt."""
@@ -182,7 +188,7 @@ class ReferringVideoLLM(nn.Module):
                     break
                 columns.append(torch.where(unfinished, token, -1)[:, None])
                 # From here on, the LLM reads only the new token; the cache holds what came before.
-                embeddings = self.backbone.get_input_embeddings()(token[:, None])
+                embeddings = self._embed(token[:, None])
                 positions = (batch["next_position"] + step).expand(3, -1, -1)
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 deepstack = {}
