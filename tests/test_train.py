@@ -522,8 +522,8 @@ def test_the_cores_of_a_machine_are_divided_among_its_ranks(monkeypatch, cores, 
 
 
 def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch):
-    """Rows of other lengths, and of other numbers of samples and frames, need no new code, nor do layers of the
-    same kind. What torch.compile made of the layers runs as it stands: to turn it into C++ would take minutes."""
+    """Rows of other lengths, and of other numbers of samples and frames, need no new code, nor do layers of
+    the same kind. What torch.compile makes of them runs as it is: to turn it into C++ would take minutes."""
     graphs = []
 
     def backend(graph, inputs):
