@@ -251,7 +251,7 @@ def test_ranks_that_would_begin_at_different_steps_stop(runs):
     """They waited for each other for ever."""
     _, seen = runs
     for rank in range(2):
-        assert seen["not-shared", rank]["exit"].endswith("by rank: [(1, 4), (0, 4)]")
+        assert seen["not-shared", rank]["exit"].endswith("by rank: [(1, 4, 0), (0, 4, 0)]")
 
 
 def test_fsdp_without_ranks_is_refused(mixed, tmp_path):  # noqa: F811
