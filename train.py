@@ -395,9 +395,9 @@ class HeldOut:
     def _exact_match(self, model):
         batches = shared_out(list(self.answers), self.batch_size)
         generated = generate_replies(model, self.questions, batches, workers=self.workers, any_rank=any_rank)
-        replies = dict(zip(chain(*batches), generated))
-        raise_first([reply for reply in replies.values() if isinstance(reply, data.DataError)])
-        right = sum(reply == self.answers[key] for key, reply in replies.items())
+        replies = list(generated)  # to the end, because a last batch may be empty on this rank alone
+        raise_first([reply for reply in replies if isinstance(reply, data.DataError)])
+        right = sum(reply == self.answers[key] for key, reply in zip(chain(*batches), replies))
         return sum(gather_over_ranks(right)) / len(self.answers)
 
     def print_best(self):

@@ -1,7 +1,5 @@
 """A training step on a simulated GPU: no operation mixes devices, and the CPU hardly ever waits."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
