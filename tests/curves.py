@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 import data  # noqa: E402
 import train  # noqa: E402
@@ -35,6 +36,8 @@ def draw(runs):
                 label = label and f"{run}: {label}"
                 axis.plot(steps, measured, color=colour, linewidth=2, marker="o", markersize=4, label=label)
     axes[0].set(ylabel="loss per supervised token", yscale="log")
+    axes[0].yaxis.set_major_formatter(LogFormatter())
+    axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes[0].legend()
     if has_exact:
         axes[1].set(ylabel="exact match", ylim=(-0.03, 1.03))
