@@ -777,6 +777,16 @@ class ReferringDataset(Dataset):
         return pictures
 
 
+class Questions(ReferringDataset):
+    """The samples, encoded up to one of their answers. A key is (sample index, turn index)."""
+
+    def __getitem__(self, key):
+        try:
+            return self.question(*key)
+        except DataError as error:
+            return error
+
+
 # What a batch holds if none of its samples can be used: a single token, and nothing to learn.
 EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}

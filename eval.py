@@ -8,7 +8,7 @@
     # A server of chat completions judges these descriptions:
     python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge https://HOST
 
-    data file --read_questions--> questions --data.collate--> batches --model.generate--> replies
+    data file --read_questions--> questions --data.collate--> batches --train.generate_replies--> replies
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
 
 Every answer of a conversation is one question: the model reads the conversation up to there, and replies
@@ -38,6 +38,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, Sam2VideoInferenceSession, Sam2VideoModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -57,11 +57,12 @@ from train import (
     append_jsonl,
     first_on_this_machine,
     gather_over_ranks,
+    generate_replies,
     init_distributed,
+    mean_loss,
     rank,
     read_jsonl,
-    sum_over_ranks,
-    world_size,
+    shared_out,
     write_jsonl,
 )
 
@@ -74,7 +75,7 @@ def load(path, device=None):
     return models.load_model(path, processor).to(device).eval(), processor
 
 
-# ---- questions and replies ----
+# ---- questions ----
 
 # The fields of an entry that are copied to predictions.jsonl.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
@@ -112,52 +113,6 @@ def check_errors(questions, strict):
     errors = [question["error"] for question in questions if "error" in question]
     if errors and (strict or len(errors) == len(questions)):
         raise data.DataError(f"{errors[0]} ({len(errors)} of {len(questions)} questions cannot be asked)")
-
-
-class Questions(data.ReferringDataset):
-    """The samples, encoded up to one of their answers. A key is (sample index, turn index)."""
-
-    def __getitem__(self, key):
-        try:
-            return self.question(*key)
-        except data.DataError as error:
-            return error  # an exception would end the DataLoader's worker
-
-
-def batches(dataset, keys, device, for_generation=False, batch_size=1, workers=0):
-    """Yields dataset[key] for all keys, in order, as batches on the device (see data.collate)."""
-    collate = partial(data.collate, processor=dataset.processor, for_generation=for_generation)
-    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collate, num_workers=workers)
-    for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(keys) == 1):
-        yield data.to_device(batch, device)
-
-
-def generate_replies(model, processor, dataset, keys, max_new_tokens, **loading):
-    """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample."""
-    tokenizer, device = processor.tokenizer, next(model.parameters()).device
-    end_token_ids = model.end_token_ids(tokenizer)
-    for batch in batches(dataset, keys, device, for_generation=True, **loading):
-        tokens = []
-        if not all(batch["errors"]):
-            tokens = model.generate(batch, end_token_ids, max_new_tokens)
-        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
-        for error in batch["errors"]:
-            yield error or next(texts).strip()
-
-
-@torch.no_grad()
-def mean_loss(model, processor, samples, args):
-    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks."""
-    dataset = data.ReferringDataset(samples, processor)
-    keys = [(0, sample_index) for sample_index in range(len(samples))][rank() :: world_size()]
-    loss, tokens = 0.0, 0
-    for batch in batches(dataset, keys, args.device, batch_size=args.batch_size, workers=args.workers):
-        for error in filter(None, batch["errors"]):
-            raise error
-        loss += model(batch).item()
-        tokens += len(batch["targets"])
-    loss, tokens = sum_over_ranks([loss, tokens], args.device)
-    return loss / tokens
 
 
 # ---- the table ----
@@ -413,12 +368,12 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     # A sample needs an answer, though this one is not read.
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
     entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
-    dataset = Questions([data.parse_sample(entry, (name,), "", 0, outside_paths=True)], processor)
+    dataset = data.Questions([data.parse_sample(entry, (name,), "", 0, outside_paths=True)], processor)
     if preview:
         frames, height = set().union(*objects), data.media_info(media).height
         picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(height, 480))
         data.save_picture(picture, preview)
-    [reply] = generate_replies(model, processor, dataset, [(0, 0)], max_new_tokens)
+    [reply] = generate_replies(model, dataset, [[(0, 0)]], max_new_tokens)
     if isinstance(reply, data.DataError):
         raise reply
     return reply
@@ -500,7 +455,8 @@ def evaluate(args):
         if bench:
             scores = {"mode": args.mode, "no_options": args.no_options}
         else:
-            scores = {"loss": mean_loss(model, processor, samples, args)}
+            dataset = data.ReferringDataset(samples, processor)
+            scores = {"loss": mean_loss(model, dataset, args.batch_size, args.workers)}
         for column, control in columns.items():
             asked = {i: key for i, key in enumerate(keys) if is_asked(questions[i], control)}
             for i, reply in ask_all(model, processor, samples, asked, control, args).items():
@@ -618,13 +574,13 @@ def ask_all(model, processor, samples, keys, control, args):
     parts.mkdir(parents=True, exist_ok=True)
     # All use what rank 0 has read, because a fast rank may write before a slow one has read.
     replies = gather_over_ranks(read_replies(parts, control))[0]
-    share = [i for i in keys if i not in replies][rank() :: world_size()]
-    dataset, share_keys = Questions(samples, processor, control=control), [keys[i] for i in share]
-    loading = {"batch_size": args.batch_size, "workers": args.workers}
-    generated = generate_replies(model, processor, dataset, share_keys, args.max_new_tokens, **loading)
+    batches = shared_out([i for i in keys if i not in replies], args.batch_size)
+    batches_of_keys = [[keys[i] for i in batch] for batch in batches]
+    dataset = data.Questions(samples, processor, control=control)
+    generated = generate_replies(model, dataset, batches_of_keys, args.max_new_tokens, args.workers)
     path = parts / f"{control}-{rank()}-{time.time_ns()}.jsonl"
     new_replies = {}
-    for i, reply in zip(share, generated):
+    for i, reply in zip(chain(*batches), generated):
         new_replies[i] = reply
         if isinstance(reply, str):
             append_jsonl(path, {"question": i, "answer": reply})

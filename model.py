@@ -160,9 +160,12 @@ class ReferringVideoLLM(nn.Module):
         return pixels.flatten(1).to(self.backbone.model.visual.dtype)
 
     @torch.no_grad()
-    def generate(self, batch, end_token_ids, max_new_tokens=128):
+    def generate(self, batch, end_token_ids, max_new_tokens=128, any_rank=bool):
         """Answers a batch that was collated for generation, greedily. Returns B lists of token ids, each up
         to the first of end_token_ids.
+
+        any_rank: a function that tells whether something is true on any rank. A sharded model needs it,
+        because its ranks gather the weights together, for each token.
         """
         with self._mixed_precision():
             embeddings, deepstack = self._inputs(batch)
@@ -184,7 +187,7 @@ class ReferringVideoLLM(nn.Module):
                 scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
                 token = scores.argmax(-1)
                 unfinished = unfinished & ~torch.isin(token, end_tokens)
-                if not unfinished.any():
+                if not any_rank(unfinished.any()):
                     break
                 columns.append(torch.where(unfinished, token, -1)[:, None])
                 # From here on, the LLM reads only the new token; the cache holds what came before.

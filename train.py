@@ -8,9 +8,9 @@
     samples --Order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --backward--> gradients
         of the loss summed over all micro-batches of all ranks, divided once by the step's supervised tokens
 
-It writes OUT/metrics.jsonl (a line for each logged step), OUT/bad_samples.jsonl (which samples could not be
-used, and why), OUT/step-NNNNNN (resumable checkpoints, with --save-every or on SIGTERM) and OUT/final (the
-model, for eval.py --model OUT/final).
+It writes OUT/metrics.jsonl (a line for each logged step, and one for each measurement on --val data),
+OUT/bad_samples.jsonl (which samples could not be used, and why), OUT/step-NNNNNN (resumable checkpoints, with
+--save-every or on SIGTERM) and OUT/final (the model, for eval.py --model OUT/final).
 
 A step sees the same samples and, but for dropout, takes the same gradient whatever the number of ranks and
 the size of the micro-batches. Everything random in it is a function of (seed, step, rank) or (seed, epoch,
@@ -29,13 +29,19 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -61,6 +67,9 @@ class Config:
     """
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
+    val: list[str] = option(None, "held-out data files, whose loss is measured while the model learns")
+    val_every: int = option(None, "steps between two measurements (default: one at the start and the end)")
+    val_answers: int = option(None, "questions of --val to answer each time, for exact match (default: none)")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
     outside_paths: bool = option(False, "accept media paths that are absolute or leave that folder")
     model: str = option("tiny", "tiny (random weights), or name or folder of a Qwen3.5, Qwen3-VL, Qwen2.5-VL")
@@ -231,6 +240,8 @@ def fill_in_defaults(config, processor, num_samples):
         raise SystemExit(f"--batch-size: expected {expected}, found {config.batch_size}")
     if config.epochs is not None:
         config.steps = math.ceil(config.epochs * num_samples / config.batch_size)
+    if config.val_every is None:
+        config.val_every = config.steps
 
 
 def choose_parameters(model, config):
@@ -296,6 +307,108 @@ def gradient_norm(parameters):
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+# ---- held-out data ----
+
+
+def read_batches(dataset, batches_of_keys, device, for_generation=False, workers=0):
+    """Yields the batch (data.collate) of each list of dataset's keys, on the device."""
+    collate = partial(data.collate, processor=dataset.processor, for_generation=for_generation)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches_of_keys,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_sigterm,
+    )
+    for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(loader) == 1):
+        yield data.to_device(batch, device)
+
+
+@torch.no_grad()
+def mean_loss(model, dataset, batch_size, workers):
+    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
+
+    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks.
+    """
+    device = next(model.parameters()).device
+    batches_of_keys = shared_out([(0, i) for i in range(len(dataset))], batch_size)
+    loss_sum, tokens, errors = 0.0, 0, []
+    for batch in read_batches(dataset, batches_of_keys, device, workers=workers):
+        loss_sum += model(batch).item()
+        tokens += len(batch["targets"])
+        errors += filter(None, batch["errors"])
+    raise_first(errors)
+    loss_sum, tokens = sum_over_ranks([loss_sum, tokens], device)
+    return loss_sum / tokens
+
+
+def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0, any_rank=bool):
+    """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample.
+
+    dataset: a data.Questions. any_rank: see ReferringVideoLLM.generate.
+    """
+    tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
+    end_token_ids = model.end_token_ids(tokenizer)
+    for batch in read_batches(dataset, batches_of_keys, device, for_generation=True, workers=workers):
+        tokens = []
+        if any_rank(not all(batch["errors"])):
+            tokens = model.generate(batch, end_token_ids, max_new_tokens, any_rank)
+        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
+        for error in batch["errors"]:
+            yield error or next(texts).strip()
+
+
+class HeldOut:
+    """The data of --val, and those of its questions that --val-answers has answered, evenly spread."""
+
+    def __init__(self, config, samples, processor):
+        reading = {"cache_bytes": FRAME_CACHE // max(config.workers, 1), "timeout": config.timeout}
+        self.samples = data.ReferringDataset(samples, processor, **reading)
+        self.questions = data.Questions(samples, processor, **reading)
+        self.answers = {}  # {key of a question: the right answer}
+        if config.val_answers:
+            for i, sample in enumerate(samples):
+                self.answers |= {(i, turn): answer.strip() for turn, (_, answer) in enumerate(sample.turns)}
+            self.answers = dict(data.evenly(list(self.answers.items()), config.val_answers))
+        self.batch_size, self.workers = config.micro_batch, config.workers
+        self.log = os.path.join(config.out, "metrics.jsonl")
+
+    def measure(self, model, step):
+        """Prints, logs and returns {"val_loss": per supervised token, "val_exact": share of answers that are
+        right to the letter, if any are asked for}. Every rank must call it.
+
+        Training does not notice, because the random numbers of a step begin at a seed of its own.
+        """
+        model.eval()
+        # A compiled layer has a few variants at most, and they are for training.
+        with torch.compiler.set_stance("force_eager"):
+            found = {"val_loss": mean_loss(model, self.samples, self.batch_size, self.workers)}
+            if self.answers:
+                found["val_exact"] = self._exact_match(model)
+        model.train()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # after a forward pass, it keeps weights for a backward pass
+        print0(f"after {step} steps: " + ", ".join(f"{name} {found[name]:.4f}" for name in found))
+        if rank() == 0:
+            append_jsonl(self.log, {"step": step} | found)
+        return found
+
+    def _exact_match(self, model):
+        batches = shared_out(list(self.answers), self.batch_size)
+        generated = generate_replies(model, self.questions, batches, workers=self.workers, any_rank=any_rank)
+        replies = list(generated)  # to the end, because a last batch may be empty on this rank alone
+        raise_first([reply for reply in replies if isinstance(reply, data.DataError)])
+        right = sum(reply == self.answers[key] for key, reply in zip(chain(*batches), replies))
+        return sum(gather_over_ranks(right)) / len(self.answers)
+
+    def print_best(self):
+        """Names the step with the lowest loss, also among those before the run was resumed."""
+        if rank() == 0:
+            lines = [line for line in read_jsonl(self.log) if "val_loss" in line]
+            best = min(lines, key=lambda line: line["val_loss"])
+            print0(f"lowest val_loss: {best['val_loss']:.4f}, after {best['step']} steps")
+
+
 # ---- the loop ----
 
 
@@ -308,7 +421,8 @@ def train(config):
     first_step = ckpt["done"] if ckpt else 0
     with first_on_this_machine():  # the first rank makes the index of the data files, the others then find it
         samples = data.read_samples(config.data, config.media, config.outside_paths)
-    check_ranks_agree(first_step, len(samples))
+        val_samples = data.read_samples(config.val or [], config.media, config.outside_paths)
+    check_ranks_agree(first_step, len(samples), len(val_samples))
     model, processor = build(config, samples, ckpt_path)
     if ckpt:
         check_resumable(ckpt, config, len(samples))
@@ -337,6 +451,7 @@ def train(config):
         dist.barrier()
     batches = copy_ahead(build_loader(config, samples, processor, first_step), device)
     bad_samples = BadSamples(config, len(samples))
+    held_out = HeldOut(config, val_samples, processor) if config.val else None
     steps = f"{config.steps} steps of {config.batch_size}"
     print0(f"data: {len(samples)} samples; {steps} on {world_size()} x {device.type}")
 
@@ -346,7 +461,14 @@ def train(config):
     progress = tqdm(
         range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank() > 0
     )
+    measured = {}
     for step in progress:
+        # Measure on held-out data what the steps before this one have learned.
+        if held_out and step % config.val_every == 0:
+            started = time.time()
+            measured = held_out.measure(model, step)
+            time_of_log += time.time() - started
+
         micro_batches = next(batches)
         # Dropout, if the backbone has any, draws from this.
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
@@ -404,7 +526,7 @@ def train(config):
                 "samples_per_s": samples_since_log / seconds,
             }
             append_jsonl(os.path.join(config.out, "metrics.jsonl"), line)
-            progress.set_postfix(loss=f"{loss:.4f}")
+            progress.set_postfix({"loss": loss} | measured)
             tokens_since_log, samples_since_log, time_of_log = 0, 0, time.time()
 
         # Save.
@@ -418,6 +540,9 @@ def train(config):
     if stop:
         print0(f"stopped by SIGTERM after {steps_done} steps, which are saved; --resume latest continues")
     else:
+        if held_out:
+            held_out.measure(model, config.steps)
+            held_out.print_best()
         save(model, processor, final)
         print0(f"saved {final}")
     if dist.is_initialized():
@@ -490,12 +615,34 @@ def gather_over_ranks(value):
     return values
 
 
-def check_ranks_agree(first_step, num_samples):
+def any_rank(flag):
+    """Returns whether the flag is true on any rank. Every rank must call it."""
+    return any(gather_over_ranks(bool(flag)))
+
+
+def raise_first(errors):
+    """Raises the first error of any rank, on every rank. Every rank must call it."""
+    for error in sum(gather_over_ranks(errors), []):
+        raise error
+
+
+def shared_out(keys, batch_size):
+    """Deals a list of keys out to the ranks. Returns this rank's batches, lists of batch_size keys at most.
+
+    All ranks have as many, though some may be empty: FSDP needs as many forward passes of each rank.
+    """
+    share = keys[rank() :: world_size()]
+    num_batches = math.ceil(len(keys) / world_size() / batch_size)
+    return [share[i * batch_size : (i + 1) * batch_size] for i in range(num_batches)]
+
+
+def check_ranks_agree(first_step, num_samples, num_val_samples):
     """Raises SystemExit if ranks see other files, as on disks of their own: they would wait for ever."""
-    starts = gather_over_ranks((first_step, num_samples))
+    starts = gather_over_ranks((first_step, num_samples, num_val_samples))
     if len(set(starts)) > 1:
         expected = "expected the same files on all ranks"
-        raise SystemExit(f"--data, --out: {expected}, found (steps done, samples) by rank: {starts}")
+        found = f"(steps done, samples, held-out samples) by rank: {starts}"
+        raise SystemExit(f"--data, --val, --out: {expected}, found {found}")
 
 
 def cores_per_rank():
@@ -573,6 +720,7 @@ def shard(model, device):
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in [*model.layers(), model]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(model, "generate")
 
 
 def gather_to_rank0(tensor):
@@ -646,8 +794,8 @@ def save(model, processor, path, training=None):
 
 # ---- checkpoints ----
 
-# The options that a resumed run may change. The losses depend on all the others.
-MAY_CHANGE = "media outside_paths out resume keep save_every log_every max_bad timeout".split()
+# The options that a resumed run may change. The metrics depend on all the others.
+MAY_CHANGE = "media outside_paths out resume keep save_every log_every val_every max_bad timeout".split()
 MAY_CHANGE += "workers micro_batch device fsdp grad_checkpoint compile".split()
 
 
@@ -753,8 +901,8 @@ def parse(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for f in fields(Config):
-        if f.name == "data":
-            arguments = {"nargs": "+", "required": True}
+        if f.type == list[str]:
+            arguments = {"nargs": "+", "required": f.name == "data"}
         elif f.type is bool:
             arguments = {"action": "store_true"}
         else:
@@ -771,6 +919,8 @@ def parse(argv=None):
         if not least <= value < math.inf:  # also true for NaN
             kind = "whole number" if f.type is int else "number"
             parser.error(f"--{name}: expected a {kind} from {least}, found {value}")
+    if (config.val_every or config.val_answers) and not config.val:
+        parser.error("--val-every, --val-answers: need --val")
     return config
 
 

@@ -1,7 +1,5 @@
 """A training step on a simulated GPU: no operation mixes devices, and the CPU hardly ever waits."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,16 +123,16 @@ def test_evaluation_on_the_gpu_equals_that_on_the_cpu(loaded, world):  # noqa: F
     model, processor = loaded
     questions, keys = evaluation.read_questions(world[0])
 
-    def evaluate(device):
-        dataset = evaluation.Questions(world[0], processor)
-        replies = [*evaluation.generate_replies(model, processor, dataset, keys, 3, batch_size=len(keys))]
-        args = SimpleNamespace(device=device, batch_size=4, workers=0)
-        return replies, evaluation.mean_loss(model, processor, world[0], args)
+    def evaluate():
+        dataset = data.Questions(world[0], processor)
+        replies = [*evaluation.generate_replies(model, dataset, [keys], max_new_tokens=3)]
+        dataset = data.ReferringDataset(world[0], processor)
+        return replies, evaluation.mean_loss(model, dataset, batch_size=4, workers=0)
 
-    replies, loss = evaluate(torch.device("cpu"))
+    replies, loss = evaluate()
     with SimulatedGPU(exact=True) as gpu:
         model.to(gpu.device)
-        assert evaluate(gpu.device) == (replies, pytest.approx(loss, rel=1e-5))
+        assert evaluate() == (replies, pytest.approx(loss, rel=1e-5))
 
 
 # ---- the simulation itself

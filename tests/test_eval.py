@@ -303,7 +303,7 @@ def test_batched_answers_equal_single_ones(family, world, tmp_path):
     """Left padding, positions and the cache: an answer does not depend on what else is in the batch."""
     model, processor = evaluation.load(family, "cpu")
     samples = data.read_samples(world / "test.json")
-    lengths = {len(evaluation.Questions(samples, processor)[n, 0]["input_ids"]) for n in range(10)}
+    lengths = {len(data.Questions(samples, processor)[n, 0]["input_ids"]) for n in range(10)}
     assert len(lengths) > 1
     found = []
     for batch_size in (1, 4, 10):
@@ -535,13 +535,13 @@ def test_a_bad_sample_ends_data_before_anything_is_asked(checkpoint, world, tmp_
 
 def test_a_file_that_vanishes_while_data_is_asked_ends_the_run(checkpoint, world, tmp_path, monkeypatch):
     """Its loss was computed before, so nothing else would notice; None must not count as a wrong answer."""
-    original = evaluation.Questions.question
+    original = data.Questions.question
 
     def question(self, i, turn_index):
         data.expect(i != 1, "a media file", "none")
         return original(self, i, turn_index)
 
-    monkeypatch.setattr(evaluation.Questions, "question", question)
+    monkeypatch.setattr(data.Questions, "question", question)
     (world / "vanish.json").write_text(json.dumps(json.loads((world / "test.json").read_text())[:3]))
     options = ("--max-new-tokens", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out")
     with pytest.raises(data.DataError, match="expected a media file"):

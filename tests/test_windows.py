@@ -414,7 +414,7 @@ def test_eval_asks_with_the_window_that_was_saved(checkpoint, tmp_path, mixed):
     assert saved.settings == processor.settings and saved.settings.window == 3
     samples = dataset_of(tmp_path, mixed, saved).samples
     expected = data.ReferringDataset(samples, processor).question(1, 0)
-    asked = evaluation.Questions(samples, saved)[1, 0]
+    asked = data.Questions(samples, saved)[1, 0]
     assert asked["region_still"][0] == 1
     np.testing.assert_array_equal(asked["still_patches"][1], expected["still_patches"][1])
     assert models.load_processor(tmp_path / "final", window=0).settings.window == 0  # given anew
