@@ -129,8 +129,8 @@ class ReferringVideoLLM(nn.Module):
         return embeddings, deepstack if added else {}
 
     def _embed(self, ids):
-        """Returns the embeddings of tokens, (rows, L, D). The layers add to them, which needs float32, also where
-        the weights are frozen and kept in bfloat16.
+        """Returns the embeddings of tokens, (rows, L, D). Each layer adds to them, which needs float32, also
+        where they are frozen and kept in bfloat16.
         """
         return self.backbone.get_input_embeddings()(ids).float()
 

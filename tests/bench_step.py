@@ -32,7 +32,7 @@ from unittest import mock
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
-for name in ("av", "pycocotools"):  # they read videos and masks from files, of which there are none here
+for name in ("av", "pycocotools", "peft"):  # for videos, masks and adapters, of which there are none here
     try:
         importlib.import_module(name)
     except ImportError:
@@ -472,7 +472,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--size", choices=["tiny", *SIZES], default="tiny", help="tiny, or a published size (default: tiny)")
-    add("--train", default="region,projector,llm", help="as for train.py (default: region,projector,llm)")
+    add("--train", default="region,projector,llm", help="what learns: region,projector,llm,vision")
     add("--batch-size", type=int, default=16, help="samples of a step (default: 16)")
     add("--micro-batch", type=int, default=8, help="samples of a forward pass (default: 8)")
     add("--grad-checkpoint", action="store_true", help="compute layers again in the backward pass")

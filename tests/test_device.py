@@ -51,11 +51,16 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu(ready):
         assert relative_error(gradient, expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("names, grad_checkpoint", [("region", False), ("region,projector,llm,vision", True)])
+@pytest.mark.parametrize(
+    "names, grad_checkpoint",
+    [("region", False), ("region,lora", False), ("region,projector,llm,vision", True)],
+)
 def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(ready, names, grad_checkpoint):
     """As train.py does it on a GPU: frozen weights, and what goes into matrix products, are bfloat16. The
     goal was that a micro-batch waits for the GPU ten times at most."""
     model, batch = ready
+    if "lora" in names:
+        model.add_lora(4)
     train.choose_parameters(model, train.Config(train=names, lr=1.0, region_lr=1.0))
     for p in model.parameters():  # as published weights, so that halve_frozen finds them exact
         p.data = p.data.bfloat16().float()
