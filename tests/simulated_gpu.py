@@ -8,11 +8,11 @@
 It shows two kinds of slip that a CPU forgives. An operation on tensors of both devices raises AssertionError;
 only a number (a CPU tensor of no dimensions) may meet tensors of the GPU, as torch has it. And where the CPU
 has to wait until the GPU has computed, because it asks for a value or for a size that depends on values, the
-place is noted.
+place is noted. (A copy to the GPU with non_blocking does not wait, as if it came from pinned memory.)
 
 Below autograd, torch's own CPU kernels compute. In place of the two kinds of kernel that run on a GPU alone
-stand others: the Triton kernels run in Triton's interpreter, and flash attention is written out below, behind
-checks of what the real one demands.
+stand others: Triton's run in its interpreter, and flash attention is written out below, behind checks of what
+the real one demands. Which types autocast would choose is written out, too, for the functions that we use.
 """
 
 import traceback
@@ -98,7 +98,7 @@ def to_cpu(tensor):
     return tensor.value if isinstance(tensor, GPUTensor) else tensor
 
 
-# ---- What a program says: devices in arguments, and automatic casts. ----
+# ---- What a program says ----
 
 # Of the operations that autocast knows on CUDA, those that our models use. They are listed in torch's manual,
 # "Automatic Mixed Precision package", section "CUDA Op-Specific Behavior".
@@ -111,7 +111,7 @@ TO_WIDEST = {torch.cat, torch.stack}
 
 
 class Arguments(TorchFunctionMode):
-    """Replaces "cuda" in the arguments of torch's functions by the stand-in, and casts as autocast would."""
+    """Sees torch's functions as a program calls them, and casts their arguments as autocast would."""
 
     def __init__(self, exact):
         super().__init__()
@@ -162,7 +162,7 @@ class Arguments(TorchFunctionMode):
         return x.to(dtype) if is_number else x
 
 
-# ---- What a GPU is given to do. ----
+# ---- What a GPU is given to do ----
 
 # The size of what they return depends on values, or they return values.
 ALWAYS_WAIT = {
