@@ -644,7 +644,7 @@ class ReferringDataset(Dataset):
             objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
             if self.control != "none":
                 objects = [self.replace_masks(masks, sample, rng) for masks in objects]
-            encoded = {"id": sample.id, "type": sample.type, "kind": None, **NO_MEDIA}
+            encoded = {"id": sample.id, "kind": None, **NO_MEDIA}
             encoded |= {name: [] for name in REGION_LISTS}
             prompt = None
             if media:
@@ -788,7 +788,7 @@ class Questions(ReferringDataset):
 
 
 # What a batch holds if none of its samples can be used: a single token, and nothing to learn.
-EMPTY_SAMPLE = {"id": None, "type": "", "kind": None, **NO_MEDIA}
+EMPTY_SAMPLE = {"id": None, "kind": None, **NO_MEDIA}
 EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
 EMPTY_SAMPLE |= {"position_ids": np.zeros((3, 1), np.int64)}
 EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
@@ -823,39 +823,38 @@ def collate(samples, processor, for_generation=False):
     placeholders or of cells to the CPU stands still until the CPU has answered.
 
     B samples, L tokens in a row (of which training has one), P and Q patches, C cells, V visual tokens, R
-    region frames, O objects, M cells of all region frames. Where the batch has none of something, its tensor
-    has length 0.
+    region frames, O objects, T region tokens, M cells of all region frames, S supervised tokens. Where the
+    batch has none of something, its tensor has length 0. attention, tower and regions are dicts.
 
         errors           for each of the given samples its DataError or None
-        ids, types       lists of B
+        ids              list of B
         num_tokens       int, without padding
         input_ids        int64 (1, L), or (B, L) for generation
         position_ids     int64 (3, 1, L) or (3, B, L): time, row and column, as the backbone counts them
         next_position    int64 (B, 1), the position of the token that comes after each sample
-        attention        dict, which tokens see each other, as the LLM's keyword arguments
-        target_index     int64 (T,), where in the row the next token is supervised
-        targets          int64 (T,), these next tokens
+        attention        which tokens see each other, as the LLM's keyword arguments
+        target_index     int64 (S,), where in the one row the next token is supervised
+        targets          int64 (S,), these next tokens
         still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then annotated frames
         video_patches    uint8 (Q, 3 * temporal * patch * patch)
-        tower            dict, grids and indices of all these patches, as the vision tower's keyword arguments
+        tower            grids and indices of all these patches, as the vision tower's keyword arguments
         cell_counts      [int, int, int], the cells of images in prompts, annotated frames, videos; sum C
         visual_index     int64 (V,), the tokens that images and videos take the place of (all rows in one)
         region_index     int64 (T,), the tokens that regions take the place of
-        regions          dict, what the region encoder reads beside the cells:
-        coverage           float32 (M,), the grids of all region frames, ordered by object, then time
-        coverage_start     int64 (R + 1,), where each of these grids begins
-        frame_start        int64 (R,), the cell where the still of each region frame begins
-        boxes              float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
-        object_frames      int64 (O,), how many region frames an object has
-        region_tokens      int64 (O,), how many placeholder tokens it has
-        num_tokens         int, the sum of region_tokens
+        regions          what the region encoder reads beside the cells:
+            coverage             float32 (M,), the grids of all region frames, ordered by object, then time
+            coverage_start       int64 (R + 1,), where each of these grids begins
+            frame_start          int64 (R,), the cell where the still of each region frame begins
+            boxes                float32 (R, 5), (cx, cy, w, h, t) of each mask in [0, 1]
+            object_frames        int64 (O,), how many region frames an object has
+            region_tokens        int64 (O,), how many placeholder tokens it has
+            num_region_tokens    int, T, the sum of region_tokens
     """
     errors = [sample if isinstance(sample, DataError) else None for sample in samples]
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
     batch = {
         "errors": errors,
         "ids": [sample["id"] for sample in samples],
-        "types": [sample["type"] for sample in samples],
     }
     batch |= _join_tokens(samples, processor, for_generation)
     media, still_start = _join_media(samples, processor)
@@ -867,7 +866,7 @@ def collate(samples, processor, for_generation=False):
     for name, token, count in (
         ("image", config.image_token_id, batch["cell_counts"][0]),
         ("video", config.video_token_id, batch["cell_counts"][2]),
-        ("region", processor.region_token_id, batch["regions"]["num_tokens"]),
+        ("region", processor.region_token_id, batch["regions"]["num_region_tokens"]),
     ):
         places[name] = batch["input_ids"].flatten().eq(token).nonzero()[:, 0]
         assert len(places[name]) == count, f"{len(places[name])} {name} placeholders for {count} rows"
@@ -889,8 +888,7 @@ def _join_tokens(samples, processor, for_generation):
         attention = {"attention_mask": torch.from_numpy(mask)}
     else:
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        attention = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-        attention |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "sample_lengths": lengths}
+        attention = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sample_lengths": lengths}
     pad_token_id = processor.tokenizer.pad_token_id
     labels = np.concatenate([sample["labels"] for sample in samples])
     target_index = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # a sample never begins with a supervised token
@@ -950,7 +948,7 @@ def _join_regions(samples, still_start):
         "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
         "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
         "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
-        "num_tokens": sum(joined["region_tokens"]),
+        "num_region_tokens": sum(joined["region_tokens"]),
     }
 
 

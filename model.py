@@ -97,7 +97,7 @@ class ReferringVideoLLM(nn.Module):
             return self.backbone.lm_head(self._hidden(batch))
 
     def _mixed_precision(self):
-        """On a GPU, weights are kept in float32 and matrices are multiplied in bfloat16."""
+        """On a GPU, matrices are multiplied in bfloat16; weights that learn stay in float32."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.image_mean.is_cuda)
 
     def _hidden(self, batch):
@@ -252,8 +252,11 @@ class ReferringVideoLLM(nn.Module):
             if ".lora_" in name:
                 part, name_in_part = "lora", name
             # peft holds a matrix that it adapts as base_layer, which transformers does not know.
-            parts[part][name_in_part.replace(".base_layer.", ".")] = weight.detach()
+            parts[part][name_in_part.replace(".base_layer.", ".")] = weight.detach().float()
         self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
+        # transformers would write the dtype of one weight, and load all in it. Frozen ones may be bfloat16.
+        self.backbone.config.dtype = torch.float32
+        self.backbone.config.save_pretrained(folder)
         save_file(parts["region_encoder"], os.path.join(folder, REGION_WEIGHTS))
         if parts["lora"]:
             save_file(parts["lora"], os.path.join(folder, LORA_WEIGHTS))
@@ -282,11 +285,19 @@ class RegionEncoder(nn.Module):
             nn.init.zeros_(last_layer.bias)
 
     def forward(
-        self, cells, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens, num_tokens
+        self,
+        cells,
+        coverage,
+        coverage_start,
+        frame_start,
+        boxes,
+        object_frames,
+        region_tokens,
+        num_region_tokens,
     ):
-        """Returns the region tokens, (num_tokens, D). cells: (C, D). The others: see data.collate."""
+        """Returns the region tokens, (T, D). cells: (C, D). The others: see data.collate."""
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
-        share = temporal_merge(pooled, object_frames, region_tokens, num_tokens)  # (T, R)
+        share = temporal_merge(pooled, object_frames, region_tokens, num_region_tokens)  # (T, R)
         with torch.autocast(cells.device.type, enabled=False):
             merged = (share @ pooled.float()).to(pooled.dtype)  # (T, D)
             boxes = share @ boxes  # (T, 5)
@@ -329,9 +340,9 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     similarity = similarity.index_fill(0, object_frames.cumsum(0) - 1, -2)
     # [i, j]: pair j is of the same object as pair i and goes before it. A matrix of all pairs needs no loop,
     # and so no answer from the GPU.
-    goes_before = similarity > similarity[:, None]
-    goes_before |= (similarity == similarity[:, None]) & (row < row[:, None])
-    goes_before &= object_of_row == object_of_row[:, None]
+    own, other = similarity[:, None], similarity[None]
+    goes_before = (other > own) | (other == own) & (row[None] < row[:, None])
+    goes_before &= object_of_row[None] == object_of_row[:, None]
     is_joined = goes_before.sum(1) < (object_frames - region_tokens)[object_of_row]
     # A token ends with each row that is not joined to the next.
     token_of_row = (~is_joined).cumsum(0) - (~is_joined).long()
@@ -375,14 +386,20 @@ def attention_within_samples(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     assert not options.get("sliding_window"), "expected attention to the whole sample, found a sliding window"
-    is_causal = options.get("is_causal", module.is_causal)
-    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
+    is_causal = options.get("is_causal", module.is_causal)  # the tower gives it, the LLM does not
+    dtype = query.dtype
     if query.is_cuda:
         assert not dropout, f"varlen_attn has no dropout, found {dropout}"
         # It has no autocast rule, and q_norm leaves query and key in float32.
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    # torch 2.11 knows no groups of query heads that share a key.
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
+    if query.is_cuda:
         out = varlen_attn(
-            *(x.bfloat16() for x in (query, key, value)),
+            query,
+            key,
+            value,
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,
@@ -390,7 +407,7 @@ def attention_within_samples(
             scale=scaling,
             window_size=(-1, 0) if is_causal else (-1, -1),
         )
-        return out.to(query.dtype)[None], None
+        return out.to(dtype)[None], None
     out = attention_in_turn(query, key, value, cu_seq_lens_q, scaling, dropout, is_causal)
     return out[None], None
 
@@ -419,8 +436,8 @@ torch.library.register_autocast("aten::_grouped_mm", "cuda", torch.bfloat16)
 
 
 def pack(backbone):
-    """Makes a backbone of transformers read rows without padding, and never wait for the GPU. Nothing that it
-    computes changes, but for rounding.
+    """Makes a backbone of transformers read rows without padding, and never wait for the GPU in a training
+    step. Nothing that it computes changes, but for rounding.
     """
     tower, llm = backbone.model.visual, backbone.model.language_model
     tower.config._attn_implementation = llm.config._attn_implementation = ATTENTION
@@ -437,10 +454,8 @@ def embed_patches(convolution, patches):
     return F.linear(patches, convolution.weight.flatten(1), convolution.bias)
 
 
-def each_sample_alone(
-    linear_attention, hidden_states, sample_lengths=None, cu_seq_lens_q=None, cu_seq_lens_k=None, **options
-):
-    """Runs a layer whose state goes from token to token, and which knows no bounds of samples, for each."""
+def each_sample_alone(linear_attention, hidden_states, sample_lengths=None, cu_seq_lens_q=None, **options):
+    """Runs a layer whose state goes from token to token: in plain torch it knows no bounds of samples."""
     if sample_lengths is None:
         return linear_attention(hidden_states, **options)
     samples = hidden_states.split(sample_lengths, dim=1)

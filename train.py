@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -180,7 +181,10 @@ def build_loader(config, samples, processor, first_step):
 
 
 def copy_ahead(steps, device):
-    """Yields the micro-batches of each step on the device. Those of the next are copied in the meantime."""
+    """Yields the micro-batches of each step on the device. Those of the next are copied in the meantime.
+
+    A step must have waited for the device before it asks for the next one: its memory is then free again.
+    """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     ahead = None
     for micro_batches in steps:
@@ -473,9 +477,9 @@ def train(config):
         # Dropout, if the backbone has any, draws from this.
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
 
-        # Forward and backward. Here alone, the CPU waits for the GPU.
+        # Forward and backward. Then the CPU waits for the GPU, once a step: copy_ahead relies on it.
         loss_sum = backward(ddp_model, micro_batches)
-        loss_sum, norm_of_sum = torch.stack([loss_sum, gradient_norm(parameters)]).tolist()
+        loss_of_rank, norm_of_sum = torch.stack([loss_sum, gradient_norm(parameters)]).tolist()
 
         # Sum what the ranks counted. SIGTERMs are among it, so that all ranks stop after the same step.
         errors = [error for batch in micro_batches for error in batch["errors"] if error is not None]
@@ -486,7 +490,7 @@ def train(config):
             len(sigterms),
         ]
         supervised_tokens, tokens, num_bad, num_sigterms, loss_sum = sum_over_ranks(
-            [*counts, loss_sum], device
+            [*counts, loss_of_rank], device
         )
         stop = num_sigterms > 0
         if num_bad:
@@ -501,8 +505,7 @@ def train(config):
         scale = 1 / max(supervised_tokens, 1)
         if config.clip and grad_norm > config.clip:
             scale *= config.clip / grad_norm
-        for p in parameters:
-            p.grad *= scale
+        torch._foreach_mul_([p.grad for p in parameters], scale)
         share_of_peak = schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share_of_peak
@@ -576,6 +579,12 @@ def print0(*args):
 
 def init_distributed(device):
     """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device."""
+    if sys.platform == "linux":
+        import resource  # Windows has none
+
+        # Each tensor that a worker hands over is an open file, of which often only 1024 are allowed.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if "RANK" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -601,9 +610,10 @@ def first_on_this_machine():
 
 def sum_over_ranks(values, device):
     """values: a list of numbers. Returns their sums over all ranks, as floats."""
+    if world_size() == 1:
+        return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    if world_size() > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -698,7 +708,10 @@ def compile_layers(model):
 
 
 def halve_frozen(model):
-    """Keeps frozen weights in bfloat16 where it holds them exactly, as it does those of published models."""
+    """Keeps frozen weights in bfloat16 where it holds them exactly, as it does those of published models.
+
+    Embeddings that grew by a row for the placeholder stay in float32, because that row is random.
+    """
     for p in model.parameters():
         if not p.requires_grad and torch.equal(p.bfloat16().float(), p):
             p.data = p.data.bfloat16()

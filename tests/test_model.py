@@ -549,7 +549,9 @@ def test_blind_is_a_conversation_without_media(loaded, world):
             assert np.array_equal(found[name], value), name
     batch = batch_of(world, processor, range(6), control="blind")
     assert not set(special) & set(batch["input_ids"].unique().tolist())
-    assert len(batch["visual_index"]) == len(batch["region_index"]) == batch["regions"]["num_tokens"] == 0
+    assert (
+        len(batch["visual_index"]) == len(batch["region_index"]) == batch["regions"]["num_region_tokens"] == 0
+    )
     assert len(batch["targets"]) > 0
 
 

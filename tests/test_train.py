@@ -585,3 +585,17 @@ def test_rates_and_shares_are_finite_and_not_negative(option, value, capsys):
         train.parse(["--data", "d.json", f"--{option}={value}"])
     assert f"--{option}: expected a number from 0, found {float(value)}" in capsys.readouterr().err
     assert getattr(train.parse(["--data", "d.json", f"--{option}", "0"]), option.replace("-", "_")) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands tensors over as open files")
+def test_as_many_files_may_be_open_as_the_system_allows():
+    """With the usual 1024, a step of 16 micro-batches could not be handed over by the workers."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        train.init_distributed("cpu")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
