@@ -708,7 +708,7 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     }
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
-    def generate(model, batch, end, max_new_tokens):
+    def generate(model, batch, end, max_new_tokens, any_rank):
         assert len(batch["ids"]) == 1
         digest = zlib.crc32(
             b"".join(

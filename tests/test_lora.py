@@ -105,7 +105,7 @@ def test_only_the_adapters_and_the_region_encoder_learn(checkpoint, one):
 def test_the_merged_model_answers_as_the_adapted_one_and_transformers_alone_loads_it(one, checkpoint, mixed):  # noqa: F811
     out, _ = one
     adapted, merged = (logits_of(out / name, mixed) for name in ("step-000004", "final"))
-    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, adapted, rtol=1e-5, atol=1e-5 * float(adapted.abs().max()))
     assert (merged - logits_of(checkpoint, mixed)).abs().max() > 0.1
     assert not list((out / "final").glob("*lora*"))
     alone, report = AutoModelForImageTextToText.from_pretrained(out / "final", output_loading_info=True)
