@@ -833,8 +833,8 @@ def collate(samples, processor, for_generation=False):
         position_ids     int64 (3, 1, L) or (3, B, L): time, row and column, as the backbone counts them
         next_position    int64 (B, 1), the position of the token that comes after each sample
         attention        which tokens see each other, as the LLM's keyword arguments
-        target_index     int64 (S,), where in the one row the next token is supervised
-        targets          int64 (S,), these next tokens
+        target_index     int64 (S,), where the next token is supervised; not for generation
+        targets          int64 (S,), these next tokens; not for generation
         still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then annotated frames
         video_patches    uint8 (Q, 3 * temporal * patch * patch)
         tower            grids and indices of all these patches, as the vision tower's keyword arguments
@@ -852,10 +852,7 @@ def collate(samples, processor, for_generation=False):
     """
     errors = [sample if isinstance(sample, DataError) else None for sample in samples]
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
-    batch = {
-        "errors": errors,
-        "ids": [sample["id"] for sample in samples],
-    }
+    batch = {"errors": errors, "ids": [sample["id"] for sample in samples]}
     batch |= _join_tokens(samples, processor, for_generation)
     media, still_start = _join_media(samples, processor)
     batch |= media
@@ -876,30 +873,31 @@ def collate(samples, processor, for_generation=False):
 
 
 def _join_tokens(samples, processor, for_generation):
+    """Returns the part of the batch that is made of tokens: one row, or rows that are padded on the left."""
     lengths = [len(sample["input_ids"]) for sample in samples]
 
-    def join(arrays, padding):
+    def join(arrays, padding):  # along the last axis, which is that of tokens, or below each other
         if not for_generation:
             return np.concatenate(arrays, axis=-1)[..., None, :]
         return np.stack([_pad_left(array, max(lengths), padding) for array in arrays], axis=-2)
 
     if for_generation:
         mask = join([np.ones(length, np.int64) for length in lengths], 0)
-        attention = {"attention_mask": torch.from_numpy(mask)}
+        attention, targets = {"attention_mask": torch.from_numpy(mask)}, {}
     else:
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         attention = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sample_lengths": lengths}
+        labels = np.concatenate([sample["labels"] for sample in samples])
+        index = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # a sample never begins with a supervised token
+        targets = {"target_index": torch.from_numpy(index), "targets": torch.from_numpy(labels[index + 1])}
     pad_token_id = processor.tokenizer.pad_token_id
-    labels = np.concatenate([sample["labels"] for sample in samples])
-    target_index = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # a sample never begins with a supervised token
     return {
         "num_tokens": sum(lengths),
         "input_ids": torch.from_numpy(join([sample["input_ids"] for sample in samples], pad_token_id)),
         "position_ids": torch.from_numpy(join([sample["position_ids"] for sample in samples], 0)),
         "next_position": torch.tensor([[sample["position_ids"].max() + 1] for sample in samples]),
         "attention": attention,
-        "target_index": torch.from_numpy(target_index),
-        "targets": torch.from_numpy(labels[target_index + 1]),
+        **targets,
     }
 
 
@@ -937,6 +935,7 @@ def _join_media(samples, processor):
 
 
 def _join_regions(samples, still_start):
+    """Returns the part of the batch that the region encoder reads."""
     joined = {name: list(chain.from_iterable(sample[name] for sample in samples)) for name in REGION_LISTS}
     frame_start = []
     for row, sample in enumerate(samples):

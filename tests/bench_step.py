@@ -178,15 +178,20 @@ def encode_steps(options, processor):
 # ---- models ----
 
 
+def published_config(size):
+    """Returns the keyword arguments of Qwen3VLConfig for a published size."""
+    parts = {name: SIZES[size][name] | SHARED[name] for name in SHARED}
+    return parts | {"tie_word_embeddings": SIZES[size]["tie_word_embeddings"]}
+
+
 def build(size, parts, device):
     """Returns (model, processor) with random weights. What does not learn is frozen, as train.py does it."""
     config, tokenizer, images = models.build_tiny([WORDS] * 9)
     settings = data.Settings()
     if size != "tiny":
-        published = {name: SIZES[size][name] | SHARED[name] for name in SHARED}
-        published["tie_word_embeddings"] = SIZES[size]["tie_word_embeddings"]
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        config = Qwen3VLConfig(**published, **{name: getattr(config, name) for name in names})
+        tokens = {name: getattr(config, name) for name in names}
+        config = Qwen3VLConfig(**published_config(size), **tokens)
         half = [0.5, 0.5, 0.5]
         pixels = {"shortest_edge": 65536, "longest_edge": 16777216}
         images = Qwen2VLImageProcessorPil(size=pixels, image_mean=half, image_std=half, patch_size=16)

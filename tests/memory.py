@@ -19,57 +19,20 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 
 import torch  # noqa: E402
+from bench_step import SIZES, published_config  # noqa: E402
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
 
 import model as models  # noqa: E402
 
 RANKS = 8
 TRAIN = ("region", "region,lora", "region,projector,llm,vision")
-SHARED = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-# What the published config.json of Qwen3-VL-2B-Instruct and -8B-Instruct say.
-PUBLISHED = {
-    "2B": {
-        "text_config": SHARED
-        | {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-        },
-        "vision_config": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tie_word_embeddings": True,
-    },
-    "8B": {
-        "text_config": SHARED
-        | {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision_config": {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "out_hidden_size": 4096,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        "tie_word_embeddings": False,
-    },
-}
 
 
 def build(size):
     """Returns the ReferringVideoLLM of a published size, whose weights have shapes but no memory."""
     images = SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3)
     with torch.device("meta"):
-        backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**PUBLISHED[size]))
+        backbone = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**published_config(size)))
         processor = SimpleNamespace(region_token_id=0, image_processor=images)
         return models.ReferringVideoLLM(backbone, processor)
 
@@ -99,10 +62,10 @@ def bytes_by_formula(size, train, ranks=RANKS):
 
 def main():
     print(f"| GB of a rank | --train | DDP | FSDP on {RANKS} |\n|---|---|---|---|")
-    for size in PUBLISHED:
+    for size in SIZES:
         for train in TRAIN:
             ddp, fsdp = (n / 1e9 for n in bytes_by_formula(size, train))
-            print(f"| Qwen3-VL-{size} | {train} | {ddp:.1f} | {fsdp:.1f} |")
+            print(f"| Qwen3-VL-{size.upper()} | {train} | {ddp:.1f} | {fsdp:.1f} |")
 
 
 if __name__ == "__main__":

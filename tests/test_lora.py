@@ -223,9 +223,9 @@ def test_a_new_run_continues_the_adapters_of_a_checkpoint(one, tmp_path):
 def test_memory_by_formula_counts_the_weights_of_the_published_models():
     """The totals are those that the Hub shows for the two checkpoints. Rank 16 adds 16 rows to each side of a
     matrix: of attention (query and output 2048 x 2048, key and value 1024 x 2048) and of the MLP."""
-    backbones = [memory.numel(memory.build(size).backbone.parameters()) for size in ("2B", "8B")]
+    backbones = [memory.numel(memory.build(size).backbone.parameters()) for size in ("2b", "8b")]
     assert backbones == [2_127_532_032, 8_767_123_696]
-    region, lora = (memory.bytes_by_formula("2B", train, ranks=1) for train in ("region", "region,lora"))
+    region, lora = (memory.bytes_by_formula("2b", train, ranks=1) for train in ("region", "region,lora"))
     weights = 28 * 16 * (2 * (2048 + 2048) + 2 * (1024 + 2048) + 3 * (6144 + 2048))
     assert lora[0] - region[0] == 18 * weights
     assert lora[1] - region[1] == (16 + 4 / 28) * weights  # two layers of 28 are gathered, 2 bytes a weight
