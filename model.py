@@ -491,9 +491,10 @@ def load_processor(path, texts=(), **settings):
         if os.path.exists(os.path.join(path, SETTINGS_FILE)):
             with open(os.path.join(path, SETTINGS_FILE)) as file:
                 saved = json.load(file)
-            known = [f.name for f in fields(data.Settings)]
-            fits = isinstance(saved, dict) and set(saved) <= set(known)
-            data.expect(fits, f"{SETTINGS_FILE} with settings out of {', '.join(known)}", saved)
+            # Without a default for those that are missing: it may not be what the model was trained with.
+            names = [f.name for f in fields(data.Settings)]
+            fits = isinstance(saved, dict) and set(saved) == set(names)
+            data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
         return data.Processor.from_pretrained(path, data.Settings(**saved | given))
 
 
