@@ -298,8 +298,8 @@ class Settings:
 
     num_frames: int = 8  # frames sampled evenly from a video
     frame_pixels: int = 32 * 32  # about the most pixels that each of them has after resizing
-    region_pixels: int = 96 * 96  # the same for stills: images and annotated frames
-    window: int = 0  # a still shows the square of so many sides of its object's box; 0: the whole frame
+    region_pixels: int = 64 * 64  # the same for stills: images and annotated frames
+    window: int = 2  # a still shows the square of so many sides of its object's box; 0: the whole frame
     region_frames: int = 8  # the most annotated frames used of one object, evenly spread
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut

@@ -92,9 +92,9 @@ class Config:
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
     num_frames: int = option(None, "frames sampled evenly from a video (default: 8)")
     frame_pixels: int = option(None, "pixels of such a frame at most (default: 32*32 if tiny, or 384*384)")
-    region_pixels: int = option(None, "the same for images and annotated frames (default: 96*96 or 384*384)")
+    region_pixels: int = option(None, "the same for images and annotated frames (default: 64*64 or 384*384)")
     window: int = option(
-        None, "a still shows so many sides of an object's box; 0: a whole frame (default: 0)"
+        None, "a still shows so many sides of an object's box; 0: a whole frame (default: 2)"
     )
     region_frames: int = option(None, "annotated frames per object at most, evenly spread (default: 8)")
     region_tokens: int = option(None, "tokens per object at most, similar frames being merged (default: 4)")

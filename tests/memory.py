@@ -1,4 +1,4 @@
-"""How much GPU memory a rank needs, by formula: nothing is allocated, and nothing is measured.
+"""How much GPU memory a rank needs, and how long a stage takes, by formula: nothing is measured.
 
     python tests/memory.py
 
@@ -9,6 +9,9 @@ Bytes a weight during a step, all but the activations:
     FSDP   trained: 16 / ranks, frozen: 4 / ranks (float32)
            and in bfloat16, 2: what is outside of layers (embeddings, mergers, region encoder), which stays
            gathered, its gradients if it learns, and two layers, one of which is gathered ahead
+
+Operations: 2 for each weight and each token or patch that it sees, as much again for the gradient of what it
+sees if anything before it learns, and again for its own gradient if it learns. Attention is left out.
 """
 
 import os
@@ -26,6 +29,13 @@ import model as models  # noqa: E402
 
 RANKS = 8
 TRAIN = ("region", "region,lora", "region,projector,llm,vision")
+
+# A sample: a video of which 8 frames are in the prompt, an object on 8 frames, 384 x 384 pixels each, and text.
+PATCHES_OF_PICTURE, CELLS_OF_PICTURE = (384 // 16) ** 2, (384 // 32) ** 2
+PATCHES, TOKENS = (8 // 2 + 8) * PATCHES_OF_PICTURE, 8 // 2 * CELLS_OF_PICTURE + 200
+STAGES = ("region", "region,projector,llm")
+SPEED = 0.4 * 989e12  # operations a second: 40 %, an assumption, of an H100's bfloat16
+SAMPLES = 100_000
 
 
 def build(size):
@@ -60,12 +70,28 @@ def bytes_by_formula(size, train, ranks=RANKS):
     return 18 * trained + 2 * frozen, (16 * trained + 4 * frozen) / ranks + 2 * gathered
 
 
+def operations(size, train):
+    """Returns how many operations (of multiplying or adding two numbers) a sample takes in training."""
+    backbone = build(size).backbone.model
+    vision, llm = numel(backbone.visual.parameters()), numel(backbone.language_model.layers.parameters())
+    # The region tokens come before the LLM, so that it hands their gradient back in every stage.
+    return 2 * PATCHES * vision + TOKENS * llm * (6 if "llm" in train.split(",") else 4)
+
+
 def main():
     print(f"| GB of a rank | --train | DDP | FSDP on {RANKS} |\n|---|---|---|---|")
     for size in SIZES:
         for train in TRAIN:
             ddp, fsdp = (n / 1e9 for n in bytes_by_formula(size, train))
             print(f"| Qwen3-VL-{size.upper()} | {train} | {ddp:.1f} | {fsdp:.1f} |")
+
+    print(f"\n| --train | TFLOP of a sample | hours for {SAMPLES:,} samples on {RANKS} H100 at 40 % |")
+    print("|---|---|---|")
+    for size in SIZES:
+        for train in STAGES:
+            total = operations(size, train)
+            hours = SAMPLES * total / (RANKS * SPEED) / 3600
+            print(f"| Qwen3-VL-{size.upper()}: {train} | {total / 1e12:.1f} | {hours:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""What each part of the system earns: trains the tiny model without it, with several seeds.
+
+    python tests/ablate.py DIR             # what is missing in DIR/results.jsonl, then the table
+    python tests/ablate.py DIR --jobs 2    # the same, two runs at a time with one core each
+
+The toy worlds of tests/shapes.py are made in DIR/toy and DIR/small. A run is one arm of ARMS with one seed: a
+training with the arm's options and then its evaluations, each of which becomes a line of DIR/results.jsonl.
+Runs that have all their lines are not repeated, so the command may be interrupted. The seed is that of the
+weights, the order of samples and every random choice; the clips and the questions are always the same.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial, partialmethod
+from pathlib import Path
+from unittest import mock
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(here))
+
+import shapes  # noqa: E402
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import model as models  # noqa: E402
+import train  # noqa: E402
+
+
+@dataclass
+class Arm:
+    """One way to train the tiny model."""
+
+    world: str  # "toy" or "small", folders in DIR
+    options: str = ""  # of train.py, beside --data, --seed and --out
+    masks: str = "none"  # of the training data, as data.ReferringDataset's control has it
+    without: str = ""  # the part of the region encoder that stays zero: "mlp" or "position"
+    asks: tuple = ("as trained",)  # the evaluations; "one frame": with each object's first mask alone
+    controls: tuple = ()  # of the evaluation "as trained"
+
+
+BOTH = ("as trained", "one frame")
+CONTROLS = ("full", "shuffle", "box", "blind")
+WHOLE_FRAMES = "--window 0 --region-pixels 9216"  # 96 x 96, because an object is smaller in these
+# The names are those of the table's lines.
+ARMS = {
+    "toy: all parts": Arm("toy", asks=BOTH, controls=CONTROLS),
+    "toy: whole frames": Arm("toy", WHOLE_FRAMES, controls=CONTROLS),
+    "toy: window 3": Arm("toy", "--window 3"),
+    "toy: window 4": Arm("toy", "--window 4"),
+    "toy: 1 region token": Arm("toy", "--region-tokens 1"),
+    "toy: 2 region tokens": Arm("toy", "--region-tokens 2"),
+    "toy: trained on several frames": Arm("toy", "--single-frame 0", asks=BOTH),
+    "toy: trained on one frame": Arm("toy", "--single-frame 1", asks=BOTH),
+    "toy: no position code": Arm("toy", without="position"),
+    "toy: no MLP": Arm("toy", without="mlp"),
+    "toy: trained on boxes": Arm("toy", masks="box"),
+    "toy: trained on shuffled masks": Arm("toy", masks="shuffle"),
+    "small: all parts": Arm("small", controls=CONTROLS),
+    "small: whole frames": Arm("small", WHOLE_FRAMES, controls=CONTROLS),
+    "small: window 3": Arm("small", "--window 3"),
+    "small: window 4": Arm("small", "--window 4"),
+}
+KINDS = ("colour", "shape", "direction", "relation", "about regions")
+
+
+# ---- one run ----
+
+
+def run(name, seed, folder):
+    """Trains and evaluates one arm. Returns a line of results.jsonl for each of its evaluations."""
+    arm, world, out = ARMS[name], folder / ARMS[name].world, run_folder(folder, name, seed)
+    shutil.rmtree(out, ignore_errors=True)  # what is left of a run that was interrupted
+    started = time.time()
+    options = ["--data", str(world / "train.json"), "--seed", str(seed), "--out", str(out), "--workers", "1"]
+    train_arm(arm, [*options, *arm.options.split()])
+    lines = []
+    for asked in arm.asks:
+        if asked == "one frame":
+            keep_one_frame(out / "final")
+        scores = out / asked.replace(" ", "-")
+        options = ["--model", str(out / "final"), "--data", str(world / "test.json"), "--out", str(scores)]
+        if arm.controls and asked == "as trained":
+            options += ["--control", *arm.controls]
+        evaluation.main(options)
+        rows = json.loads((scores / "scores.json").read_text())["rows"]
+        lines.append({"arm": name, "seed": seed, "asked": asked, "rows": rows})
+    return [line | {"seconds": round(time.time() - started)} for line in lines]
+
+
+def train_arm(arm, options):
+    """Trains as train.py does, but with the masks and without the part that the arm names."""
+    dataset = partial(data.ReferringDataset, control=arm.masks)
+    groups = models.ReferringVideoLLM.parameter_groups
+    without = partialmethod(groups_without, groups, arm.without)
+    with mock.patch.object(data, "ReferringDataset", dataset):
+        with mock.patch.object(models.ReferringVideoLLM, "parameter_groups", without):
+            train.train(train.parse(options))
+
+
+def groups_without(model, parameter_groups, part):
+    """The model's parameter groups, but a part of the region encoder does not learn.
+
+    Each part ends in zeros at the start. So it then adds exactly nothing, also when the model is evaluated.
+    """
+    groups = parameter_groups(model)
+    if part:
+        frozen = {id(p) for p in getattr(model.region_encoder, part).parameters()}
+        groups["region"] = [p for p in groups["region"] if id(p) not in frozen]
+    return groups
+
+
+def keep_one_frame(final):
+    """Changes the settings of a trained model: it then reads each object's first mask alone."""
+    path = final / models.SETTINGS_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"region_frames": 1}))
+
+
+# ---- all runs ----
+
+
+def run_folder(folder, name, seed):
+    return folder / "runs" / re.sub(r"\W+", "-", f"{name} {seed}")
+
+
+def missing_runs(results, seeds):
+    """Returns the (arm, seed) that have no line. All arms come with the first seed, then with the second."""
+    done = {(line["arm"], line["seed"]) for line in results}
+    return [(name, seed) for seed in range(seeds) for name in ARMS if (name, seed) not in done]
+
+
+def run_in_process(name, seed, folder, threads):
+    """Runs one arm in a process of its own, whose output goes to a file."""
+    command = [sys.executable, __file__, str(folder), "--arm", name, "--seed", str(seed)]
+    log = run_folder(folder, name, seed).with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    print(f"{name}, seed {seed}: " + (f"failed, see {log}" if code else "done"), flush=True)
+    return code
+
+
+# ---- the tables ----
+
+
+def percent(line, row, column="exact"):
+    counts = line["rows"][row][column]
+    return 100 * counts["right"] / counts["asked"]
+
+
+def summary(values):
+    """Mean (lowest to highest) of the seeds."""
+    return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+
+
+def print_tables(results):
+    groups = defaultdict(list)
+    for line in results:
+        groups[line["arm"], line["asked"]].append(line)
+    groups = {(name, a): groups[name, a] for name, arm in ARMS.items() for a in arm.asks if groups[name, a]}
+
+    print("Exact match in %, mean (lowest-highest) of the seeds\n")
+    print("| " + " | ".join(["arm", "asked with", "seeds", *KINDS]) + " |")
+    print("|" + "---|" * (3 + len(KINDS)))
+    for (name, asked), lines in groups.items():
+        cells = [summary([percent(line, kind) for line in lines]) for kind in KINDS]
+        print("| " + " | ".join([name, asked, str(len(lines)), *cells]) + " |")
+
+    print("\nThe same models with other masks, or none; about regions\n")
+    print("| " + " | ".join(["arm", *CONTROLS, "constant"]) + " |\n|" + "---|" * (2 + len(CONTROLS)))
+    for (name, asked), lines in groups.items():
+        if ARMS[name].controls and asked == "as trained":
+            columns = [*CONTROLS, "constant"]
+            cells = [summary([percent(line, "about regions", c) for line in lines]) for c in columns]
+            print("| " + " | ".join([name, *cells]) + " |")
+    seconds = {(line["arm"], line["seed"]): line["seconds"] for line in results}
+    print(f"\n{len(seconds)} runs, {sum(seconds.values()) / 60:.0f} minutes if one runs after another")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--arm", choices=ARMS, metavar="ARM", help="run this arm alone, with --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    results = args.folder / "results.jsonl"
+    if args.arm:
+        for line in run(args.arm, args.seed, args.folder):
+            train.append_jsonl(results, line)
+        return
+    for world in ("toy", "small"):
+        if not (args.folder / world / "bench_q.json").exists():  # the file that is written last
+            shapes.write_world(args.folder / world, 600, 60, small=world == "small")
+    threads = max(1, train.cores_per_rank() // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = missing_runs(train.read_jsonl(results), args.seeds)
+        codes = list(pool.map(lambda pair: run_in_process(*pair, args.folder, threads), runs))
+    print_tables(train.read_jsonl(results))
+    if any(codes):
+        raise SystemExit("some runs failed")
+
+
+if __name__ == "__main__":
+    main()
