@@ -54,21 +54,21 @@ WHOLE_FRAMES = "--window 0 --region-pixels 9216"  # 96 x 96, because an object i
 # The names are those of the table's lines.
 ARMS = {
     "toy: all parts": Arm("toy", asks=BOTH, controls=CONTROLS),
+    "small: all parts": Arm("small", controls=CONTROLS),
     "toy: whole frames": Arm("toy", WHOLE_FRAMES, controls=CONTROLS),
-    "toy: window 3": Arm("toy", "--window 3"),
-    "toy: window 4": Arm("toy", "--window 4"),
-    "toy: 1 region token": Arm("toy", "--region-tokens 1"),
-    "toy: 2 region tokens": Arm("toy", "--region-tokens 2"),
-    "toy: trained on several frames": Arm("toy", "--single-frame 0", asks=BOTH),
-    "toy: trained on one frame": Arm("toy", "--single-frame 1", asks=BOTH),
+    "small: whole frames": Arm("small", WHOLE_FRAMES, controls=CONTROLS),
+    "toy: trained on shuffled masks": Arm("toy", masks="shuffle"),
+    "toy: trained on boxes": Arm("toy", masks="box"),
     "toy: no position code": Arm("toy", without="position"),
     "toy: no MLP": Arm("toy", without="mlp"),
-    "toy: trained on boxes": Arm("toy", masks="box"),
-    "toy: trained on shuffled masks": Arm("toy", masks="shuffle"),
-    "small: all parts": Arm("small", controls=CONTROLS),
-    "small: whole frames": Arm("small", WHOLE_FRAMES, controls=CONTROLS),
+    "toy: 1 region token": Arm("toy", "--region-tokens 1"),
+    "toy: trained on one frame": Arm("toy", "--single-frame 1", asks=BOTH),
+    "toy: trained on several frames": Arm("toy", "--single-frame 0", asks=BOTH),
     "small: window 3": Arm("small", "--window 3"),
     "small: window 4": Arm("small", "--window 4"),
+    "toy: 2 region tokens": Arm("toy", "--region-tokens 2"),
+    "toy: window 3": Arm("toy", "--window 3"),
+    "toy: window 4": Arm("toy", "--window 4"),
 }
 KINDS = ("colour", "shape", "direction", "relation", "about regions")
 
@@ -133,9 +133,9 @@ def run_folder(folder, name, seed):
 
 
 def missing_runs(results, seeds):
-    """Returns the (arm, seed) that have no line. All arms come with the first seed, then with the second."""
+    """Returns the (arm, seed) that have no line, all seeds of an arm before the next."""
     done = {(line["arm"], line["seed"]) for line in results}
-    return [(name, seed) for seed in range(seeds) for name in ARMS if (name, seed) not in done]
+    return [(name, seed) for name in ARMS for seed in range(seeds) if (name, seed) not in done]
 
 
 def run_in_process(name, seed, folder, threads):
