@@ -30,7 +30,7 @@ import model as models  # noqa: E402
 RANKS = 8
 TRAIN = ("region", "region,lora", "region,projector,llm,vision")
 
-# A sample: a video of which 8 frames are in the prompt, an object on 8 frames, 384 x 384 pixels each, and text.
+# A sample: a video of which 8 frames are in the prompt, an object on 8 frames, 384 x 384 pixels each; text.
 PATCHES_OF_PICTURE, CELLS_OF_PICTURE = (384 // 16) ** 2, (384 // 32) ** 2
 PATCHES, TOKENS = (8 // 2 + 8) * PATCHES_OF_PICTURE, 8 // 2 * CELLS_OF_PICTURE + 200
 STAGES = ("region", "region,projector,llm")

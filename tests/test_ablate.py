@@ -1,0 +1,90 @@
+"""tests/ablate.py: what an arm trains, which runs are missing, and the numbers of its tables."""
+
+import json
+
+import ablate
+import pytest
+import shapes
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+
+
+def result(arm, seed, right, asked="as trained", seconds=60, **columns):
+    """A line of results.jsonl in which every row has so many of 200 right."""
+    counts = {"exact": right, **columns, "constant": 50}
+    row = {column: {"right": n, "asked": 200} for column, n in counts.items()}
+    rows = {kind: {"questions": 200} | row for kind in ablate.KINDS}
+    return {"arm": arm, "seed": seed, "asked": asked, "rows": rows, "seconds": seconds}
+
+
+def test_the_tables_show_mean_and_spread_of_the_seeds(capsys):
+    controls = dict.fromkeys(ablate.CONTROLS, 40)
+    results = [result("toy: no MLP", 0, 180), result("toy: no MLP", 1, 150), result("toy: no MLP", 2, 150)]
+    results += [result("toy: all parts", 0, 200, **controls), result("toy: all parts", 0, 100, "one frame")]
+    ablate.print_tables(results)
+    lines = capsys.readouterr().out.splitlines()
+    whole, one = ("100.0 (100.0-100.0)", "50.0 (50.0-50.0)")
+    assert "| toy: no MLP | as trained | 3 |" + " 80.0 (75.0-90.0) |" * 5 in lines
+    assert f"| toy: all parts | as trained | 1 |{f' {whole} |' * 5}" in lines
+    assert f"| toy: all parts | one frame | 1 |{f' {one} |' * 5}" in lines
+    assert "| toy: all parts |" + " 20.0 (20.0-20.0) |" * 4 + " 25.0 (25.0-25.0) |" in lines
+    assert lines[-1] == "4 runs, 4 minutes if one runs after another"
+
+
+def test_runs_that_have_their_lines_are_not_missing():
+    results = [result("toy: all parts", 0, 200), result("small: all parts", 1, 200)]
+    missing = ablate.missing_runs(results, 2)
+    assert missing[:3] == [("toy: all parts", 1), ("small: all parts", 0), ("toy: whole frames", 0)]
+    assert len(missing) == 2 * len(ablate.ARMS) - 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    shapes.write_world(folder / "toy", 6, 2)
+    return folder
+
+
+@pytest.mark.parametrize("without", ["mlp", "position"])
+def test_a_part_that_an_arm_leaves_out_adds_nothing(folder, monkeypatch, without):
+    arm = ablate.Arm("toy", "--steps 2", without=without, asks=ablate.BOTH)
+    monkeypatch.setitem(ablate.ARMS, "arm", arm)
+    ablate.main([str(folder), "--arm", "arm", "--seed", "3"])
+    out = ablate.run_folder(folder, "arm", 3)
+    weights = load_file(out / "final" / "region_encoder.safetensors")
+    last = {"mlp": weights["mlp.3.weight"], "position": weights["position.2.weight"]}
+    assert not last.pop(without).any() and all(weight.any() for weight in last.values())
+    as_trained, one_frame = train.read_jsonl(folder / "results.jsonl")[-2:]
+    assert as_trained["arm"] == "arm" and as_trained["seed"] == 3 and one_frame["asked"] == "one frame"
+    assert as_trained["rows"]["all"]["questions"] == one_frame["rows"]["all"]["questions"] > 10
+    # The second evaluation reads each object's first mask alone.
+    settings = json.loads((out / "final" / "nanorefer.json").read_text())
+    assert settings["region_frames"] == 1
+
+
+def test_an_arm_trains_with_other_masks_and_is_asked_with_the_right_ones(folder, monkeypatch):
+    controls = []
+    encode = data.ReferringDataset.encode
+
+    def spy(dataset, sample, rng, for_generation=False):
+        controls.append((dataset.control, for_generation))
+        return encode(dataset, sample, rng, for_generation)
+
+    monkeypatch.setattr(data.ReferringDataset, "encode", spy)
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", without_workers)
+    monkeypatch.setitem(ablate.ARMS, "arm", ablate.Arm("toy", "--steps 1", masks="box"))
+    ablate.run("arm", 0, folder)
+    first_evaluated = controls.index(("none", False))
+    assert set(controls[:first_evaluated]) == {("box", False)}  # the training
+    assert set(controls[first_evaluated:]) == {("none", False), ("none", True)}  # the loss and the questions
+
+
+loader = torch.utils.data.DataLoader.__init__
+
+
+def without_workers(self, *arguments, num_workers, **options):
+    """DataLoader.__init__, but this process reads, so that a test sees what is read."""
+    loader(self, *arguments, num_workers=0, **options)
