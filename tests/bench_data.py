@@ -1,6 +1,7 @@
 """Prints what reading a sample costs, beside the plain way: `python tests/bench_data.py DATA.json [OPTIONS]`.
 
-OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...). "ours" is data.ReferringDataset
+OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...; not --window: both encode whole
+frames, as VideoRefer does). "ours" is data.ReferringDataset
 with an empty cache. "plain" is how VideoRefer's own code reads a sample: decord decodes the sampled frames,
 then opens the video again for the annotated ones; pixels become float32, and masks float32 at the video's
 resolution. Both give the same pixels, masks and tokens (tests/test_train.py compares them). Times are those
@@ -98,6 +99,7 @@ def main(arguments):
     config = train.parse(["--data", *arguments])
     samples = data.read_samples(config.data, config.media, config.outside_paths)
     given = {name: getattr(config, name) for name in vars(data.Settings())}
+    given["window"] = 0  # the plain way encodes whole frames
     processor = models.load_processor(config.model, data.sample_texts(samples), **given)
     dataset = data.ReferringDataset(samples, processor, cache_bytes=0)
     chosen = choose_samples(samples)

@@ -200,7 +200,7 @@ def test_preview_shows_the_windows_that_are_encoded(folder, tmp_path):
             quarter = window[i * side // 2 : (i + 1) * side // 2, j * side // 2 : (j + 1) * side // 2]
             assert (quarter[20:-2, 20:-2] == expected[i][j]).all()
     # With whole frames, both objects cover a quarter of a cell in the same view, which has 2 x 4 cells.
-    check(folder, [sample], "--preview", tmp_path / "p.png")
+    check(folder, [sample], "--window", 0, "--preview", tmp_path / "p.png")
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("L")).astype(float)
     top, left, cell = data.LINE_HEIGHT + data.PANEL_HEIGHT, 6, data.PANEL_HEIGHT // 2
     cells = picture[top : top + 2 * cell, left : left + 4 * cell][cell // 2 :: cell, cell // 2 :: cell]

@@ -675,7 +675,8 @@ def test_mask_box_is_the_bounding_box_in_fractions():
 
 @pytest.fixture
 def processor():
-    return models.load_processor("tiny", ["What is it?"], frame_pixels=32 * 32, region_pixels=64 * 64)
+    settings = {"frame_pixels": 32 * 32, "region_pixels": 64 * 64, "window": 0}
+    return models.load_processor("tiny", ["What is it?"], **settings)
 
 
 def box_of(*frames):

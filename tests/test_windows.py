@@ -171,7 +171,7 @@ def test_window_0_is_the_whole_frame(tmp_path):
     frames = write_clip(tmp_path / "clip", *WIDE)
     mask = box(30, 37, 50, 61, *WIDE)
     entry = {"video": "clip", "conversations": TURN, "annotation": [{"1": rle(mask)}]}
-    encoded = dataset_of(tmp_path, [entry], tiny())[0, 0]
+    encoded = dataset_of(tmp_path, [entry], tiny(window=0))[0, 0]
     height, width = smart_resize(*WIDE, 16, 256, REGION_PIXELS)
     expected = np.asarray(Image.fromarray(frames[1]).resize((width, height), Image.Resampling.BICUBIC))
     found = picture_of(encoded["still_patches"][0], encoded["still_grids"][0])
