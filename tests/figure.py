@@ -1,0 +1,205 @@
+"""Draws the picture at the top of the README: what a model answers about objects, and how it learns to.
+
+    python tests/shapes.py toy
+    python train.py --data toy/train.json --out toy/figure --save-every 70 --keep 8
+    python tests/figure.py toy toy/figure --out tests/figure.png
+
+eval.py asks every checkpoint the questions of toy/test.json, and the final model also with controls. What it
+writes is in RUN/asked, so that the same command resumes after a kill, and later only draws.
+
+No clip is picked by hand. Left: for each kind of question, the first test clip not shown yet that has two of
+them with different answers. Right: all test questions about objects, of every checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import shapes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+
+# The colours of the kinds of questions, other than those of the objects.
+KINDS = dict(zip(shapes.ASK, ("rebeccapurple", "chocolate", "teal", "mediumvioletred")))
+CONTROLS = {  # control: style of its line, and what it does
+    "full": ("--", "mask of the whole frame"),
+    "shuffle": ("-.", "mask of another clip"),
+    "blind": (":", "no mask and no video"),
+}
+FRAMES = shapes.ANNOTATED[0], shapes.ANNOTATED[-1]
+LONGEST = 8  # characters of an answer that are shown; blind, the model may repeat itself
+
+
+# ---- asking ----
+
+
+def find_models(toy, run):
+    """Returns {number of finished steps: folder} of the checkpoints, with RUN/final as the last.
+
+    Raises data.DataError if the run is not finished, or has not kept its first checkpoints.
+    """
+    folders, final = train.checkpoints(run), run / "final"
+    losses = [line for line in train.read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    distances = [after - before for before, after in pairwise(folders)]
+    has_first = distances and min(folders) <= max(distances)
+    command = f"python train.py --data {toy}/train.json --out {run} --save-every 70 --keep 8"
+    expected = f"{run}: a finished run with all its checkpoints ({command})"
+    found = [Path(folder).name for folder in (*folders.values(), final) if Path(folder).is_dir()]
+    data.expect(has_first and losses and final.is_dir(), expected, found)
+    return folders | {losses[-1]["step"] + 1: str(final)}
+
+
+def ask(model, toy, out, controls):
+    """Has eval.py ask a model the questions of toy/test.json, unless OUT has its scores already."""
+    options = ["--model", model, "--data", str(toy / "test.json"), "--out", str(out)]
+    if controls:
+        options += ["--control", *controls]
+    evaluation.open_run(evaluation.parse(options))  # refuses scores of another model or test.json
+    if not (out / "scores.json").exists():
+        evaluation.main(options)
+
+
+# ---- drawing ----
+
+
+def draw(toy, run, models):
+    """Returns the Figure of what the models, {step: folder}, have answered in RUN/asked."""
+    scores = {}
+    for step in sorted(models):
+        path = run / "asked" / Path(models[step]).name / "scores.json"
+        scores[step] = json.loads(path.read_text())["rows"]
+    questions = train.read_jsonl(run / "asked" / "final" / "predictions.jsonl")
+    figure = Figure(figsize=(9, 5.4), dpi=200)
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
+    draw_questions(left, data.read_samples(toy / "test.json"), questions)
+    draw_curves(right, scores)
+    return figure
+
+
+def choose_pairs(questions):
+    """Returns {kind: (index, index)}: two questions about one clip, as the rule above says."""
+    pairs, shown = {}, set()
+    for kind in KINDS:
+        first = {}  # clip: the index of its first question of this kind
+        for i, question in enumerate(questions):
+            clip = question.get("video")
+            if question["type"] != kind or clip in shown:
+                continue
+            j = first.setdefault(clip, i)
+            if question["answer"] != questions[j]["answer"]:
+                pairs[kind] = j, i
+                shown.add(clip)
+                break
+        data.expect(kind in pairs, f"a clip with two answers to questions about its {kind}", "none")
+    return pairs
+
+
+def draw_questions(figure, samples, questions):
+    """Draws a row for each kind: two questions that differ in the mask alone, and the answers to them."""
+    pairs = choose_pairs(questions)
+    margins = {"left": 0.01, "right": 0.98, "bottom": 0.06, "top": 0.84, "hspace": 0.3, "wspace": 0.05}
+    axes = figure.subplots(len(pairs), 6, width_ratios=(1, 1, 1.25) * 2, gridspec_kw=margins)
+    figure.text(0.01, 0.95, "The same clip and question, another mask", size=13)
+    note = "White outline: the mask on the object. Blind: the words alone, without mask and video."
+    figure.text(0.01, 0.91, note, size=9, color="dimgrey")
+    for row, (kind, pair) in zip(axes, pairs.items()):
+        text = data.MEDIA_TAG.sub("", questions[pair[0]]["question"])
+        row[0].set_title(text, loc="left", color=KINDS[kind], weight="bold", size=10)
+        for cells, i in zip((row[:3], row[3:]), pair):
+            # A sample of the toy world's test.json has one question, hence they have the same index.
+            draw_frames(cells[:2], samples[i])
+            draw_answers(cells[2], questions[i])
+    for axis, frame in zip(axes[-1], (*FRAMES, None, *FRAMES)):
+        if frame is not None:
+            axis.set_xlabel(f"frame {frame}", size=9)
+
+
+def draw_frames(axes, sample):
+    """Draws the first and the last annotated frame, the objects outlined, and numbered if there are two."""
+    for axis, frame, picture in zip(axes, FRAMES, data.read_frames(sample.media, FRAMES)):
+        axis.imshow(picture, interpolation="bicubic")
+        axis.set(xticks=[], yticks=[])
+        height, width, _ = picture.shape
+        for number, masks in enumerate(sample.objects, 1):
+            # Coverage has the resolution of the frame, whatever that of the mask.
+            inside = data.coverage(data.decode_mask(masks[frame], height, width), height, width)
+            axis.contour(inside, [0.5], colors="black", linewidths=3)
+            axis.contour(inside, [0.5], colors="white", linewidths=1.5)
+            if len(sample.objects) > 1:
+                y, x = np.argwhere(inside > 0.5).mean(axis=0)
+                axis.text(x, y, number, ha="center", va="center", weight="bold")
+
+
+def draw_answers(axis, question):
+    """Writes the model's answer, and below it the answer to the same words without mask and video."""
+    axis.axis("off")
+    for title, column, y, size in (("answer", "exact", 0.88, 12), ("asked blind", "blind", 0.36, 9)):
+        reply, mark, colour = question[column], "✗", "firebrick"
+        if reply == question["answer"]:
+            mark, colour = "✓", "green"
+        if len(reply) > LONGEST:
+            reply = reply[:LONGEST] + "…"
+        axis.text(0.06, y, title, size=9, color="dimgrey", va="center")
+        axis.text(0.06, y - 0.2, f"{reply} {mark}", size=size, color=colour, weight="bold", va="center")
+
+
+def draw_curves(figure, scores):
+    """Draws accuracy over training. scores: {step: rows of scores.json}; the last has the controls."""
+    figure.text(0.06, 0.95, "Right answers on test clips", size=13)
+    axis = figure.add_axes((0.15, 0.42, 0.83, 0.49))
+    curves, lines = [], []
+    for kind, colour in KINDS.items():
+        shares = [share(rows[kind]["exact"]) for rows in scores.values()]
+        curves += axis.plot(list(scores), shares, color=colour, linewidth=2, marker="o", markersize=4,
+                            label=f"{kind}  {shares[-1]:.0%}")  # fmt: skip
+    for control, (style, meaning) in CONTROLS.items():
+        accuracy = share(scores[max(scores)]["about regions"][control])
+        label = f"{control}: {meaning}  {accuracy:.0%}"
+        lines.append(axis.axhline(accuracy, color="black", linestyle=style, linewidth=1.2, label=label))
+    axis.set(xlim=(0, max(scores) * 1.02), ylim=(0, 1.03), xlabel="training step")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.spines[["top", "right"]].set_visible(False)
+    style = {"frameon": False, "fontsize": 9, "alignment": "left", "title_fontsize": 9, "handlelength": 1.8}
+    figure.legend(handles=curves, loc=(0.04, 0.2), title="The final model:", ncols=2, **style)
+    figure.legend(handles=lines, loc=(0.04, 0.02), title="The same model without the right mask:", **style)
+
+
+def share(count):
+    return count["right"] / count["asked"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("toy", type=Path, help="the folder that tests/shapes.py wrote")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote")
+    parser.add_argument("--out", default="figure.png", help="the picture, a PNG (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        models = find_models(args.toy, args.run)
+        for model in models.values():
+            name = Path(model).name
+            ask(model, args.toy, args.run / "asked" / name, CONTROLS if name == "final" else ())
+        figure = draw(args.toy, args.run, models)
+    except (data.DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    data.save_picture(picture.quantize(128), args.out)  # with a palette, the file is a third as large
+
+
+if __name__ == "__main__":
+    main()
