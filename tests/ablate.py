@@ -55,8 +55,8 @@ WHOLE_FRAMES = "--window 0 --region-pixels 9216"  # 96 x 96, because an object i
 ARMS = {
     "toy: all parts": Arm("toy", asks=BOTH, controls=CONTROLS),
     "small: all parts": Arm("small", controls=CONTROLS),
-    "toy: whole frames": Arm("toy", WHOLE_FRAMES, controls=CONTROLS),
-    "small: whole frames": Arm("small", WHOLE_FRAMES, controls=CONTROLS),
+    "toy: whole frames": Arm("toy", WHOLE_FRAMES),
+    "small: whole frames": Arm("small", WHOLE_FRAMES),
     "toy: trained on shuffled masks": Arm("toy", masks="shuffle"),
     "toy: trained on boxes": Arm("toy", masks="box"),
     "toy: no position code": Arm("toy", without="position"),

@@ -220,6 +220,22 @@ def test_a_new_run_continues_the_adapters_of_a_checkpoint(one, tmp_path):
     assert settings["frame_pixels"] == 3136
 
 
+def test_operations_by_formula():
+    """Qwen3-VL-2B: 28 layers of q and o 2048 x 2048, k and v 2048 x 1024, three matrices 2048 x 6144; and a
+    tower of 24 layers with 4 matrices 1024 x 1024 and 2 of 1024 x 4096, besides its mergers.
+    """
+    llm = 28 * (2 * 2048 * 2048 + 2 * 2048 * 1024 + 3 * 2048 * 6144)
+    vision = 24 * (4 * 1024 * 1024 + 2 * 1024 * 4096)
+    region, stage2, everything = (
+        memory.operations("2b", train)
+        for train in ("region", "region,projector,llm", "region,projector,llm,vision")
+    )
+    assert stage2 - region == pytest.approx(2 * memory.TOKENS * llm, rel=0.001)
+    assert 1 < (everything - stage2) / (4 * memory.PATCHES * vision) < 1.1  # 1.08 with the mergers
+    assert region == pytest.approx(2 * (stage2 - region) + (everything - stage2) / 2)
+    assert (memory.PATCHES, memory.TOKENS) == (12 * 576, 4 * 144 + 200)
+
+
 def test_memory_by_formula_counts_the_weights_of_the_published_models():
     """The totals are those that the Hub shows for the two checkpoints. Rank 16 adds 16 rows to each side of a
     matrix: of attention (query and output 2048 x 2048, key and value 1024 x 2048) and of the MLP."""
