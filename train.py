@@ -311,108 +311,6 @@ def gradient_norm(parameters):
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-# ---- held-out data ----
-
-
-def read_batches(dataset, batches_of_keys, device, for_generation=False, workers=0):
-    """Yields the batch (data.collate) of each list of dataset's keys, on the device."""
-    collate = partial(data.collate, processor=dataset.processor, for_generation=for_generation)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches_of_keys,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=ignore_sigterm,
-    )
-    for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(loader) == 1):
-        yield data.to_device(batch, device)
-
-
-@torch.no_grad()
-def mean_loss(model, dataset, batch_size, workers):
-    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
-
-    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks.
-    """
-    device = next(model.parameters()).device
-    batches_of_keys = shared_out([(0, i) for i in range(len(dataset))], batch_size)
-    loss_sum, tokens, errors = 0.0, 0, []
-    for batch in read_batches(dataset, batches_of_keys, device, workers=workers):
-        loss_sum += model(batch).item()
-        tokens += len(batch["targets"])
-        errors += filter(None, batch["errors"])
-    raise_first(errors)
-    loss_sum, tokens = sum_over_ranks([loss_sum, tokens], device)
-    return loss_sum / tokens
-
-
-def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0, any_rank=bool):
-    """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample.
-
-    dataset: a data.Questions. any_rank: see ReferringVideoLLM.generate.
-    """
-    tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
-    end_token_ids = model.end_token_ids(tokenizer)
-    for batch in read_batches(dataset, batches_of_keys, device, for_generation=True, workers=workers):
-        tokens = []
-        if any_rank(not all(batch["errors"])):
-            tokens = model.generate(batch, end_token_ids, max_new_tokens, any_rank)
-        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
-        for error in batch["errors"]:
-            yield error or next(texts).strip()
-
-
-class HeldOut:
-    """The data of --val, and those of its questions that --val-answers has answered, evenly spread."""
-
-    def __init__(self, config, samples, processor):
-        reading = {"cache_bytes": FRAME_CACHE // max(config.workers, 1), "timeout": config.timeout}
-        self.samples = data.ReferringDataset(samples, processor, **reading)
-        self.questions = data.Questions(samples, processor, **reading)
-        self.answers = {}  # {key of a question: the right answer}
-        if config.val_answers:
-            for i, sample in enumerate(samples):
-                self.answers |= {(i, turn): answer.strip() for turn, (_, answer) in enumerate(sample.turns)}
-            self.answers = dict(data.evenly(list(self.answers.items()), config.val_answers))
-        self.batch_size, self.workers = config.micro_batch, config.workers
-        self.log = os.path.join(config.out, "metrics.jsonl")
-
-    def measure(self, model, step):
-        """Prints, logs and returns {"val_loss": per supervised token, "val_exact": share of answers that are
-        right to the letter, if any are asked for}. Every rank must call it.
-
-        Training does not notice, because the random numbers of a step begin at a seed of its own.
-        """
-        model.eval()
-        # A compiled layer has a few variants at most, and they are for training.
-        with torch.compiler.set_stance("force_eager"):
-            found = {"val_loss": mean_loss(model, self.samples, self.batch_size, self.workers)}
-            if self.answers:
-                found["val_exact"] = self._exact_match(model)
-        model.train()
-        if isinstance(model, FSDPModule):
-            model.reshard()  # after a forward pass, it keeps weights for a backward pass
-        print0(f"after {step} steps: " + ", ".join(f"{name} {found[name]:.4f}" for name in found))
-        if rank() == 0:
-            append_jsonl(self.log, {"step": step} | found)
-        return found
-
-    def _exact_match(self, model):
-        batches = shared_out(list(self.answers), self.batch_size)
-        generated = generate_replies(model, self.questions, batches, workers=self.workers, any_rank=any_rank)
-        replies = list(generated)  # to the end, because a last batch may be empty on this rank alone
-        raise_first([reply for reply in replies if isinstance(reply, data.DataError)])
-        right = sum(reply == self.answers[key] for key, reply in zip(chain(*batches), replies))
-        return sum(gather_over_ranks(right)) / len(self.answers)
-
-    def print_best(self):
-        """Names the step with the lowest loss, also among those before the run was resumed."""
-        if rank() == 0:
-            lines = [line for line in read_jsonl(self.log) if "val_loss" in line]
-            best = min(lines, key=lambda line: line["val_loss"])
-            print0(f"lowest val_loss: {best['val_loss']:.4f}, after {best['step']} steps")
-
-
 # ---- the loop ----
 
 
@@ -558,7 +456,7 @@ def train(config):
         raise SystemExit(128 + signal.SIGTERM)
 
 
-# ---- A first reading may end here. Below stand ranks, sharding, files, checkpoints and options. ----
+# ---- A first reading may end here. Below: ranks, held-out data, sharding, files, checkpoints, options. ----
 
 
 # ---- ranks ----
@@ -687,6 +585,108 @@ class BadSamples:
         if len(self.seen) > self.limit:
             found = f"{len(self.seen)} samples cannot be used, --max-bad allows {self.limit:g}"
             raise SystemExit(f"stopped: {found}; see {self.path}")
+
+
+# ---- held-out data ----
+
+
+def read_batches(dataset, batches_of_keys, device, for_generation=False, workers=0):
+    """Yields the batch (data.collate) of each list of dataset's keys, on the device."""
+    collate = partial(data.collate, processor=dataset.processor, for_generation=for_generation)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches_of_keys,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_sigterm,
+    )
+    for batch in tqdm(loader, unit="batch", leave=False, disable=rank() > 0 or len(loader) == 1):
+        yield data.to_device(batch, device)
+
+
+@torch.no_grad()
+def mean_loss(model, dataset, batch_size, workers):
+    """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
+
+    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks.
+    """
+    device = next(model.parameters()).device
+    batches_of_keys = shared_out([(0, i) for i in range(len(dataset))], batch_size)
+    loss_sum, tokens, errors = 0.0, 0, []
+    for batch in read_batches(dataset, batches_of_keys, device, workers=workers):
+        loss_sum += model(batch).item()
+        tokens += len(batch["targets"])
+        errors += filter(None, batch["errors"])
+    raise_first(errors)
+    loss_sum, tokens = sum_over_ranks([loss_sum, tokens], device)
+    return loss_sum / tokens
+
+
+def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0, any_rank=bool):
+    """Yields for each key, in order, the model's reply as text, or the DataError of a bad sample.
+
+    dataset: a data.Questions. any_rank: see ReferringVideoLLM.generate.
+    """
+    tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
+    end_token_ids = model.end_token_ids(tokenizer)
+    for batch in read_batches(dataset, batches_of_keys, device, for_generation=True, workers=workers):
+        tokens = []
+        if any_rank(not all(batch["errors"])):
+            tokens = model.generate(batch, end_token_ids, max_new_tokens, any_rank)
+        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))  # of the usable samples
+        for error in batch["errors"]:
+            yield error or next(texts).strip()
+
+
+class HeldOut:
+    """The data of --val, and those of its questions that --val-answers has answered, evenly spread."""
+
+    def __init__(self, config, samples, processor):
+        reading = {"cache_bytes": FRAME_CACHE // max(config.workers, 1), "timeout": config.timeout}
+        self.samples = data.ReferringDataset(samples, processor, **reading)
+        self.questions = data.Questions(samples, processor, **reading)
+        self.answers = {}  # {key of a question: the right answer}
+        if config.val_answers:
+            for i, sample in enumerate(samples):
+                self.answers |= {(i, turn): answer.strip() for turn, (_, answer) in enumerate(sample.turns)}
+            self.answers = dict(data.evenly(list(self.answers.items()), config.val_answers))
+        self.batch_size, self.workers = config.micro_batch, config.workers
+        self.log = os.path.join(config.out, "metrics.jsonl")
+
+    def measure(self, model, step):
+        """Prints, logs and returns {"val_loss": per supervised token, "val_exact": share of answers that are
+        right to the letter, if any are asked for}. Every rank must call it.
+
+        Training does not notice, because the random numbers of a step begin at a seed of its own.
+        """
+        model.eval()
+        # A compiled layer has a few variants at most, and they are for training.
+        with torch.compiler.set_stance("force_eager"):
+            found = {"val_loss": mean_loss(model, self.samples, self.batch_size, self.workers)}
+            if self.answers:
+                found["val_exact"] = self._exact_match(model)
+        model.train()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # after a forward pass, it keeps weights for a backward pass
+        print0(f"after {step} steps: " + ", ".join(f"{name} {found[name]:.4f}" for name in found))
+        if rank() == 0:
+            append_jsonl(self.log, {"step": step} | found)
+        return found
+
+    def _exact_match(self, model):
+        batches = shared_out(list(self.answers), self.batch_size)
+        generated = generate_replies(model, self.questions, batches, workers=self.workers, any_rank=any_rank)
+        replies = list(generated)  # to the end, because a last batch may be empty on this rank alone
+        raise_first([reply for reply in replies if isinstance(reply, data.DataError)])
+        right = sum(reply == self.answers[key] for key, reply in zip(chain(*batches), replies))
+        return sum(gather_over_ranks(right)) / len(self.answers)
+
+    def print_best(self):
+        """Names the step with the lowest loss, also among those before the run was resumed."""
+        if rank() == 0:
+            lines = [line for line in read_jsonl(self.log) if "val_loss" in line]
+            best = min(lines, key=lambda line: line["val_loss"])
+            print0(f"lowest val_loss: {best['val_loss']:.4f}, after {best['step']} steps")
 
 
 # ---- large models ----
