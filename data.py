@@ -37,7 +37,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain, cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ from einops import rearrange
 from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -65,10 +66,6 @@ IGNORE_INDEX = -100  # the label of a token that is not supervised; torch's cros
 REGION_TAG = "<region>"  # what a question in the data file writes for an object
 REGION_TOKEN = "<|region_pad|>"  # the placeholder token whose embedding the model replaces by a region token
 MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
-ANSWER_MARK = "\ue000"  # stands for an answer while a chat template is rendered (a private-use character)
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; tokenizers and file systems refuse it
-MAX_MASK_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class DataError(ValueError):
@@ -88,15 +85,6 @@ def within(*places):
         yield
     except DataError as error:
         raise DataError(error.args[0], *places, *error.args[1:]) from None
-
-
-@contextmanager
-def os_errors(expected):
-    """Turns an OSError into a DataError that says what was expected."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"expected {expected}, found: {error.strerror}") from None
 
 
 def expect(condition, expected, found):
@@ -147,32 +135,6 @@ def read_samples(paths, media=None, outside_paths=False):
     return Samples(files, outside_paths)
 
 
-def parse_sample(entry, place, media_folder, position, outside_paths=False):
-    """Checks one JSON value and returns its Sample, or raises DataError.
-
-    place: (file, sample name). position: the sample's id if the entry has no "id".
-    """
-    expect(isinstance(entry, dict), "a JSON object", entry)
-    media = _parse_media(entry, media_folder, outside_paths)
-    with within("conversations"):
-        turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
-    objects = _parse_objects(entry, media)
-    tags = sum(question.count(REGION_TAG) for question, _ in turns)
-    expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
-    expect(tags == len(objects), expected_tags, tags)
-    if objects and media is None:
-        raise DataError("expected a video or image for the annotated objects, found neither key")
-    size = entry.get("height"), entry.get("width")
-    if size == (None, None):
-        size = None
-    else:
-        expected = f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels"
-        expect(_is_size(size), expected, size)
-    question_type = "" if entry.get("type") is None else entry["type"]
-    expect(isinstance(question_type, str), "type: a string", question_type)
-    return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
-
-
 # ---- masks ----
 
 
@@ -184,28 +146,6 @@ def decode_mask(segmentation, height, width):
     mask or one of another shape.
     """
     return coco_mask.decode(_to_rle(segmentation, height, width))
-
-
-def mask_share(segmentation, height, width):
-    """The share of the picture that a segmentation covers, in [0, 1]; arguments and errors of decode_mask."""
-    rle = _to_rle(segmentation, height, width)
-    return int(coco_mask.area(rle)) / math.prod(rle["size"])
-
-
-def _to_rle(segmentation, height, width):
-    check_segmentation(segmentation)
-    if isinstance(segmentation, dict):
-        size = segmentation["size"]
-        _check_same_shape(size, (height, width), "mask")
-        if isinstance(segmentation["counts"], list):
-            return coco_mask.frPyObjects(segmentation, *size)
-        return segmentation
-    polygons = _as_polygons(segmentation)
-    for polygon in polygons:
-        x, y = polygon[0::2], polygon[1::2]
-        near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
-        expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def window(mask, sides, height, width):
@@ -314,15 +254,9 @@ class Settings:
 # The pixels for a pretrained backbone, in place of those for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
-# What the backbone families do differently in the prompt; the rest is read from the checkpoint's own files.
-# Qwen2.5-VL has the time in its position ids. The others write it in front of each pair of frames.
-FAMILIES = {
-    "qwen3_vl": {"timestamps": True},
-    "qwen2_5_vl": {"timestamps": False},
-    "qwen3_vl_moe": {"timestamps": True},
-    "qwen3_5": {"timestamps": True},
-    "qwen3_5_moe": {"timestamps": True},
-}
+# The backbone families. All that differs between them is read from a checkpoint's own files, except that
+# Qwen2.5-VL has the time in its position ids; the others write it in front of each pair of frames.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 class Processor:
@@ -333,16 +267,17 @@ class Processor:
 
     def __init__(self, tokenizer, image_processor, config, settings):
         family = config.model_type
-        expect(family in FAMILIES, f"a model of one of the families {sorted(FAMILIES)}", family)
+        expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
         self.settings = settings
-        self.timestamps = FAMILIES[family]["timestamps"]
+        self.timestamps = family != "qwen2_5_vl"
         self.patch_size = config.vision_config.patch_size
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        self.min_pixels = image_processor.size["shortest_edge"]  # despite these names, both are areas
-        self.max_pixels = image_processor.size["longest_edge"]
+        # The most and least pixels of a still. Despite their names, both edges are areas.
+        self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
+        self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         ids = [config.image_token_id, config.video_token_id]
         ids += [config.vision_start_token_id, config.vision_end_token_id]
         tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -352,14 +287,13 @@ class Processor:
         tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = re.compile("|".join(map(re.escape, [*special, ANSWER_MARK])))
+        self.control_tokens = re.compile("|".join(map(re.escape, special)))
         # The backbone without layers, and without memory for weights, because it knows how positions count.
         config = copy.deepcopy(config)
         config.text_config.num_hidden_layers = config.vision_config.depth = 0
         with torch.device("meta"):
             self.empty_backbone = AutoModel.from_config(config)
-        # A template that cannot be used is an error here, not of each sample.
-        self._render([("question", "answer")] * 2, None)
+        self._read_chat_template()
 
     @classmethod
     def from_pretrained(cls, path, settings):
@@ -381,8 +315,7 @@ class Processor:
 
     def still_size(self, height, width):
         """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
-        max_pixels = min(self.max_pixels, self.settings.region_pixels)
-        return self._smart_resize(height, width, min(self.min_pixels, max_pixels), max_pixels)
+        return self._smart_resize(height, width, self.min_pixels, self.max_pixels)
 
     def window_size(self, height, width):
         """The (height, width) that a window is resized to: it may be enlarged, too.
@@ -390,9 +323,8 @@ class Processor:
         It becomes as large as a still may be, as the families' own rule has it for large pictures. That rule
         rounds: where a square of 96 x 96 pixels fits exactly, it gives 80 x 80 to some.
         """
-        max_pixels = min(self.max_pixels, self.settings.region_pixels)
-        rows = math.isqrt(max_pixels * height // (width * self.factor**2))
-        columns = math.isqrt(max_pixels * width // (height * self.factor**2))
+        rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
+        columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
         return max(1, rows) * self.factor, max(1, columns) * self.factor
 
     def frame_size(self, height, width):
@@ -452,57 +384,78 @@ class Processor:
         for text in chain.from_iterable(turns):
             found = self.control_tokens.search(text)
             expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        prompts, answers, rest = self._render(turns, media)
+        texts = self._render(turns, media)
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             placeholder = self.vision_start + pad + self.vision_end
-            expect(placeholder in prompts[0], f"a chat template with {placeholder} for media", prompts[0])
-            prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
-        token_counts = iter(region_tokens)
-        pieces = []  # (text, whether it is supervised)
-        for prompt, answer in zip(prompts, answers):
-            pieces.append((re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt), False))
-            pieces.append((answer, True))
+            expect(placeholder in texts[0], f"a chat template with {placeholder} for media", texts[0])
+            texts[0] = texts[0].replace(placeholder, media_prompt, 1)
         if for_generation:
-            pieces.pop()
-        else:
-            pieces.append((rest, False))
+            texts = texts[:-2]
+        token_counts = iter(region_tokens)
         input_ids, labels = [], []
-        for text, is_supervised in pieces:
+        for i, text in enumerate(texts):
+            is_answer = i % 2 == 1
+            if not is_answer:
+                text = re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), text)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             input_ids += ids
-            labels += ids if is_supervised else [IGNORE_INDEX] * len(ids)
+            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
             visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
             expected = f"expected at most --max-length {self.settings.max_length} tokens"
             raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
 
+    def _read_chat_template(self):
+        """Finds what the template writes in front of an answer: of one that is to be generated, and of one
+        that another question follows. A template that cannot be used is an error here, not of each sample.
+        """
+        turns = [("question", "answer")] * 2
+        question, answer, *_ = self._messages(turns, None)
+        shown = self._apply_template([question])
+        asked = self._apply_template([question], add_generation_prompt=True)
+        followed = self._apply_template([question, answer, question])
+        self.generation_prompt = asked.removeprefix(shown)
+        self.answer_header, _, _ = followed.removeprefix(shown).partition("answer")
+        valid = asked.startswith(shown) and self.answer_header
+        expect(valid, "a chat template that adds the beginning of an answer to a question", asked)
+        self._render(turns, None)
+
     def _render(self, turns, media):
-        """Returns a conversation as the chat template writes it: the prompt in front of each answer, the
-        answers with their end tokens, and what stands behind the last one.
+        """Returns a conversation as the chat template writes it, in pieces: a prompt and an answer (with its
+        end token) for each turn, and at last what stands behind the last answer.
 
         Each prompt is the one that generation begins from, without thinking. Qwen3.5's ends with an empty
         <think> block, which its template takes out again when another question follows. Here it stays, as in
         trl's template for training Qwen3.5, so that training shows each turn as it is asked.
         """
         end = self.tokenizer.eos_token
-        messages, prompts, answers = [], [], []
+        rest = self._apply_template(self._messages(turns, media))
+        rest = rest.replace(self.generation_prompt, self.answer_header)  # the last answer like the others
+        pieces = []
+        for _, answer in turns:
+            prompt, _, rest = rest.partition(self.answer_header)
+            written, found_end, rest = rest.partition(end)
+            is_kept = found_end and written.strip() == answer.strip()
+            expected = f"a chat template that keeps each answer, puts the answer {shorten(answer)} behind its"
+            expect(is_kept, f"{expected} prompt, then {end}", written)
+            pieces += [prompt + self.generation_prompt, written + end]
+        return [*pieces, rest]
+
+    def _messages(self, turns, media):
+        """A conversation as chat messages. The media tag becomes a part of one, without its line breaks."""
+        messages = []
         for question, answer in turns:
-            messages.append({"role": "user", "content": self._message_parts(question, media)})
-            asked = self._apply_template(messages, add_generation_prompt=True)
-            _, *earlier = asked.split(ANSWER_MARK + end)
-            expected = f"a chat template that keeps each answer and {end} when a question follows"
-            expect(len(earlier) == len(prompts), expected, asked)
+            parts = []
+            for i, text in enumerate(MEDIA_TAG.split(question)):
+                if i > 0:
+                    parts.append({"type": media})
+                if text:
+                    parts.append({"type": "text", "text": text})
+            messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": answer})
-            shown = self._apply_template(messages)
-            written, _, rest = shown.removeprefix(asked).rpartition(end)
-            expected = f"a chat template that puts the answer {shorten(answer)} behind its prompt, then {end}"
-            expect(written.strip() == answer.strip(), expected, shown.removeprefix(asked))
-            messages[-1]["content"] = ANSWER_MARK  # so that the next prompt can be told from what precedes it
-            prompts.append(earlier[-1] if earlier else asked)
-            answers.append(written + end)
-        return prompts, answers, rest
+        return messages
 
     def _apply_template(self, messages, **options):
         options |= {"tokenize": False, "enable_thinking": False}
@@ -558,23 +511,33 @@ class Processor:
             indices |= {"interp_indices": rows, "interp_weights": weights}
         return indices
 
-    def _message_parts(self, question, media):
-        """A question as the parts of a chat message. Its media tag becomes a part, without line breaks."""
-        parts = []
-        for i, text in enumerate(MEDIA_TAG.split(question)):
-            if i > 0:
-                parts.append({"type": media})
-            if text:
-                parts.append({"type": "text", "text": text})
-        return parts
-
 
 # ---- encoded samples ----
 
-# What an encoded sample without media has, and the lists with entries for its regions.
-NO_MEDIA = {"still_patches": [], "still_grids": [], "video_patches": None}
-NO_MEDIA |= {"prompt_grid": None, "seconds_per_pair": 1.0}
-REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
+# All fields of an encoded sample, here of the one that a batch holds if none of its samples can be used: a
+# single token, and nothing to learn. A sample of text has the same media and regions.
+EMPTY_SAMPLE = {
+    "id": None,
+    "input_ids": np.zeros(1, np.int64),  # (L,)
+    "labels": np.full(1, IGNORE_INDEX),  # (L,)
+    "position_ids": np.zeros((3, 1), np.int64),  # (3, L): time, row and column
+    # The image or video that stands in the prompt.
+    "kind": None,  # "image", "video", or None
+    "media_prompt": "",  # the text that stands for it
+    "prompt_grid": None,  # (time, rows, columns) in patches
+    "seconds_per_pair": 1.0,
+    "video_patches": None,  # uint8 (Q, 3 * temporal * patch * patch)
+    # Stills: first the image, if it stands in the prompt, then the views of regions.
+    "still_patches": [],  # uint8 (P, 3 * patch * patch) of each
+    "still_grids": [],  # (rows, columns) of each, in patches
+    # Region frames, ordered by object, then time.
+    "coverage": [],  # float32 (cells of its still,) of each
+    "boxes": [],  # (cx, cy, w, h, t) of each, in [0, 1]
+    "region_still": [],  # the index of the still that shows it; regions with the same view share one
+    # Objects.
+    "object_frames": [],  # how many region frames each of them has
+    "region_tokens": [],  # how many placeholder tokens
+}
 
 
 class View(NamedTuple):
@@ -636,25 +599,23 @@ class ReferringDataset(Dataset):
         return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
 
     def encode(self, sample, rng, for_generation=False):
-        """Returns a dict of what collate joins. Raises DataError with the sample's place."""
+        """Returns a dict with the fields of EMPTY_SAMPLE. Raises DataError with the sample's place."""
         if self.control == "blind":
             sample = without_media(sample)
         with within(*sample.place):
-            media = self.media_of(sample) if sample.media else None
-            objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
-            if self.control != "none":
-                objects = [self.replace_masks(masks, sample, rng) for masks in objects]
-            encoded = {"id": sample.id, "kind": None, **NO_MEDIA}
-            encoded |= {name: [] for name in REGION_LISTS}
-            prompt = None
-            if media:
-                stills = self._add_regions(encoded, media.info, objects)
-                prompt = self._add_media(encoded, sample.media, media, stills)
+            encoded = EMPTY_SAMPLE | {"id": sample.id}
+            if sample.media:
+                media = self.media_of(sample)
+                objects = self._choose_all_masks(sample, media.info, rng)
+                views, regions = self._encode_regions(objects, media.info)
+                encoded |= regions | self._encode_media(sample.media, media, views)
+            kind, region_tokens = encoded["kind"], encoded["region_tokens"]
             encoded["input_ids"], encoded["labels"] = self.processor.encode(
-                sample.turns, encoded["kind"], prompt, encoded["region_tokens"], for_generation
+                sample.turns, kind, encoded["media_prompt"], region_tokens, for_generation
             )
-            names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
-            encoded["position_ids"] = self.processor.positions(*(encoded[name] for name in names))
+            encoded["position_ids"] = self.processor.positions(
+                encoded["input_ids"], kind, encoded["prompt_grid"], encoded["seconds_per_pair"]
+            )
         return encoded
 
     def media_of(self, sample):
@@ -664,6 +625,13 @@ class ReferringDataset(Dataset):
         if sample.size is not None:
             _check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
         return media
+
+    def _choose_all_masks(self, sample, info, rng):
+        """The masks of each object, as choose_masks or the control returns them."""
+        objects = [self.choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
+        if self.control != "none":
+            objects = [self.replace_masks(masks, sample, rng) for masks in objects]
+        return objects
 
     def choose_masks(self, sample, object_index, info, rng):
         """The masks chosen of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
@@ -715,49 +683,54 @@ class ReferringDataset(Dataset):
         gh, gw = (side // processor.factor for side in view.size)
         return view, coverage(mask, gh, gw, view.part, size)
 
-    def _add_regions(self, encoded, info, objects):
-        """Adds coverage, box and still of each region frame; region frames are ordered by object, then time.
-
-        Returns the View of each still. The first one of an image is the image that stands in the prompt.
+    def _encode_regions(self, objects, info):
+        """Returns the View of each region frame, and the fields of the encoded sample that say where in their
+        views the objects lie. objects: {frame: mask} of each.
         """
-        last_frame = max(info.num_frames - 1, 1)
-        stills = []
-        if info.is_image:
-            stills.append(View.whole(0, info, self.processor.still_size(info.height, info.width)))
+        views, coverages, boxes = [], [], []
         for masks in objects:
             for frame, mask in masks.items():
                 view, cells = self.region_view(frame, mask, info)
-                if view not in stills:  # regions with the same view share a still
-                    stills.append(view)
-                encoded["coverage"].append(cells.ravel())
-                encoded["boxes"].append((*mask_box(mask), frame / last_frame))
-                encoded["region_still"].append(stills.index(view))
-            encoded["object_frames"].append(len(masks))
-            encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
-        return stills
+                views.append(view)
+                coverages.append(cells.ravel())
+                boxes.append((*mask_box(mask), frame / max(info.num_frames - 1, 1)))
+        return views, {
+            "coverage": coverages,
+            "boxes": boxes,
+            "object_frames": [len(masks) for masks in objects],
+            "region_tokens": [min(len(masks), self.settings.region_tokens) for masks in objects],
+        }
 
-    def _add_media(self, encoded, path, media, stills):
-        """Adds patches and grids to encoded. Returns the text that stands for the media in the prompt."""
+    def _encode_media(self, path, media, views):
+        """Returns the fields of the encoded sample that show its media: the image or video in the prompt, and
+        these views of regions.
+        """
         info, processor = media.info, self.processor
-        frame_size = processor.frame_size(info.height, info.width)
-        sampled = [] if info.is_image else evenly(range(info.num_frames), self.settings.num_frames)
-        frames = [View.whole(frame, info, frame_size) for frame in sampled]
-        pictures = self._read_pictures(path, media, stills + frames)
-        patch = processor.patch_size
-        encoded["still_grids"] = [(view.size[0] // patch, view.size[1] // patch) for view in stills]
-        encoded["still_patches"] = [processor.still_patches(pictures[view]) for view in stills]
+        patch, pair = processor.patch_size, processor.temporal_patch_size
         if info.is_image:
-            encoded["kind"] = "image"
-            encoded["prompt_grid"] = (1, *encoded["still_grids"][0])
-            return processor.image_prompt(math.prod(stills[0].size) // processor.factor**2)
-        pair = processor.temporal_patch_size
-        gh, gw = (side // patch for side in frame_size)
-        encoded["kind"] = "video"
-        encoded["video_patches"] = processor.video_patches(np.stack([pictures[view] for view in frames]))
-        encoded["prompt_grid"] = math.ceil(len(sampled) / pair), gh, gw
-        # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
-        encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
-        return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
+            sampled, size = [0], processor.still_size(info.height, info.width)
+        else:
+            sampled = evenly(range(info.num_frames), self.settings.num_frames)
+            size = processor.frame_size(info.height, info.width)
+        in_prompt = [View.whole(frame, info, size) for frame in sampled]
+        stills = list(dict.fromkeys(in_prompt + views if info.is_image else views))  # each once
+        pictures = self._read_pictures(path, media, in_prompt + views)
+        encoded = {
+            "prompt_grid": (math.ceil(len(sampled) / pair), size[0] // patch, size[1] // patch),
+            "still_patches": [processor.still_patches(pictures[view]) for view in stills],
+            "still_grids": [(view.size[0] // patch, view.size[1] // patch) for view in stills],
+            "region_still": [stills.index(view) for view in views],
+        }
+        cells = math.prod(size) // processor.factor**2
+        if info.is_image:
+            return encoded | {"kind": "image", "media_prompt": processor.image_prompt(cells)}
+        return encoded | {
+            "kind": "video",
+            "media_prompt": processor.video_prompt(sampled, info.fps, cells),
+            "video_patches": processor.video_patches(np.stack([pictures[view] for view in in_prompt])),
+            # Qwen2.5-VL spaces its position ids by this, as its own processor counts it.
+            "seconds_per_pair": pair * info.num_frames / (len(sampled) * info.fps),
+        }
 
     def _read_pictures(self, path, media, views):
         """Returns {view: uint8 (*view.size, 3)}.
@@ -785,13 +758,6 @@ class Questions(ReferringDataset):
             return self.question(*key)
         except DataError as error:
             return error
-
-
-# What a batch holds if none of its samples can be used: a single token, and nothing to learn.
-EMPTY_SAMPLE = {"id": None, "kind": None, **NO_MEDIA}
-EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
-EMPTY_SAMPLE |= {"position_ids": np.zeros((3, 1), np.int64)}
-EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
 
 
 def without_media(sample):
@@ -858,103 +824,104 @@ def collate(samples, processor, for_generation=False):
     batch |= media
     batch["regions"] = _join_regions(samples, still_start)
 
-    # Which tokens the images, videos and regions take the place of, counted through all rows.
-    config, places = processor.config, {}
-    for name, token, count in (
-        ("image", config.image_token_id, batch["cell_counts"][0]),
-        ("video", config.video_token_id, batch["cell_counts"][2]),
-        ("region", processor.region_token_id, batch["regions"]["num_region_tokens"]),
-    ):
-        places[name] = batch["input_ids"].flatten().eq(token).nonzero()[:, 0]
-        assert len(places[name]) == count, f"{len(places[name])} {name} placeholders for {count} rows"
-    batch["visual_index"] = torch.cat([places["image"], places["video"]])
-    batch["region_index"] = places["region"]
+    images, _, videos = batch["cell_counts"]
+    input_ids, config = batch["input_ids"], processor.config
+    image_index = _placeholders(input_ids, config.image_token_id, images, "image")
+    video_index = _placeholders(input_ids, config.video_token_id, videos, "video")
+    batch["visual_index"] = torch.cat([image_index, video_index])
+    num_region_tokens = batch["regions"]["num_region_tokens"]
+    batch["region_index"] = _placeholders(input_ids, processor.region_token_id, num_region_tokens, "region")
     return batch
 
 
+def _placeholders(input_ids, token_id, count, name):
+    """Returns int64 (count,): which tokens, all rows counted in one go, are this placeholder."""
+    index = input_ids.flatten().eq(token_id).nonzero()[:, 0]
+    assert len(index) == count, f"{len(index)} {name} placeholders for {count} rows"
+    return index
+
+
 def _join_tokens(samples, processor, for_generation):
-    """Returns the part of the batch that is made of tokens: one row, or rows that are padded on the left."""
-    lengths = [len(sample["input_ids"]) for sample in samples]
-
-    def join(arrays, padding):  # along the last axis, which is that of tokens, or below each other
-        if not for_generation:
-            return np.concatenate(arrays, axis=-1)[..., None, :]
-        return np.stack([_pad_left(array, max(lengths), padding) for array in arrays], axis=-2)
-
-    if for_generation:
-        mask = join([np.ones(length, np.int64) for length in lengths], 0)
-        attention, targets = {"attention_mask": torch.from_numpy(mask)}, {}
-    else:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        attention = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sample_lengths": lengths}
-        labels = np.concatenate([sample["labels"] for sample in samples])
-        index = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # a sample never begins with a supervised token
-        targets = {"target_index": torch.from_numpy(index), "targets": torch.from_numpy(labels[index + 1])}
-    pad_token_id = processor.tokenizer.pad_token_id
-    return {
+    """Returns the part of the batch that is made of tokens: rows that are padded on the left, or one row."""
+    ids = [torch.from_numpy(sample["input_ids"]) for sample in samples]
+    positions = [torch.from_numpy(sample["position_ids"]) for sample in samples]
+    lengths = [len(row) for row in ids]
+    joined = {
         "num_tokens": sum(lengths),
-        "input_ids": torch.from_numpy(join([sample["input_ids"] for sample in samples], pad_token_id)),
-        "position_ids": torch.from_numpy(join([sample["position_ids"] for sample in samples], 0)),
-        "next_position": torch.tensor([[sample["position_ids"].max() + 1] for sample in samples]),
-        "attention": attention,
-        **targets,
+        "next_position": torch.tensor([[row.max() + 1] for row in positions]),
     }
+    if for_generation:
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        joined["input_ids"] = pad(ids, padding_value=processor.tokenizer.pad_token_id)
+        joined["position_ids"] = pad([row.T for row in positions]).permute(2, 0, 1)
+        joined["attention"] = {"attention_mask": pad([torch.ones_like(row) for row in ids])}
+        return joined
+    labels = torch.cat([torch.from_numpy(sample["labels"]) for sample in samples])
+    # The token before a supervised one predicts it. A sample never begins with a supervised token.
+    target_index = labels[1:].ne(IGNORE_INDEX).nonzero()[:, 0]
+    joined["input_ids"] = torch.cat(ids)[None]
+    joined["position_ids"] = torch.cat(positions, dim=1)[:, None]
+    joined["attention"] = {
+        "cu_seq_lens_q": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "max_length_q": max(lengths),
+        "sample_lengths": lengths,
+    }
+    return joined | {"target_index": target_index, "targets": labels[target_index + 1]}
 
 
 def _join_media(samples, processor):
     """Returns (part of the batch, {(row, still): the cell where it begins})."""
     cell = processor.merge_size**2  # patches
-    prompt_stills, other_stills = [], []
-    for row, sample in enumerate(samples):
-        stills = [(row, i) for i in range(len(sample["still_patches"]))]
-        num_in_prompt = int(sample["kind"] == "image")
-        prompt_stills += stills[:num_in_prompt]
-        other_stills += stills[num_in_prompt:]
-    stills, grids, starts, start = [], [], {}, 0
-    for row, i in prompt_stills + other_stills:
-        stills.append(samples[row]["still_patches"][i])
-        grids.append((1, *samples[row]["still_grids"][i]))
-        starts[row, i] = start
-        start += len(stills[-1]) // cell
-    videos = [sample for sample in samples if sample["video_patches"] is not None]
-    if not stills and not videos:
+    stills, grids, still_start = [], [], {}
+    num_cells, cell_counts = 0, []
+    for in_prompt in (True, False):  # images that stand in prompts, then the views of regions
+        first_cell = num_cells
+        for row, sample in enumerate(samples):
+            for i, patches in enumerate(sample["still_patches"]):
+                if in_prompt == (i == 0 and sample["kind"] == "image"):
+                    stills.append(patches)
+                    grids.append((1, *sample["still_grids"][i]))
+                    still_start[row, i] = num_cells
+                    num_cells += len(patches) // cell
+        cell_counts.append(num_cells - first_cell)
+    videos = []
+    for sample in samples:
+        if sample["kind"] == "video":
+            videos.append(sample["video_patches"])
+            grids.append(sample["prompt_grid"])
+    if not grids:
         # The tower runs even without media, then for one black cell: in training the ranks wait for each
         # other's gradients of every parameter, and under FSDP also for its weights.
         stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
         grids = [(1, processor.merge_size, processor.merge_size)]
-    still_patches = _concatenate(stills, np.uint8)
-    video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
-    image_cells = sum(len(still) for still in stills[: len(prompt_stills)]) // cell
+        cell_counts = [0, 1]
     media = {
-        "still_patches": still_patches,
-        "video_patches": video_patches,
-        "tower": processor.tower_indices(grids + [video["prompt_grid"] for video in videos]),
-        "cell_counts": [image_cells, len(still_patches) // cell - image_cells, len(video_patches) // cell],
+        "still_patches": _concatenate(stills, np.uint8),
+        "video_patches": _concatenate(videos, np.uint8),
+        "tower": processor.tower_indices(grids),
+        "cell_counts": [*cell_counts, sum(map(len, videos)) // cell],
     }
-    return media, starts
+    return media, still_start
 
 
 def _join_regions(samples, still_start):
     """Returns the part of the batch that the region encoder reads."""
-    joined = {name: list(chain.from_iterable(sample[name] for sample in samples)) for name in REGION_LISTS}
-    frame_start = []
+    coverages, frame_start, boxes, object_frames, region_tokens = [], [], [], [], []
     for row, sample in enumerate(samples):
+        coverages += sample["coverage"]
         frame_start += [still_start[row, i] for i in sample["region_still"]]
+        boxes += sample["boxes"]
+        object_frames += sample["object_frames"]
+        region_tokens += sample["region_tokens"]
     return {
-        "coverage": _concatenate(joined["coverage"], np.float32),
-        "coverage_start": torch.tensor([0, *accumulate(len(grid) for grid in joined["coverage"])]),
+        "coverage": _concatenate(coverages, np.float32),
+        "coverage_start": torch.tensor([0, *accumulate(map(len, coverages))]),
         "frame_start": torch.tensor(frame_start, dtype=torch.long),
-        "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
-        "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
-        "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
-        "num_region_tokens": sum(joined["region_tokens"]),
+        "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 5),
+        "object_frames": torch.tensor(object_frames, dtype=torch.long),
+        "region_tokens": torch.tensor(region_tokens, dtype=torch.long),
+        "num_region_tokens": sum(region_tokens),
     }
-
-
-def _pad_left(array, length, padding):
-    """The array with its last axis made this long."""
-    widths = [(0, 0)] * (array.ndim - 1) + [(length - array.shape[-1], 0)]
-    return np.pad(array, widths, constant_values=padding)
 
 
 def _concatenate(arrays, dtype):
@@ -976,6 +943,37 @@ def to_device(batch, device):
 
 
 # ---- checks of a sample and its masks ----
+
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; tokenizers and file systems refuse it
+MAX_MASK_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def parse_sample(entry, place, media_folder, position, outside_paths=False):
+    """Checks one JSON value and returns its Sample, or raises DataError.
+
+    place: (file, sample name). position: the sample's id if the entry has no "id".
+    """
+    expect(isinstance(entry, dict), "a JSON object", entry)
+    media = _parse_media(entry, media_folder, outside_paths)
+    with within("conversations"):
+        turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
+    objects = _parse_objects(entry, media)
+    tags = sum(question.count(REGION_TAG) for question, _ in turns)
+    expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
+    expect(tags == len(objects), expected_tags, tags)
+    if objects and media is None:
+        raise DataError("expected a video or image for the annotated objects, found neither key")
+    size = entry.get("height"), entry.get("width")
+    if size == (None, None):
+        size = None
+    else:
+        expected = f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels"
+        expect(_is_size(size), expected, size)
+    question_type = "" if entry.get("type") is None else entry["type"]
+    expect(isinstance(question_type, str), "type: a string", question_type)
+    return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
 
 
 def _parse_media(entry, media_folder, outside_paths):
@@ -1109,6 +1107,28 @@ def _decode_masks(segmentations, frames, size, info):
     return masks
 
 
+def mask_share(segmentation, height, width):
+    """The share of the picture that a segmentation covers, in [0, 1]; arguments and errors of decode_mask."""
+    rle = _to_rle(segmentation, height, width)
+    return int(coco_mask.area(rle)) / math.prod(rle["size"])
+
+
+def _to_rle(segmentation, height, width):
+    check_segmentation(segmentation)
+    if isinstance(segmentation, dict):
+        size = segmentation["size"]
+        _check_same_shape(size, (height, width), "mask")
+        if isinstance(segmentation["counts"], list):
+            return coco_mask.frPyObjects(segmentation, *size)
+        return segmentation
+    polygons = _as_polygons(segmentation)
+    for polygon in polygons:
+        x, y = polygon[0::2], polygon[1::2]
+        near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
+        expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+
+
 def check_segmentation(segmentation):
     """Returns the name of the segmentation's form; DataError unless it is COCO RLE or one or more polygons.
 
@@ -1181,6 +1201,15 @@ def _check_same_shape(size, frame_size, name):
 
 
 # ---- reading and writing ----
+
+
+@contextmanager
+def os_errors(expected):
+    """Turns an OSError into a DataError that says what was expected."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"expected {expected}, found: {error.strerror}") from None
 
 
 class FrameCache:
