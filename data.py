@@ -93,15 +93,6 @@ def expect(condition, expected, found):
         raise DataError(f"expected {expected}, found {shorten(found)}")
 
 
-def shorten(value):
-    """repr(value), or its beginning."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of more than 4300 digits
-        text = f"a {type(value).__name__} too large to print"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 # ---- samples ----
 
 
@@ -122,7 +113,7 @@ class Sample:
 
 
 def read_samples(paths, media=None, outside_paths=False):
-    """Returns a sequence of Sample, each parsed when it is accessed. Media and masks are read by the dataset.
+    """Returns a sequence of Sample, each parsed when it is accessed (see parse_sample for the checks).
 
     paths: one path or several, each a JSON array or JSONL. media: the folder that media paths are relative to
     (default: each file's own folder). outside_paths: also accept media paths that leave that folder.
@@ -175,11 +166,9 @@ def coverage(mask, gh, gw, part=None, size=None):
     """The share of each cell that lies inside the mask: uint8 (H, W) of 0 and 1 -> float32 (gh, gw).
 
     The cells divide the whole picture, or part: (top, bottom, left, right) in pixels of a picture that has
-    this size (height, width).
-
-    Exact for every H, W, gh, gw and part: a pixel that a border cuts counts by its parts. Coverage does not
-    depend on the mask's resolution, and an object of a single pixel still has a coverage above 0. (VideoRefer
-    resizes masks bilinearly without antialiasing and keeps what is above 0, which loses small objects.)
+    this size (height, width). The share is exact, whatever the mask's resolution: a pixel that a border cuts
+    counts by its parts, so that no object is too small to be seen. (VideoRefer resizes masks bilinearly
+    without antialiasing and keeps what is above 0, which loses small objects.)
     """
     height, width = size or mask.shape
     top, bottom, left, right = part or (0, height, 0, width)
@@ -211,14 +200,6 @@ def mask_bounds(mask):
     if len(rows) == 0:
         return 0, 0, 0, 0
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def fill_box(mask):
-    """uint8 (H, W) -> the same with its whole bounding box inside."""
-    top, bottom, left, right = mask_bounds(mask)
-    filled = np.zeros_like(mask)
-    filled[top:bottom, left:right] = 1
-    return filled
 
 
 def mask_box(mask):
@@ -318,10 +299,10 @@ class Processor:
         return self._smart_resize(height, width, self.min_pixels, self.max_pixels)
 
     def window_size(self, height, width):
-        """The (height, width) that a window is resized to: it may be enlarged, too.
+        """The (height, width) that a window is resized to: as large as a still may be.
 
-        It becomes as large as a still may be, as the families' own rule has it for large pictures. That rule
-        rounds: where a square of 96 x 96 pixels fits exactly, it gives 80 x 80 to some.
+        That is what the families' own rule gives to large pictures, but for its rounding: where a square of
+        96 x 96 pixels fits exactly, it gives 80 x 80 to some.
         """
         rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
         columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
@@ -365,12 +346,12 @@ class Processor:
         4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published (5.10 encloses the whole video, too).
         """
         pair = self.temporal_patch_size
-        frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
+        firsts, lasts = frames[::pair], [*frames[pair - 1 :: pair], frames[-1]]
         if not self.timestamps:
-            return self.vision_start + self.video_pad * (cells * len(frames) // pair) + self.vision_end
+            return self.vision_start + self.video_pad * (cells * len(firsts)) + self.vision_end
         text = ""
-        for i in range(0, len(frames), pair):
-            seconds = (frames[i] + frames[i + pair - 1]) / 2 / fps
+        for first, last in zip(firsts, lasts):
+            seconds = (first + last) / 2 / fps
             text += f"<{seconds:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}"
         return text
 
@@ -480,37 +461,6 @@ class Processor:
         )
         return positions[:, 0].numpy()
 
-    def tower_indices(self, grids):
-        """What the vision tower looks up for its patches, as its keyword arguments.
-
-        grids: (time, rows, columns) in patches for each still and video. Left to itself, the tower makes the
-        same in each forward pass, on the GPU, and waits for it.
-        """
-        tower, grids = self.empty_backbone.visual, torch.tensor(grids)
-        bounds = get_vision_cu_seqlens(grids)
-        indices = {
-            "grid_thw": grids,
-            "position_ids": get_vision_position_ids(grids, self.merge_size),
-            "cu_seqlens": bounds,  # attention stays within a frame
-            "max_seqlen": int(bounds.diff().max()),
-        }
-        if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
-            windows, bounds = get_vision_window_index(
-                grids, self.merge_size, tower.window_size, self.patch_size
-            )
-            indices |= {"window_index": windows, "cu_window_seqlens": bounds}
-            indices["max_window_seqlen"] = int(bounds.diff().max())
-        else:  # learned positions, which are interpolated to the size of the grid
-            rows, weights = get_vision_interpolation_indices_and_weights(
-                grids,
-                tower.num_grid_per_side,
-                tower.interpolation_mode,
-                tower.interpolation_align_corners,
-                self.merge_size,
-            )
-            indices |= {"interp_indices": rows, "interp_weights": weights}
-        return indices
-
 
 # ---- encoded samples ----
 
@@ -556,14 +506,12 @@ class ReferringDataset(Dataset):
     """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
 
     dataset[epoch, i] depends on (seed, epoch, i) alone, except after time-outs, which depend on load. A
-    sample that cannot be used comes back as its DataError. It is not raised, because an exception would end
-    the worker: the caller decides.
+    sample that cannot be used comes back as its DataError. Raised, it would end the worker.
 
     single_frame: the probability that an object is cut to one random annotated frame (the paper trains on a
-    mix of both modes). control: "none"; "full", "shuffle" and "box" replace every mask by the whole frame, by
-    that of a random object on other media, and by its bounding box; "blind" leaves only the text (see
-    without_media). cache_bytes: memory for decoded frames. timeout: seconds allowed for opening a media file,
-    and again for reading frames from it.
+    mix of both modes). control: "none", or what eval.py compares with: other masks ("full", "box", "shuffle";
+    see replace_masks), or text alone ("blind"; see without_media). cache_bytes: memory for decoded frames.
+    timeout: seconds allowed for opening a media file, and again for reading frames from it.
     """
 
     def __init__(
@@ -606,16 +554,17 @@ class ReferringDataset(Dataset):
             encoded = EMPTY_SAMPLE | {"id": sample.id}
             if sample.media:
                 media = self.media_of(sample)
-                objects = self._choose_all_masks(sample, media.info, rng)
+                objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
+                if self.control != "none":
+                    objects = [replace_masks(self, masks, sample, rng) for masks in objects]
                 views, regions = self._encode_regions(objects, media.info)
                 encoded |= regions | self._encode_media(sample.media, media, views)
-            kind, region_tokens = encoded["kind"], encoded["region_tokens"]
+            names = ("kind", "media_prompt", "region_tokens")
             encoded["input_ids"], encoded["labels"] = self.processor.encode(
-                sample.turns, kind, encoded["media_prompt"], region_tokens, for_generation
+                sample.turns, *(encoded[name] for name in names), for_generation
             )
-            encoded["position_ids"] = self.processor.positions(
-                encoded["input_ids"], kind, encoded["prompt_grid"], encoded["seconds_per_pair"]
-            )
+            names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
+            encoded["position_ids"] = self.processor.positions(*(encoded[name] for name in names))
         return encoded
 
     def media_of(self, sample):
@@ -625,13 +574,6 @@ class ReferringDataset(Dataset):
         if sample.size is not None:
             _check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
         return media
-
-    def _choose_all_masks(self, sample, info, rng):
-        """The masks of each object, as choose_masks or the control returns them."""
-        objects = [self.choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
-        if self.control != "none":
-            objects = [self.replace_masks(masks, sample, rng) for masks in objects]
-        return objects
 
     def choose_masks(self, sample, object_index, info, rng):
         """The masks chosen of one object: {frame: uint8 (H, W)} in order of time, none of them empty.
@@ -655,22 +597,6 @@ class ReferringDataset(Dataset):
         if is_single:
             return [frames[rng.integers(len(frames))]]
         return evenly(frames, self.settings.region_frames)
-
-    def replace_masks(self, masks, sample, rng):
-        """The control: on the same frames whole pictures, boxes, or the masks of an object on other media."""
-        if self.control == "full":
-            return {frame: np.ones((1, 1), np.uint8) for frame in masks}
-        if self.control == "box":
-            return {frame: fill_box(mask) for frame, mask in masks.items()}
-        for i in rng.permutation(len(self.samples)).tolist():
-            with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
-                donor = self.samples[i]
-                if not donor.objects or _files_of(donor.media) & _files_of(sample.media):
-                    continue
-                object_index = int(rng.integers(len(donor.objects)))
-                donor_masks = self.choose_masks(donor, object_index, self.media_of(donor).info, rng)
-                return dict(zip(masks, cycle(donor_masks.values())))
-        raise DataError("expected a sample with regions on other media to take masks from, found none")
 
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
@@ -760,18 +686,6 @@ class Questions(ReferringDataset):
             return error
 
 
-def without_media(sample):
-    """The same conversation as text alone, as control="blind" asks it.
-
-    The media tag is removed with its line breaks, and each `<region>` becomes the words "the object".
-    """
-    turns = []
-    for question, answer in sample.turns:
-        text = "\n".join(filter(None, MEDIA_TAG.split(question)))
-        turns.append((text.replace(REGION_TAG, "the object"), answer))
-    return replace(sample, media=None, turns=turns, objects=[])
-
-
 def evenly(items, count):
     """At most count of the items (a sequence, not empty), evenly spread from the first to the last."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
@@ -785,12 +699,12 @@ def collate(samples, processor, for_generation=False):
 
     A batch to learn from is one row of tokens: the samples stand one after another, nothing is padded, and
     attention stays within each sample. For generation the samples are rows, padded on the left. Every index
-    that the model needs is made here, by the loader's workers, because a GPU that has to report a number of
-    placeholders or of cells to the CPU stands still until the CPU has answered.
+    that the model needs is made here, because a GPU that first has to tell the CPU how many placeholders or
+    cells there are stands still until the CPU has answered.
 
-    B samples, L tokens in a row (of which training has one), P and Q patches, C cells, V visual tokens, R
-    region frames, O objects, T region tokens, M cells of all region frames, S supervised tokens. Where the
-    batch has none of something, its tensor has length 0. attention, tower and regions are dicts.
+    B samples, L tokens in a row (of which training has one), S supervised tokens, P and Q patches, C cells, V
+    visual tokens, T region tokens, O objects, R region frames, M cells of all region frames. Where the batch
+    has none of something, its tensor has length 0. attention, tower and regions are dicts.
 
         errors           for each of the given samples its DataError or None
         ids              list of B
@@ -884,22 +798,21 @@ def _join_media(samples, processor):
                     still_start[row, i] = num_cells
                     num_cells += len(patches) // cell
         cell_counts.append(num_cells - first_cell)
-    videos = []
-    for sample in samples:
-        if sample["kind"] == "video":
-            videos.append(sample["video_patches"])
-            grids.append(sample["prompt_grid"])
+    videos = [sample for sample in samples if sample["kind"] == "video"]
+    grids += [video["prompt_grid"] for video in videos]
+    video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
+    cell_counts.append(len(video_patches) // cell)
     if not grids:
         # The tower runs even without media, then for one black cell: in training the ranks wait for each
         # other's gradients of every parameter, and under FSDP also for its weights.
         stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
         grids = [(1, processor.merge_size, processor.merge_size)]
-        cell_counts = [0, 1]
+        cell_counts = [0, 1, 0]
     media = {
         "still_patches": _concatenate(stills, np.uint8),
-        "video_patches": _concatenate(videos, np.uint8),
-        "tower": processor.tower_indices(grids),
-        "cell_counts": [*cell_counts, sum(map(len, videos)) // cell],
+        "video_patches": video_patches,
+        "tower": _tower_indices(processor, grids),
+        "cell_counts": cell_counts,
     }
     return media, still_start
 
@@ -929,25 +842,23 @@ def _concatenate(arrays, dtype):
     return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype))
 
 
-def to_device(batch, device):
-    """The same batch with its tensors on the device. From pinned memory, the copy runs by itself."""
-    moved = {}
-    for name, value in batch.items():
-        if isinstance(value, dict):
-            value = to_device(value, device)
-        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-    return moved
-
-
 # ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----
 
 
 # ---- checks of a sample and its masks ----
 
-
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; tokenizers and file systems refuse it
 MAX_MASK_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def shorten(value):
+    """repr(value), or its beginning."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of more than 4300 digits
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def parse_sample(entry, place, media_folder, position, outside_paths=False):
@@ -1008,11 +919,6 @@ def media_name(media):
     if isinstance(media, (list, tuple)) and media:
         return f"{media[0]} to {media[-1]} ({len(media)} frames)"
     return str(media)
-
-
-def _files_of(media):
-    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
-    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
 
 
 def _parse_turns(conversations, has_media):
@@ -1200,6 +1106,88 @@ def _check_same_shape(size, frame_size, name):
     expect(same, f"a {name} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
 
 
+# ---- indices for the vision tower ----
+
+
+def _tower_indices(processor, grids):
+    """What the vision tower looks up for its patches, as its keyword arguments.
+
+    grids: (time, rows, columns) in patches of each still and video. Left to itself, the tower makes the same
+    in each forward pass, on the GPU, and waits for it.
+    """
+    tower, grids = processor.empty_backbone.visual, torch.tensor(grids)
+    bounds = get_vision_cu_seqlens(grids)
+    indices = {
+        "grid_thw": grids,
+        "position_ids": get_vision_position_ids(grids, processor.merge_size),
+        "cu_seqlens": bounds,  # attention stays within a frame
+        "max_seqlen": int(bounds.diff().max()),
+    }
+    if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
+        windows, bounds = get_vision_window_index(
+            grids, processor.merge_size, tower.window_size, processor.patch_size
+        )
+        indices |= {"window_index": windows, "cu_window_seqlens": bounds}
+        indices["max_window_seqlen"] = int(bounds.diff().max())
+    else:  # learned positions, which are interpolated to the size of the grid
+        rows, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            tower.num_grid_per_side,
+            tower.interpolation_mode,
+            tower.interpolation_align_corners,
+            processor.merge_size,
+        )
+        indices |= {"interp_indices": rows, "interp_weights": weights}
+    return indices
+
+
+# ---- controls of eval.py ----
+
+
+def replace_masks(dataset, masks, sample, rng):
+    """The masks {frame: uint8 (H, W)} of an object as dataset.control has them, on the same frames: the whole
+    frame ("full"), the bounding box ("box"), or the masks of a random object on other media ("shuffle").
+    """
+    if dataset.control == "full":
+        return {frame: np.ones((1, 1), np.uint8) for frame in masks}
+    if dataset.control == "box":
+        return {frame: fill_box(mask) for frame, mask in masks.items()}
+    for i in rng.permutation(len(dataset)).tolist():
+        with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
+            donor = dataset.samples[i]
+            if not donor.objects or _files_of(donor.media) & _files_of(sample.media):
+                continue
+            object_index = int(rng.integers(len(donor.objects)))
+            donor_masks = dataset.choose_masks(donor, object_index, dataset.media_of(donor).info, rng)
+            return dict(zip(masks, cycle(donor_masks.values())))
+    raise DataError("expected a sample with regions on other media to take masks from, found none")
+
+
+def _files_of(media):
+    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
+    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
+
+
+def fill_box(mask):
+    """uint8 (H, W) -> the same with its whole bounding box inside."""
+    top, bottom, left, right = mask_bounds(mask)
+    filled = np.zeros_like(mask)
+    filled[top:bottom, left:right] = 1
+    return filled
+
+
+def without_media(sample):
+    """The same conversation as text alone, as control="blind" asks it.
+
+    The media tag is removed with its line breaks, and each `<region>` becomes the words "the object".
+    """
+    turns = []
+    for question, answer in sample.turns:
+        text = "\n".join(filter(None, MEDIA_TAG.split(question)))
+        turns.append((text.replace(REGION_TAG, "the object"), answer))
+    return replace(sample, media=None, turns=turns, objects=[])
+
+
 # ---- reading and writing ----
 
 
@@ -1296,6 +1284,16 @@ def _flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def to_device(batch, device):
+    """The same batch with its tensors on the device. From pinned memory, the copy runs by itself."""
+    moved = {}
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            value = to_device(value, device)
+        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+    return moved
 
 
 def sample_texts(samples, limit=10_000):
@@ -1495,14 +1493,6 @@ class MediaInfo:
 def media_info(path):
     """Returns the MediaInfo of a file, folder or list of frame files: open_media(path).info."""
     return open_media(path).info
-
-
-def read_frames(path, indices):
-    """Returns uint8 (len(indices), H, W, 3) RGB: the frames in the order of the indices, which may repeat."""
-    indices, media = list(indices), open_media(path)
-    pictures = media.read(indices)
-    frames = [pictures[k] for k in indices]
-    return np.stack(frames) if frames else np.empty((0, media.info.height, media.info.width, 3), np.uint8)
 
 
 def open_media(path):
@@ -1803,7 +1793,7 @@ def _frames_from(container, stream, time, needed):
 # ---- the preview ----
 
 COLOURS = [(255, 80, 60), (60, 200, 90), (70, 130, 255), (255, 200, 40), (220, 80, 230), (40, 210, 220)]
-PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
+PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 414, 17  # pixels
 
 
 def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
@@ -1816,58 +1806,72 @@ def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     for i in sample_indices:
         sample = dataset.samples[i]
         with within(*sample.place):
-            rows.append(_draw_row(_draw_frames(dataset, sample, frames_shown, panel_height), sample))
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
+            panels = _draw_frames(dataset, sample, frames_shown, panel_height) if sample.media else []
+            rows.append(_join([*panels, _draw_conversation(sample)], across=True, gap=6))
+        rows.append(Image.new("RGB", (1, LINE_HEIGHT), "white"))  # some space
+    return _join(rows)
+
+
+def _join(images, across=False, gap=0):
+    """Returns PIL images below each other, or across the page, on white, with a gap in front of each."""
+    widths, heights = zip(*(image.size for image in images))
+    size = (max(widths), sum(heights) + gap * len(images))
+    if across:
+        size = (sum(widths) + gap * len(images), max(heights))
+    sheet, position = Image.new("RGB", size, "white"), gap
+    for image in images:
+        sheet.paste(image, (position, 0) if across else (0, position))
+        position += gap + (image.width if across else image.height)
     return sheet
 
 
 def _draw_frames(dataset, sample, frames_shown, panel_height):
-    """Returns (frame index, uint8 picture) pairs: the frame, and below it what is encoded of it."""
-    if sample.media is None:
-        return []
+    """Returns a PIL image for each frame: the frame, and below it what is encoded of it."""
     media, rng = dataset.media_of(sample), np.random.default_rng(0)
     info = media.info
     objects = [dataset.choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
     frames = evenly(sorted(set(chain.from_iterable(objects))) or [0], frames_shown)
-    panel_size = max(1, round(panel_height * info.width / info.height)), panel_height
+    width = max(1, round(panel_height * info.width / info.height))
     panels = []
     for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
-        masks = [masks_of_object.get(frame) for masks_of_object in objects]
-        small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
-        panel, views = [draw_regions(small, masks)], {}  # View -> its objects' indices, and their coverage
+        title = Image.new("RGB", (width, LINE_HEIGHT), "white")
+        ImageDraw.Draw(title).text((0, 2), f"frame {frame}", fill="black", font=ImageFont.load_default(12))
+        picture, masks = Image.fromarray(picture), [masks.get(frame) for masks in objects]
+        small = np.asarray(picture.resize((width, panel_height), Image.Resampling.BICUBIC))
+        panel = [title, Image.fromarray(draw_regions(small, masks))]
+        shown = {}  # View -> its objects' indices, and their coverage
         for i, mask in enumerate(masks):
             if mask is not None:
                 view, cells = dataset.region_view(frame, mask, info)
-                indices, others = views.get(view, ([], 0))
-                views[view] = [*indices, i], np.maximum(others, cells)
-        if views:
-            panel.append(_draw_views(picture, views, panel_size))
-        panels.append((frame, np.concatenate(panel)))
+                indices, others = shown.get(view, ([], 0))
+                shown[view] = [*indices, i], np.maximum(others, cells)
+        if shown:
+            panel.append(_draw_views(picture, shown, width, panel_height))
+        panels.append(_join(panel))
     return panels
 
 
-def _draw_views(picture, views, panel_size):
-    """Returns the views of a frame, uint8 (H, W, 3), in one or two columns that are as wide as a panel."""
-    columns = min(len(views), 2)
+def _draw_views(picture, shown, panel_width, panel_height):
+    """Returns the views of a frame, {View: (indices of its objects, their coverage)}, as a PIL image of one
+    or two columns, as wide as a panel.
+    """
+    columns = min(len(shown), 2)
     gap = 4 * (columns - 1)  # pixels
-    width = (panel_size[0] - gap) // columns
+    width = (panel_width - gap) // columns
     tiles = []
-    for (_, part, _), (indices, cells) in views.items():
-        top, bottom, left, right = part
-        tile = ImageOps.contain(Image.fromarray(picture[top:bottom, left:right]), (width, panel_size[1]))
+    for (_, (top, bottom, left, right), _), (indices, cells) in shown.items():
+        tile = ImageOps.contain(picture.crop((left, top, right, bottom)), (width, panel_height))
         light = Image.fromarray(np.float32(0.15 + 0.85 * cells)).resize(tile.size, Image.Resampling.NEAREST)
-        tiles.append(Image.fromarray(np.uint8(np.asarray(tile) * np.asarray(light)[:, :, None])))
+        tile = Image.fromarray(np.uint8(np.asarray(tile) * np.asarray(light)[:, :, None]))
         if columns > 1:
-            _write_numbers(ImageDraw.Draw(tiles[-1]), (2, 2), "lt", indices, 12)
+            _write_numbers(tile, (2, 2), "lt", indices, 12)
+        tiles.append(tile)
     height = max(tile.height for tile in tiles) + gap
-    sheet = Image.new("RGB", (panel_size[0], height * math.ceil(len(tiles) / columns)), "white")
+    sheet = Image.new("RGB", (panel_width, height * math.ceil(len(tiles) / columns)), "white")
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * (width + gap), i // columns * height + gap))
-    return np.asarray(sheet)
+        row, column = divmod(i, columns)
+        sheet.paste(tile, ((width + gap) * column, height * row + gap))
+    return sheet
 
 
 def draw_regions(picture, masks):
@@ -1897,40 +1901,33 @@ def draw_regions(picture, masks):
         contour_width = max(1, round(max(height, width) / 300))  # pixels, outside of the object
         grown = Image.fromarray(np.uint8(inside)).filter(ImageFilter.MaxFilter(2 * contour_width + 1))
         drawn[(np.asarray(grown) > 0) & ~objects] = COLOURS[indices[0] % len(COLOURS)]
-    image = Image.fromarray(drawn)
-    pen, size = ImageDraw.Draw(image), max(12, min(height, width) // 16)
+    image, size = Image.fromarray(drawn), max(12, min(height, width) // 16)
     for inside, indices in outlined:
         top, bottom, left, _ = mask_bounds(inside)
         # Above the object if there is room, else below it.
         y, anchor = (top, "lb") if top > size else (min(bottom + 1, height - size), "lt")
-        _write_numbers(pen, (left, y), anchor, indices, size)
+        _write_numbers(image, (left, y), anchor, indices, size)
     return np.asarray(image)
 
 
-def _write_numbers(pen, position, anchor, indices, size):
+def _write_numbers(image, position, anchor, indices, size):
     """Writes the numbers of objects, in the colour of the first."""
     text, font = ",".join(str(i + 1) for i in indices), ImageFont.load_default(size)
     style = dict(fill=COLOURS[indices[0] % len(COLOURS)], stroke_width=2, stroke_fill="black")
-    pen.text(position, text, anchor=anchor, font=font, **style)
+    ImageDraw.Draw(image).text(position, text, anchor=anchor, font=font, **style)
 
 
-def _draw_row(panels, sample):
-    """The panels of one sample side by side, and its conversation on their right."""
+def _draw_conversation(sample):
     lines = [": ".join(map(str, sample.place)), media_name(sample.media or "text only"), ""]
-    region_numbers = iter(range(1, len(sample.objects) + 1))
+    numbers = iter(range(1, len(sample.objects) + 1))
     for question, answer in sample.turns:
-        question = re.sub(REGION_TAG, lambda tag: f"<region {next(region_numbers)}>", question)
+        question = re.sub(REGION_TAG, lambda tag: f"<region {next(numbers)}>", question)
         for text in (f"Q: {question}", f"A: {answer}"):
-            lines += textwrap.wrap(" ".join(text.split()), TEXT_WIDTH // 7)
-    height = max([LINE_HEIGHT * len(lines)] + [len(picture) for _, picture in panels]) + 2 * LINE_HEIGHT
-    row = Image.new("RGB", (sum(picture.shape[1] + 6 for _, picture in panels) + TEXT_WIDTH, height), "white")
-    pen, font, left = ImageDraw.Draw(row), ImageFont.load_default(12), 6
-    for frame, picture in panels:
-        pen.text((left, 2), f"frame {frame}", fill="black", font=font)
-        row.paste(Image.fromarray(picture), (left, LINE_HEIGHT))
-        left += picture.shape[1] + 6
-    pen.text((left + 6, LINE_HEIGHT), "\n".join(lines), fill="black", font=font, spacing=LINE_HEIGHT - 12)
-    return row
+            lines += textwrap.wrap(" ".join(text.split()), 60)
+    image = Image.new("RGB", (TEXT_WIDTH, LINE_HEIGHT * (len(lines) + 1)), "white")
+    style = dict(fill="black", font=ImageFont.load_default(12), spacing=LINE_HEIGHT - 12)
+    ImageDraw.Draw(image).text((6, LINE_HEIGHT), "\n".join(lines), **style)
+    return image
 
 
 def save_picture(image, path):
@@ -1959,25 +1956,25 @@ class CheckedDataset(ReferringDataset):
             return error
 
     def facts(self, sample):
-        facts, kind = [], "media" if sample.media else None
+        facts, kind, info = [], "media" if sample.media else None, None
         with within(*sample.place):
-            # All masks are checked, because training chooses among them at random.
-            for i, segmentations in enumerate(sample.objects):
-                facts.append(("frames per object", len(segmentations)))
-                for frame, segmentation in segmentations.items():
-                    with within(f"object {i}", f"frame {frame}"):
-                        facts.append(("mask forms", check_segmentation(segmentation)))
             if kind and not self.structure_only:
                 info = self.media_of(sample).info
-                for i, segmentations in enumerate(sample.objects):
-                    with within(f"object {i}"):
-                        size = sample.size or (info.height, info.width)
-                        _decode_masks(segmentations, sorted(segmentations), size, info)
                 facts.append(("sizes", f"{info.width}x{info.height}"))
                 if not info.is_image:
                     facts.append(("frames per video", info.num_frames))
                 if info.hidden_packets:
                     facts.append(("edit lists", sample.media))
+            # All masks are checked, because training chooses among them at random.
+            for i, segmentations in enumerate(sample.objects):
+                facts.append(("frames per object", len(segmentations)))
+                with within(f"object {i}"):
+                    for frame, segmentation in segmentations.items():
+                        with within(f"frame {frame}"):
+                            facts.append(("mask forms", check_segmentation(segmentation)))
+                    if info:
+                        size = sample.size or (info.height, info.width)
+                        _decode_masks(segmentations, sorted(segmentations), size, info)
         if not self.structure_only:
             encoded = self.encode(sample, np.random.default_rng(0))
             facts.append(("tokens", len(encoded["input_ids"])))
@@ -2015,22 +2012,21 @@ class Findings:
     def report(self):
         print(f"{len(self.usable)} samples, {sum(self.usable)} of them right")
         print(f"{self.statistics['frames per object'].total()} objects")
-        clips = self.statistics.pop("edit lists", {})
+        clips = list(self.statistics.pop("edit lists", []))
         for name, counter in sorted(self.statistics.items()):
-            values, counts = list(counter), list(counter.values())
-            if not values:
-                continue
-            if isinstance(values[0], str):
-                shown = "; ".join(f"{value} {count}" for value, count in counter.most_common(8))
-                shown += f"; {len(counter) - 8} more" if len(counter) > 8 else ""
-            else:
+            if any(isinstance(value, str) for value in counter):
+                shown = [f"{value} {count}" for value, count in counter.most_common(8)]
+                if len(counter) > 8:
+                    shown.append(f"{len(counter) - 8} more")
+                print(f"{name}: {'; '.join(shown)}")
+            elif counter:
+                values, counts = list(counter), list(counter.values())
                 spread = np.quantile(values, [0, 0.5, 1], weights=counts, method="inverted_cdf")
-                shown = "min {}, median {}, max {}".format(*spread)
-            print(f"{name}: {shown}")
+                print("{}: min {}, median {}, max {}".format(name, *spread))
         if clips:
             print(
-                f"{len(clips)} videos, such as {next(iter(clips))}, were cut by an edit list: they hold "
-                "frames that are not shown, which we do not count, and decord does. Check masks made with it."
+                f"{len(clips)} videos, such as {clips[0]}, were cut by an edit list: they hold frames that "
+                "are not shown, which we do not count, and decord does. Check masks made with it."
             )
         for kind, count in self.problems.most_common():
             print(f"\n{count} x {self.examples[kind][0].args[0]}")
