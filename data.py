@@ -389,8 +389,10 @@ class Processor:
         return np.array(input_ids), np.array(labels)
 
     def _read_chat_template(self):
-        """Finds what the template writes in front of an answer: of one that is to be generated, and of one
-        that another question follows. A template that cannot be used is an error here, not of each sample.
+        """Finds out what stands between a question and its answer: when the answer is to be generated
+        (generation_prompt), and when it is there and another question follows (answer_header).
+
+        A template that cannot be used is an error here, not of each sample.
         """
         turns = [("question", "answer")] * 2
         question, answer, *_ = self._messages(turns, None)
@@ -413,14 +415,14 @@ class Processor:
         """
         end = self.tokenizer.eos_token
         rest = self._apply_template(self._messages(turns, media))
-        rest = rest.replace(self.generation_prompt, self.answer_header)  # the last answer like the others
+        rest = rest.replace(self.generation_prompt, self.answer_header)  # as in front of the earlier answers
         pieces = []
         for _, answer in turns:
             prompt, _, rest = rest.partition(self.answer_header)
             written, found_end, rest = rest.partition(end)
             is_kept = found_end and written.strip() == answer.strip()
-            expected = f"a chat template that keeps each answer, puts the answer {shorten(answer)} behind its"
-            expect(is_kept, f"{expected} prompt, then {end}", written)
+            expected = f"a chat template that keeps each answer, and puts the answer {shorten(answer)} behind"
+            expect(is_kept, f"{expected} its prompt, then {end}", written)
             pieces += [prompt + self.generation_prompt, written + end]
         return [*pieces, rest]
 
@@ -464,8 +466,8 @@ class Processor:
 
 # ---- encoded samples ----
 
-# All fields of an encoded sample, here of the one that a batch holds if none of its samples can be used: a
-# single token, and nothing to learn. A sample of text has the same media and regions.
+# The fields of an encoded sample. With these values it is what a batch holds if none of its samples can be
+# used: one token, and nothing to learn. A sample of text has the same for media and regions.
 EMPTY_SAMPLE = {
     "id": None,
     "input_ids": np.zeros(1, np.int64),  # (L,)
@@ -559,12 +561,16 @@ class ReferringDataset(Dataset):
                     objects = [replace_masks(self, masks, sample, rng) for masks in objects]
                 views, regions = self._encode_regions(objects, media.info)
                 encoded |= regions | self._encode_media(sample.media, media, views)
-            names = ("kind", "media_prompt", "region_tokens")
             encoded["input_ids"], encoded["labels"] = self.processor.encode(
-                sample.turns, *(encoded[name] for name in names), for_generation
+                sample.turns,
+                encoded["kind"],
+                encoded["media_prompt"],
+                encoded["region_tokens"],
+                for_generation,
             )
-            names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
-            encoded["position_ids"] = self.processor.positions(*(encoded[name] for name in names))
+            encoded["position_ids"] = self.processor.positions(
+                encoded["input_ids"], encoded["kind"], encoded["prompt_grid"], encoded["seconds_per_pair"]
+            )
         return encoded
 
     def media_of(self, sample):
@@ -786,33 +792,32 @@ def _join_tokens(samples, processor, for_generation):
 def _join_media(samples, processor):
     """Returns (part of the batch, {(row, still): the cell where it begins})."""
     cell = processor.merge_size**2  # patches
-    stills, grids, still_start = [], [], {}
-    num_cells, cell_counts = 0, []
-    for in_prompt in (True, False):  # images that stand in prompts, then the views of regions
-        first_cell = num_cells
-        for row, sample in enumerate(samples):
-            for i, patches in enumerate(sample["still_patches"]):
-                if in_prompt == (i == 0 and sample["kind"] == "image"):
-                    stills.append(patches)
-                    grids.append((1, *sample["still_grids"][i]))
-                    still_start[row, i] = num_cells
-                    num_cells += len(patches) // cell
-        cell_counts.append(num_cells - first_cell)
+    # (row, still): first the images that stand in prompts, then the views of regions.
+    images = [(row, 0) for row, sample in enumerate(samples) if sample["kind"] == "image"]
+    views = []
+    for row, sample in enumerate(samples):
+        first_view = 1 if sample["kind"] == "image" else 0
+        views += [(row, i) for i in range(first_view, len(sample["still_patches"]))]
+    stills, grids, still_start, num_cells = [], [], {}, 0
+    for row, i in images + views:
+        stills.append(samples[row]["still_patches"][i])
+        grids.append((1, *samples[row]["still_grids"][i]))
+        still_start[row, i] = num_cells
+        num_cells += len(stills[-1]) // cell
+    image_cells = sum(map(len, stills[: len(images)])) // cell
     videos = [sample for sample in samples if sample["kind"] == "video"]
     grids += [video["prompt_grid"] for video in videos]
     video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
-    cell_counts.append(len(video_patches) // cell)
     if not grids:
         # The tower runs even without media, then for one black cell: in training the ranks wait for each
         # other's gradients of every parameter, and under FSDP also for its weights.
         stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
-        grids = [(1, processor.merge_size, processor.merge_size)]
-        cell_counts = [0, 1, 0]
+        grids, num_cells = [(1, processor.merge_size, processor.merge_size)], 1
     media = {
         "still_patches": _concatenate(stills, np.uint8),
         "video_patches": video_patches,
         "tower": _tower_indices(processor, grids),
-        "cell_counts": cell_counts,
+        "cell_counts": [image_cells, num_cells - image_cells, len(video_patches) // cell],
     }
     return media, still_start
 
