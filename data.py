@@ -346,6 +346,7 @@ class Processor:
         4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published (5.10 encloses the whole video, too).
         """
         pair = self.temporal_patch_size
+        # Of each pair; an odd last frame is its own partner.
         firsts, lasts = frames[::pair], [*frames[pair - 1 :: pair], frames[-1]]
         if not self.timestamps:
             return self.vision_start + self.video_pad * (cells * len(firsts)) + self.vision_end
