@@ -37,7 +37,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain, cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,7 @@ from einops import rearrange
 from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -65,10 +66,6 @@ IGNORE_INDEX = -100  # the label of a token that is not supervised; torch's cros
 REGION_TAG = "<region>"  # what a question in the data file writes for an object
 REGION_TOKEN = "<|region_pad|>"  # the placeholder token whose embedding the model replaces by a region token
 MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
-ANSWER_MARK = "\ue000"  # stands for an answer while a chat template is rendered (a private-use character)
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; tokenizers and file systems refuse it
-MAX_MASK_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class DataError(ValueError):
@@ -90,28 +87,10 @@ def within(*places):
         raise DataError(error.args[0], *places, *error.args[1:]) from None
 
 
-@contextmanager
-def os_errors(expected):
-    """Turns an OSError into a DataError that says what was expected."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"expected {expected}, found: {error.strerror}") from None
-
-
 def expect(condition, expected, found):
     """Raises a DataError that says what was expected and what was found, unless condition holds."""
     if not condition:
         raise DataError(f"expected {expected}, found {shorten(found)}")
-
-
-def shorten(value):
-    """repr(value), or its beginning."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of more than 4300 digits
-        text = f"a {type(value).__name__} too large to print"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---- samples ----
@@ -134,7 +113,7 @@ class Sample:
 
 
 def read_samples(paths, media=None, outside_paths=False):
-    """Returns a sequence of Sample, each parsed when it is accessed. Media and masks are read by the dataset.
+    """Returns a sequence of Sample, each parsed when it is accessed (see parse_sample for the checks).
 
     paths: one path or several, each a JSON array or JSONL. media: the folder that media paths are relative to
     (default: each file's own folder). outside_paths: also accept media paths that leave that folder.
@@ -145,32 +124,6 @@ def read_samples(paths, media=None, outside_paths=False):
     for path in map(os.fspath, paths):
         files.append((path, os.fspath(media) if media else os.path.dirname(path)))
     return Samples(files, outside_paths)
-
-
-def parse_sample(entry, place, media_folder, position, outside_paths=False):
-    """Checks one JSON value and returns its Sample, or raises DataError.
-
-    place: (file, sample name). position: the sample's id if the entry has no "id".
-    """
-    expect(isinstance(entry, dict), "a JSON object", entry)
-    media = _parse_media(entry, media_folder, outside_paths)
-    with within("conversations"):
-        turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
-    objects = _parse_objects(entry, media)
-    tags = sum(question.count(REGION_TAG) for question, _ in turns)
-    expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
-    expect(tags == len(objects), expected_tags, tags)
-    if objects and media is None:
-        raise DataError("expected a video or image for the annotated objects, found neither key")
-    size = entry.get("height"), entry.get("width")
-    if size == (None, None):
-        size = None
-    else:
-        expected = f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels"
-        expect(_is_size(size), expected, size)
-    question_type = "" if entry.get("type") is None else entry["type"]
-    expect(isinstance(question_type, str), "type: a string", question_type)
-    return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
 
 
 # ---- masks ----
@@ -184,28 +137,6 @@ def decode_mask(segmentation, height, width):
     mask or one of another shape.
     """
     return coco_mask.decode(_to_rle(segmentation, height, width))
-
-
-def mask_share(segmentation, height, width):
-    """The share of the picture that a segmentation covers, in [0, 1]; arguments and errors of decode_mask."""
-    rle = _to_rle(segmentation, height, width)
-    return int(coco_mask.area(rle)) / math.prod(rle["size"])
-
-
-def _to_rle(segmentation, height, width):
-    check_segmentation(segmentation)
-    if isinstance(segmentation, dict):
-        size = segmentation["size"]
-        _check_same_shape(size, (height, width), "mask")
-        if isinstance(segmentation["counts"], list):
-            return coco_mask.frPyObjects(segmentation, *size)
-        return segmentation
-    polygons = _as_polygons(segmentation)
-    for polygon in polygons:
-        x, y = polygon[0::2], polygon[1::2]
-        near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
-        expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def window(mask, sides, height, width):
@@ -235,11 +166,9 @@ def coverage(mask, gh, gw, part=None, size=None):
     """The share of each cell that lies inside the mask: uint8 (H, W) of 0 and 1 -> float32 (gh, gw).
 
     The cells divide the whole picture, or part: (top, bottom, left, right) in pixels of a picture that has
-    this size (height, width).
-
-    Exact for every H, W, gh, gw and part: a pixel that a border cuts counts by its parts. Coverage does not
-    depend on the mask's resolution, and an object of a single pixel still has a coverage above 0. (VideoRefer
-    resizes masks bilinearly without antialiasing and keeps what is above 0, which loses small objects.)
+    this size (height, width). The share is exact, whatever the mask's resolution: a pixel that a border cuts
+    counts by its parts, so that no object is too small to be seen. (VideoRefer resizes masks bilinearly
+    without antialiasing and keeps what is above 0, which loses small objects.)
     """
     height, width = size or mask.shape
     top, bottom, left, right = part or (0, height, 0, width)
@@ -271,14 +200,6 @@ def mask_bounds(mask):
     if len(rows) == 0:
         return 0, 0, 0, 0
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def fill_box(mask):
-    """uint8 (H, W) -> the same with its whole bounding box inside."""
-    top, bottom, left, right = mask_bounds(mask)
-    filled = np.zeros_like(mask)
-    filled[top:bottom, left:right] = 1
-    return filled
 
 
 def mask_box(mask):
@@ -314,15 +235,9 @@ class Settings:
 # The pixels for a pretrained backbone, in place of those for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
-# What the backbone families do differently in the prompt; the rest is read from the checkpoint's own files.
-# Qwen2.5-VL has the time in its position ids. The others write it in front of each pair of frames.
-FAMILIES = {
-    "qwen3_vl": {"timestamps": True},
-    "qwen2_5_vl": {"timestamps": False},
-    "qwen3_vl_moe": {"timestamps": True},
-    "qwen3_5": {"timestamps": True},
-    "qwen3_5_moe": {"timestamps": True},
-}
+# The backbone families. All that differs between them is read from a checkpoint's own files, except that
+# Qwen2.5-VL has the time in its position ids; the others write it in front of each pair of frames.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 class Processor:
@@ -333,16 +248,17 @@ class Processor:
 
     def __init__(self, tokenizer, image_processor, config, settings):
         family = config.model_type
-        expect(family in FAMILIES, f"a model of one of the families {sorted(FAMILIES)}", family)
+        expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
         self.settings = settings
-        self.timestamps = FAMILIES[family]["timestamps"]
+        self.timestamps = family != "qwen2_5_vl"
         self.patch_size = config.vision_config.patch_size
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        self.min_pixels = image_processor.size["shortest_edge"]  # despite these names, both are areas
-        self.max_pixels = image_processor.size["longest_edge"]
+        # The most and least pixels of a still. Despite their names, both edges are areas.
+        self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
+        self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         ids = [config.image_token_id, config.video_token_id]
         ids += [config.vision_start_token_id, config.vision_end_token_id]
         tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -352,14 +268,13 @@ class Processor:
         tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = re.compile("|".join(map(re.escape, [*special, ANSWER_MARK])))
+        self.control_tokens = re.compile("|".join(map(re.escape, special)))
         # The backbone without layers, and without memory for weights, because it knows how positions count.
         config = copy.deepcopy(config)
         config.text_config.num_hidden_layers = config.vision_config.depth = 0
         with torch.device("meta"):
             self.empty_backbone = AutoModel.from_config(config)
-        # A template that cannot be used is an error here, not of each sample.
-        self._render([("question", "answer")] * 2, None)
+        self._read_chat_template()
 
     @classmethod
     def from_pretrained(cls, path, settings):
@@ -381,18 +296,16 @@ class Processor:
 
     def still_size(self, height, width):
         """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
-        max_pixels = min(self.max_pixels, self.settings.region_pixels)
-        return self._smart_resize(height, width, min(self.min_pixels, max_pixels), max_pixels)
+        return self._smart_resize(height, width, self.min_pixels, self.max_pixels)
 
     def window_size(self, height, width):
-        """The (height, width) that a window is resized to: it may be enlarged, too.
+        """The (height, width) that a window is resized to: as large as a still may be.
 
-        It becomes as large as a still may be, as the families' own rule has it for large pictures. That rule
-        rounds: where a square of 96 x 96 pixels fits exactly, it gives 80 x 80 to some.
+        That is what the families' own rule gives to large pictures, but for its rounding: where a square of
+        96 x 96 pixels fits exactly, it gives 80 x 80 to some.
         """
-        max_pixels = min(self.max_pixels, self.settings.region_pixels)
-        rows = math.isqrt(max_pixels * height // (width * self.factor**2))
-        columns = math.isqrt(max_pixels * width // (height * self.factor**2))
+        rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
+        columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
         return max(1, rows) * self.factor, max(1, columns) * self.factor
 
     def frame_size(self, height, width):
@@ -433,12 +346,13 @@ class Processor:
         4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published (5.10 encloses the whole video, too).
         """
         pair = self.temporal_patch_size
-        frames = list(frames) + [frames[-1]] * (-len(frames) % pair)
+        # Of each pair; an odd last frame is its own partner.
+        firsts, lasts = frames[::pair], [*frames[pair - 1 :: pair], frames[-1]]
         if not self.timestamps:
-            return self.vision_start + self.video_pad * (cells * len(frames) // pair) + self.vision_end
+            return self.vision_start + self.video_pad * (cells * len(firsts)) + self.vision_end
         text = ""
-        for i in range(0, len(frames), pair):
-            seconds = (frames[i] + frames[i + pair - 1]) / 2 / fps
+        for first, last in zip(firsts, lasts):
+            seconds = (first + last) / 2 / fps
             text += f"<{seconds:.1f} seconds>{self.vision_start}{self.video_pad * cells}{self.vision_end}"
         return text
 
@@ -452,57 +366,80 @@ class Processor:
         for text in chain.from_iterable(turns):
             found = self.control_tokens.search(text)
             expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        prompts, answers, rest = self._render(turns, media)
+        texts = self._render(turns, media)
         if media:
             pad = self.image_pad if media == "image" else self.video_pad
             placeholder = self.vision_start + pad + self.vision_end
-            expect(placeholder in prompts[0], f"a chat template with {placeholder} for media", prompts[0])
-            prompts[0] = prompts[0].replace(placeholder, media_prompt, 1)
-        token_counts = iter(region_tokens)
-        pieces = []  # (text, whether it is supervised)
-        for prompt, answer in zip(prompts, answers):
-            pieces.append((re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), prompt), False))
-            pieces.append((answer, True))
+            expect(placeholder in texts[0], f"a chat template with {placeholder} for media", texts[0])
+            texts[0] = texts[0].replace(placeholder, media_prompt, 1)
         if for_generation:
-            pieces.pop()
-        else:
-            pieces.append((rest, False))
+            texts = texts[:-2]
+        token_counts = iter(region_tokens)
         input_ids, labels = [], []
-        for text, is_supervised in pieces:
+        for i, text in enumerate(texts):
+            is_answer = i % 2 == 1
+            if not is_answer:
+                text = re.sub(REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), text)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             input_ids += ids
-            labels += ids if is_supervised else [IGNORE_INDEX] * len(ids)
+            labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
             visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
             expected = f"expected at most --max-length {self.settings.max_length} tokens"
             raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
 
+    def _read_chat_template(self):
+        """Finds out what stands between a question and its answer: when the answer is to be generated
+        (generation_prompt), and when it is there and another question follows (answer_header).
+
+        A template that cannot be used is an error here, not of each sample.
+        """
+        turns = [("question", "answer")] * 2
+        question, answer, *_ = self._messages(turns, None)
+        shown = self._apply_template([question])
+        asked = self._apply_template([question], add_generation_prompt=True)
+        followed = self._apply_template([question, answer, question])
+        self.generation_prompt = asked.removeprefix(shown)
+        self.answer_header, _, _ = followed.removeprefix(shown).partition("answer")
+        valid = asked.startswith(shown) and self.answer_header
+        expect(valid, "a chat template that adds the beginning of an answer to a question", asked)
+        self._render(turns, None)
+
     def _render(self, turns, media):
-        """Returns a conversation as the chat template writes it: the prompt in front of each answer, the
-        answers with their end tokens, and what stands behind the last one.
+        """Returns a conversation as the chat template writes it, in pieces: a prompt and an answer (with its
+        end token) for each turn, and at last what stands behind the last answer.
 
         Each prompt is the one that generation begins from, without thinking. Qwen3.5's ends with an empty
         <think> block, which its template takes out again when another question follows. Here it stays, as in
         trl's template for training Qwen3.5, so that training shows each turn as it is asked.
         """
         end = self.tokenizer.eos_token
-        messages, prompts, answers = [], [], []
+        rest = self._apply_template(self._messages(turns, media))
+        rest = rest.replace(self.generation_prompt, self.answer_header)  # as in front of the earlier answers
+        pieces = []
+        for _, answer in turns:
+            prompt, _, rest = rest.partition(self.answer_header)
+            written, found_end, rest = rest.partition(end)
+            is_kept = found_end and written.strip() == answer.strip()
+            expected = f"a chat template that keeps each answer, and puts the answer {shorten(answer)} behind"
+            expect(is_kept, f"{expected} its prompt, then {end}", written)
+            pieces += [prompt + self.generation_prompt, written + end]
+        return [*pieces, rest]
+
+    def _messages(self, turns, media):
+        """A conversation as chat messages. The media tag becomes a part of one, without its line breaks."""
+        messages = []
         for question, answer in turns:
-            messages.append({"role": "user", "content": self._message_parts(question, media)})
-            asked = self._apply_template(messages, add_generation_prompt=True)
-            _, *earlier = asked.split(ANSWER_MARK + end)
-            expected = f"a chat template that keeps each answer and {end} when a question follows"
-            expect(len(earlier) == len(prompts), expected, asked)
+            parts = []
+            for i, text in enumerate(MEDIA_TAG.split(question)):
+                if i > 0:
+                    parts.append({"type": media})
+                if text:
+                    parts.append({"type": "text", "text": text})
+            messages.append({"role": "user", "content": parts})
             messages.append({"role": "assistant", "content": answer})
-            shown = self._apply_template(messages)
-            written, _, rest = shown.removeprefix(asked).rpartition(end)
-            expected = f"a chat template that puts the answer {shorten(answer)} behind its prompt, then {end}"
-            expect(written.strip() == answer.strip(), expected, shown.removeprefix(asked))
-            messages[-1]["content"] = ANSWER_MARK  # so that the next prompt can be told from what precedes it
-            prompts.append(earlier[-1] if earlier else asked)
-            answers.append(written + end)
-        return prompts, answers, rest
+        return messages
 
     def _apply_template(self, messages, **options):
         options |= {"tokenize": False, "enable_thinking": False}
@@ -527,54 +464,33 @@ class Processor:
         )
         return positions[:, 0].numpy()
 
-    def tower_indices(self, grids):
-        """What the vision tower looks up for its patches, as its keyword arguments.
-
-        grids: (time, rows, columns) in patches for each still and video. Left to itself, the tower makes the
-        same in each forward pass, on the GPU, and waits for it.
-        """
-        tower, grids = self.empty_backbone.visual, torch.tensor(grids)
-        bounds = get_vision_cu_seqlens(grids)
-        indices = {
-            "grid_thw": grids,
-            "position_ids": get_vision_position_ids(grids, self.merge_size),
-            "cu_seqlens": bounds,  # attention stays within a frame
-            "max_seqlen": int(bounds.diff().max()),
-        }
-        if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
-            windows, bounds = get_vision_window_index(
-                grids, self.merge_size, tower.window_size, self.patch_size
-            )
-            indices |= {"window_index": windows, "cu_window_seqlens": bounds}
-            indices["max_window_seqlen"] = int(bounds.diff().max())
-        else:  # learned positions, which are interpolated to the size of the grid
-            rows, weights = get_vision_interpolation_indices_and_weights(
-                grids,
-                tower.num_grid_per_side,
-                tower.interpolation_mode,
-                tower.interpolation_align_corners,
-                self.merge_size,
-            )
-            indices |= {"interp_indices": rows, "interp_weights": weights}
-        return indices
-
-    def _message_parts(self, question, media):
-        """A question as the parts of a chat message. Its media tag becomes a part, without line breaks."""
-        parts = []
-        for i, text in enumerate(MEDIA_TAG.split(question)):
-            if i > 0:
-                parts.append({"type": media})
-            if text:
-                parts.append({"type": "text", "text": text})
-        return parts
-
 
 # ---- encoded samples ----
 
-# What an encoded sample without media has, and the lists with entries for its regions.
-NO_MEDIA = {"still_patches": [], "still_grids": [], "video_patches": None}
-NO_MEDIA |= {"prompt_grid": None, "seconds_per_pair": 1.0}
-REGION_LISTS = ("coverage", "boxes", "region_still", "object_frames", "region_tokens")
+# The fields of an encoded sample. With these values it is what a batch holds if none of its samples can be
+# used: one token, and nothing to learn. A sample of text has the same for media and regions.
+EMPTY_SAMPLE = {
+    "id": None,
+    "input_ids": np.zeros(1, np.int64),  # (L,)
+    "labels": np.full(1, IGNORE_INDEX),  # (L,)
+    "position_ids": np.zeros((3, 1), np.int64),  # (3, L): time, row and column
+    # The image or video that stands in the prompt.
+    "kind": None,  # "image", "video", or None
+    "media_prompt": "",  # the text that stands for it
+    "prompt_grid": None,  # (time, rows, columns) in patches
+    "seconds_per_pair": 1.0,
+    "video_patches": None,  # uint8 (Q, 3 * temporal * patch * patch)
+    # Stills: first the image, if it stands in the prompt, then the views of regions.
+    "still_patches": [],  # uint8 (P, 3 * patch * patch) of each
+    "still_grids": [],  # (rows, columns) of each, in patches
+    # Region frames, ordered by object, then time.
+    "coverage": [],  # float32 (cells of its still,) of each
+    "boxes": [],  # (cx, cy, w, h, t) of each, in [0, 1]
+    "region_still": [],  # the index of the still that shows it; regions with the same view share one
+    # Objects.
+    "object_frames": [],  # how many region frames each of them has
+    "region_tokens": [],  # how many placeholder tokens
+}
 
 
 class View(NamedTuple):
@@ -593,14 +509,12 @@ class ReferringDataset(Dataset):
     """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
 
     dataset[epoch, i] depends on (seed, epoch, i) alone, except after time-outs, which depend on load. A
-    sample that cannot be used comes back as its DataError. It is not raised, because an exception would end
-    the worker: the caller decides.
+    sample that cannot be used comes back as its DataError. Raised, it would end the worker.
 
     single_frame: the probability that an object is cut to one random annotated frame (the paper trains on a
-    mix of both modes). control: "none"; "full", "shuffle" and "box" replace every mask by the whole frame, by
-    that of a random object on other media, and by its bounding box; "blind" leaves only the text (see
-    without_media). cache_bytes: memory for decoded frames. timeout: seconds allowed for opening a media file,
-    and again for reading frames from it.
+    mix of both modes). control: "none", or what eval.py compares with: other masks ("full", "box", "shuffle";
+    see replace_masks), or text alone ("blind"; see without_media). cache_bytes: memory for decoded frames.
+    timeout: seconds allowed for opening a media file, and again for reading frames from it.
     """
 
     def __init__(
@@ -636,25 +550,28 @@ class ReferringDataset(Dataset):
         return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
 
     def encode(self, sample, rng, for_generation=False):
-        """Returns a dict of what collate joins. Raises DataError with the sample's place."""
+        """Returns a dict with the fields of EMPTY_SAMPLE. Raises DataError with the sample's place."""
         if self.control == "blind":
             sample = without_media(sample)
         with within(*sample.place):
-            media = self.media_of(sample) if sample.media else None
-            objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
-            if self.control != "none":
-                objects = [self.replace_masks(masks, sample, rng) for masks in objects]
-            encoded = {"id": sample.id, "kind": None, **NO_MEDIA}
-            encoded |= {name: [] for name in REGION_LISTS}
-            prompt = None
-            if media:
-                stills = self._add_regions(encoded, media.info, objects)
-                prompt = self._add_media(encoded, sample.media, media, stills)
+            encoded = EMPTY_SAMPLE | {"id": sample.id}
+            if sample.media:
+                media = self.media_of(sample)
+                objects = [self.choose_masks(sample, i, media.info, rng) for i in range(len(sample.objects))]
+                if self.control != "none":
+                    objects = [replace_masks(self, masks, sample, rng) for masks in objects]
+                views, regions = self._encode_regions(objects, media.info)
+                encoded |= regions | self._encode_media(sample.media, media, views)
             encoded["input_ids"], encoded["labels"] = self.processor.encode(
-                sample.turns, encoded["kind"], prompt, encoded["region_tokens"], for_generation
+                sample.turns,
+                encoded["kind"],
+                encoded["media_prompt"],
+                encoded["region_tokens"],
+                for_generation,
             )
-            names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
-            encoded["position_ids"] = self.processor.positions(*(encoded[name] for name in names))
+            encoded["position_ids"] = self.processor.positions(
+                encoded["input_ids"], encoded["kind"], encoded["prompt_grid"], encoded["seconds_per_pair"]
+            )
         return encoded
 
     def media_of(self, sample):
@@ -688,22 +605,6 @@ class ReferringDataset(Dataset):
             return [frames[rng.integers(len(frames))]]
         return evenly(frames, self.settings.region_frames)
 
-    def replace_masks(self, masks, sample, rng):
-        """The control: on the same frames whole pictures, boxes, or the masks of an object on other media."""
-        if self.control == "full":
-            return {frame: np.ones((1, 1), np.uint8) for frame in masks}
-        if self.control == "box":
-            return {frame: fill_box(mask) for frame, mask in masks.items()}
-        for i in rng.permutation(len(self.samples)).tolist():
-            with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
-                donor = self.samples[i]
-                if not donor.objects or _files_of(donor.media) & _files_of(sample.media):
-                    continue
-                object_index = int(rng.integers(len(donor.objects)))
-                donor_masks = self.choose_masks(donor, object_index, self.media_of(donor).info, rng)
-                return dict(zip(masks, cycle(donor_masks.values())))
-        raise DataError("expected a sample with regions on other media to take masks from, found none")
-
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
         processor, size = self.processor, (info.height, info.width)
@@ -715,49 +616,54 @@ class ReferringDataset(Dataset):
         gh, gw = (side // processor.factor for side in view.size)
         return view, coverage(mask, gh, gw, view.part, size)
 
-    def _add_regions(self, encoded, info, objects):
-        """Adds coverage, box and still of each region frame; region frames are ordered by object, then time.
-
-        Returns the View of each still. The first one of an image is the image that stands in the prompt.
+    def _encode_regions(self, objects, info):
+        """Returns the View of each region frame, and the fields of the encoded sample that say where in their
+        views the objects lie. objects: {frame: mask} of each.
         """
-        last_frame = max(info.num_frames - 1, 1)
-        stills = []
-        if info.is_image:
-            stills.append(View.whole(0, info, self.processor.still_size(info.height, info.width)))
+        views, coverages, boxes = [], [], []
         for masks in objects:
             for frame, mask in masks.items():
                 view, cells = self.region_view(frame, mask, info)
-                if view not in stills:  # regions with the same view share a still
-                    stills.append(view)
-                encoded["coverage"].append(cells.ravel())
-                encoded["boxes"].append((*mask_box(mask), frame / last_frame))
-                encoded["region_still"].append(stills.index(view))
-            encoded["object_frames"].append(len(masks))
-            encoded["region_tokens"].append(min(len(masks), self.settings.region_tokens))
-        return stills
+                views.append(view)
+                coverages.append(cells.ravel())
+                boxes.append((*mask_box(mask), frame / max(info.num_frames - 1, 1)))
+        return views, {
+            "coverage": coverages,
+            "boxes": boxes,
+            "object_frames": [len(masks) for masks in objects],
+            "region_tokens": [min(len(masks), self.settings.region_tokens) for masks in objects],
+        }
 
-    def _add_media(self, encoded, path, media, stills):
-        """Adds patches and grids to encoded. Returns the text that stands for the media in the prompt."""
+    def _encode_media(self, path, media, views):
+        """Returns the fields of the encoded sample that show its media: the image or video in the prompt, and
+        these views of regions.
+        """
         info, processor = media.info, self.processor
-        frame_size = processor.frame_size(info.height, info.width)
-        sampled = [] if info.is_image else evenly(range(info.num_frames), self.settings.num_frames)
-        frames = [View.whole(frame, info, frame_size) for frame in sampled]
-        pictures = self._read_pictures(path, media, stills + frames)
-        patch = processor.patch_size
-        encoded["still_grids"] = [(view.size[0] // patch, view.size[1] // patch) for view in stills]
-        encoded["still_patches"] = [processor.still_patches(pictures[view]) for view in stills]
+        patch, pair = processor.patch_size, processor.temporal_patch_size
         if info.is_image:
-            encoded["kind"] = "image"
-            encoded["prompt_grid"] = (1, *encoded["still_grids"][0])
-            return processor.image_prompt(math.prod(stills[0].size) // processor.factor**2)
-        pair = processor.temporal_patch_size
-        gh, gw = (side // patch for side in frame_size)
-        encoded["kind"] = "video"
-        encoded["video_patches"] = processor.video_patches(np.stack([pictures[view] for view in frames]))
-        encoded["prompt_grid"] = math.ceil(len(sampled) / pair), gh, gw
-        # Qwen2.5-VL spaces its position ids by the seconds between pairs, as its own processor counts them.
-        encoded["seconds_per_pair"] = pair * info.num_frames / (len(sampled) * info.fps)
-        return processor.video_prompt(sampled, info.fps, math.prod(frame_size) // processor.factor**2)
+            sampled, size = [0], processor.still_size(info.height, info.width)
+        else:
+            sampled = evenly(range(info.num_frames), self.settings.num_frames)
+            size = processor.frame_size(info.height, info.width)
+        in_prompt = [View.whole(frame, info, size) for frame in sampled]
+        stills = list(dict.fromkeys(in_prompt + views if info.is_image else views))  # each once
+        pictures = self._read_pictures(path, media, in_prompt + views)
+        encoded = {
+            "prompt_grid": (math.ceil(len(sampled) / pair), size[0] // patch, size[1] // patch),
+            "still_patches": [processor.still_patches(pictures[view]) for view in stills],
+            "still_grids": [(view.size[0] // patch, view.size[1] // patch) for view in stills],
+            "region_still": [stills.index(view) for view in views],
+        }
+        cells = math.prod(size) // processor.factor**2
+        if info.is_image:
+            return encoded | {"kind": "image", "media_prompt": processor.image_prompt(cells)}
+        return encoded | {
+            "kind": "video",
+            "media_prompt": processor.video_prompt(sampled, info.fps, cells),
+            "video_patches": processor.video_patches(np.stack([pictures[view] for view in in_prompt])),
+            # Qwen2.5-VL spaces its position ids by this, as its own processor counts it.
+            "seconds_per_pair": pair * info.num_frames / (len(sampled) * info.fps),
+        }
 
     def _read_pictures(self, path, media, views):
         """Returns {view: uint8 (*view.size, 3)}.
@@ -787,25 +693,6 @@ class Questions(ReferringDataset):
             return error
 
 
-# What a batch holds if none of its samples can be used: a single token, and nothing to learn.
-EMPTY_SAMPLE = {"id": None, "kind": None, **NO_MEDIA}
-EMPTY_SAMPLE |= {"input_ids": np.zeros(1, np.int64), "labels": np.full(1, IGNORE_INDEX)}
-EMPTY_SAMPLE |= {"position_ids": np.zeros((3, 1), np.int64)}
-EMPTY_SAMPLE |= {name: [] for name in REGION_LISTS}
-
-
-def without_media(sample):
-    """The same conversation as text alone, as control="blind" asks it.
-
-    The media tag is removed with its line breaks, and each `<region>` becomes the words "the object".
-    """
-    turns = []
-    for question, answer in sample.turns:
-        text = "\n".join(filter(None, MEDIA_TAG.split(question)))
-        turns.append((text.replace(REGION_TAG, "the object"), answer))
-    return replace(sample, media=None, turns=turns, objects=[])
-
-
 def evenly(items, count):
     """At most count of the items (a sequence, not empty), evenly spread from the first to the last."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
@@ -819,12 +706,12 @@ def collate(samples, processor, for_generation=False):
 
     A batch to learn from is one row of tokens: the samples stand one after another, nothing is padded, and
     attention stays within each sample. For generation the samples are rows, padded on the left. Every index
-    that the model needs is made here, by the loader's workers, because a GPU that has to report a number of
-    placeholders or of cells to the CPU stands still until the CPU has answered.
+    that the model needs is made here, because a GPU that first has to tell the CPU how many placeholders or
+    cells there are stands still until the CPU has answered.
 
-    B samples, L tokens in a row (of which training has one), P and Q patches, C cells, V visual tokens, R
-    region frames, O objects, T region tokens, M cells of all region frames, S supervised tokens. Where the
-    batch has none of something, its tensor has length 0. attention, tower and regions are dicts.
+    B samples, L tokens in a row (of which training has one), S supervised tokens, P and Q patches, C cells, V
+    visual tokens, T region tokens, O objects, R region frames, M cells of all region frames. Where the batch
+    has none of something, its tensor has length 0. attention, tower and regions are dicts.
 
         errors           for each of the given samples its DataError or None
         ids              list of B
@@ -858,103 +745,102 @@ def collate(samples, processor, for_generation=False):
     batch |= media
     batch["regions"] = _join_regions(samples, still_start)
 
-    # Which tokens the images, videos and regions take the place of, counted through all rows.
-    config, places = processor.config, {}
-    for name, token, count in (
-        ("image", config.image_token_id, batch["cell_counts"][0]),
-        ("video", config.video_token_id, batch["cell_counts"][2]),
-        ("region", processor.region_token_id, batch["regions"]["num_region_tokens"]),
-    ):
-        places[name] = batch["input_ids"].flatten().eq(token).nonzero()[:, 0]
-        assert len(places[name]) == count, f"{len(places[name])} {name} placeholders for {count} rows"
-    batch["visual_index"] = torch.cat([places["image"], places["video"]])
-    batch["region_index"] = places["region"]
+    images, _, videos = batch["cell_counts"]
+    input_ids, config = batch["input_ids"], processor.config
+    image_index = _placeholders(input_ids, config.image_token_id, images, "image")
+    video_index = _placeholders(input_ids, config.video_token_id, videos, "video")
+    batch["visual_index"] = torch.cat([image_index, video_index])
+    num_region_tokens = batch["regions"]["num_region_tokens"]
+    batch["region_index"] = _placeholders(input_ids, processor.region_token_id, num_region_tokens, "region")
     return batch
 
 
+def _placeholders(input_ids, token_id, count, name):
+    """Returns int64 (count,): which tokens, all rows counted in one go, are this placeholder."""
+    index = input_ids.flatten().eq(token_id).nonzero()[:, 0]
+    assert len(index) == count, f"{len(index)} {name} placeholders for {count} rows"
+    return index
+
+
 def _join_tokens(samples, processor, for_generation):
-    """Returns the part of the batch that is made of tokens: one row, or rows that are padded on the left."""
-    lengths = [len(sample["input_ids"]) for sample in samples]
-
-    def join(arrays, padding):  # along the last axis, which is that of tokens, or below each other
-        if not for_generation:
-            return np.concatenate(arrays, axis=-1)[..., None, :]
-        return np.stack([_pad_left(array, max(lengths), padding) for array in arrays], axis=-2)
-
-    if for_generation:
-        mask = join([np.ones(length, np.int64) for length in lengths], 0)
-        attention, targets = {"attention_mask": torch.from_numpy(mask)}, {}
-    else:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        attention = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sample_lengths": lengths}
-        labels = np.concatenate([sample["labels"] for sample in samples])
-        index = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # a sample never begins with a supervised token
-        targets = {"target_index": torch.from_numpy(index), "targets": torch.from_numpy(labels[index + 1])}
-    pad_token_id = processor.tokenizer.pad_token_id
-    return {
+    """Returns the part of the batch that is made of tokens: rows that are padded on the left, or one row."""
+    ids = [torch.from_numpy(sample["input_ids"]) for sample in samples]
+    positions = [torch.from_numpy(sample["position_ids"]) for sample in samples]
+    lengths = [len(row) for row in ids]
+    joined = {
         "num_tokens": sum(lengths),
-        "input_ids": torch.from_numpy(join([sample["input_ids"] for sample in samples], pad_token_id)),
-        "position_ids": torch.from_numpy(join([sample["position_ids"] for sample in samples], 0)),
-        "next_position": torch.tensor([[sample["position_ids"].max() + 1] for sample in samples]),
-        "attention": attention,
-        **targets,
+        "next_position": torch.tensor([[row.max() + 1] for row in positions]),
     }
+    if for_generation:
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        joined["input_ids"] = pad(ids, padding_value=processor.tokenizer.pad_token_id)
+        joined["position_ids"] = pad([row.T for row in positions]).permute(2, 0, 1)
+        joined["attention"] = {"attention_mask": pad([torch.ones_like(row) for row in ids])}
+        return joined
+    labels = torch.cat([torch.from_numpy(sample["labels"]) for sample in samples])
+    # The token before a supervised one predicts it. A sample never begins with a supervised token.
+    target_index = labels[1:].ne(IGNORE_INDEX).nonzero()[:, 0]
+    joined["input_ids"] = torch.cat(ids)[None]
+    joined["position_ids"] = torch.cat(positions, dim=1)[:, None]
+    joined["attention"] = {
+        "cu_seq_lens_q": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "max_length_q": max(lengths),
+        "sample_lengths": lengths,
+    }
+    return joined | {"target_index": target_index, "targets": labels[target_index + 1]}
 
 
 def _join_media(samples, processor):
     """Returns (part of the batch, {(row, still): the cell where it begins})."""
     cell = processor.merge_size**2  # patches
-    prompt_stills, other_stills = [], []
+    # (row, still): first the images that stand in prompts, then the views of regions.
+    images = [(row, 0) for row, sample in enumerate(samples) if sample["kind"] == "image"]
+    views = []
     for row, sample in enumerate(samples):
-        stills = [(row, i) for i in range(len(sample["still_patches"]))]
-        num_in_prompt = int(sample["kind"] == "image")
-        prompt_stills += stills[:num_in_prompt]
-        other_stills += stills[num_in_prompt:]
-    stills, grids, starts, start = [], [], {}, 0
-    for row, i in prompt_stills + other_stills:
+        first_view = 1 if sample["kind"] == "image" else 0
+        views += [(row, i) for i in range(first_view, len(sample["still_patches"]))]
+    stills, grids, still_start, num_cells = [], [], {}, 0
+    for row, i in images + views:
         stills.append(samples[row]["still_patches"][i])
         grids.append((1, *samples[row]["still_grids"][i]))
-        starts[row, i] = start
-        start += len(stills[-1]) // cell
-    videos = [sample for sample in samples if sample["video_patches"] is not None]
-    if not stills and not videos:
+        still_start[row, i] = num_cells
+        num_cells += len(stills[-1]) // cell
+    image_cells = sum(map(len, stills[: len(images)])) // cell
+    videos = [sample for sample in samples if sample["kind"] == "video"]
+    grids += [video["prompt_grid"] for video in videos]
+    video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
+    if not grids:
         # The tower runs even without media, then for one black cell: in training the ranks wait for each
         # other's gradients of every parameter, and under FSDP also for its weights.
         stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
-        grids = [(1, processor.merge_size, processor.merge_size)]
-    still_patches = _concatenate(stills, np.uint8)
-    video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
-    image_cells = sum(len(still) for still in stills[: len(prompt_stills)]) // cell
+        grids, num_cells = [(1, processor.merge_size, processor.merge_size)], 1
     media = {
-        "still_patches": still_patches,
+        "still_patches": _concatenate(stills, np.uint8),
         "video_patches": video_patches,
-        "tower": processor.tower_indices(grids + [video["prompt_grid"] for video in videos]),
-        "cell_counts": [image_cells, len(still_patches) // cell - image_cells, len(video_patches) // cell],
+        "tower": _tower_indices(processor, grids),
+        "cell_counts": [image_cells, num_cells - image_cells, len(video_patches) // cell],
     }
-    return media, starts
+    return media, still_start
 
 
 def _join_regions(samples, still_start):
     """Returns the part of the batch that the region encoder reads."""
-    joined = {name: list(chain.from_iterable(sample[name] for sample in samples)) for name in REGION_LISTS}
-    frame_start = []
+    coverages, frame_start, boxes, object_frames, region_tokens = [], [], [], [], []
     for row, sample in enumerate(samples):
+        coverages += sample["coverage"]
         frame_start += [still_start[row, i] for i in sample["region_still"]]
+        boxes += sample["boxes"]
+        object_frames += sample["object_frames"]
+        region_tokens += sample["region_tokens"]
     return {
-        "coverage": _concatenate(joined["coverage"], np.float32),
-        "coverage_start": torch.tensor([0, *accumulate(len(grid) for grid in joined["coverage"])]),
+        "coverage": _concatenate(coverages, np.float32),
+        "coverage_start": torch.tensor([0, *accumulate(map(len, coverages))]),
         "frame_start": torch.tensor(frame_start, dtype=torch.long),
-        "boxes": torch.tensor(joined["boxes"], dtype=torch.float32).view(-1, 5),
-        "object_frames": torch.tensor(joined["object_frames"], dtype=torch.long),
-        "region_tokens": torch.tensor(joined["region_tokens"], dtype=torch.long),
-        "num_region_tokens": sum(joined["region_tokens"]),
+        "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 5),
+        "object_frames": torch.tensor(object_frames, dtype=torch.long),
+        "region_tokens": torch.tensor(region_tokens, dtype=torch.long),
+        "num_region_tokens": sum(region_tokens),
     }
-
-
-def _pad_left(array, length, padding):
-    """The array with its last axis made this long."""
-    widths = [(0, 0)] * (array.ndim - 1) + [(length - array.shape[-1], 0)]
-    return np.pad(array, widths, constant_values=padding)
 
 
 def _concatenate(arrays, dtype):
@@ -962,20 +848,49 @@ def _concatenate(arrays, dtype):
     return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype))
 
 
-def to_device(batch, device):
-    """The same batch with its tensors on the device. From pinned memory, the copy runs by itself."""
-    moved = {}
-    for name, value in batch.items():
-        if isinstance(value, dict):
-            value = to_device(value, device)
-        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-    return moved
-
-
 # ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----
 
 
 # ---- checks of a sample and its masks ----
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; tokenizers and file systems refuse it
+MAX_MASK_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def shorten(value):
+    """repr(value), or its beginning."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of more than 4300 digits
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parse_sample(entry, place, media_folder, position, outside_paths=False):
+    """Checks one JSON value and returns its Sample, or raises DataError.
+
+    place: (file, sample name). position: the sample's id if the entry has no "id".
+    """
+    expect(isinstance(entry, dict), "a JSON object", entry)
+    media = _parse_media(entry, media_folder, outside_paths)
+    with within("conversations"):
+        turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
+    objects = _parse_objects(entry, media)
+    tags = sum(question.count(REGION_TAG) for question, _ in turns)
+    expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
+    expect(tags == len(objects), expected_tags, tags)
+    if objects and media is None:
+        raise DataError("expected a video or image for the annotated objects, found neither key")
+    size = entry.get("height"), entry.get("width")
+    if size == (None, None):
+        size = None
+    else:
+        expected = f"height and width: positive integers, of at most {MAX_MASK_PIXELS} pixels"
+        expect(_is_size(size), expected, size)
+    question_type = "" if entry.get("type") is None else entry["type"]
+    expect(isinstance(question_type, str), "type: a string", question_type)
+    return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
 
 
 def _parse_media(entry, media_folder, outside_paths):
@@ -1010,11 +925,6 @@ def media_name(media):
     if isinstance(media, (list, tuple)) and media:
         return f"{media[0]} to {media[-1]} ({len(media)} frames)"
     return str(media)
-
-
-def _files_of(media):
-    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
-    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
 
 
 def _parse_turns(conversations, has_media):
@@ -1109,6 +1019,28 @@ def _decode_masks(segmentations, frames, size, info):
     return masks
 
 
+def mask_share(segmentation, height, width):
+    """The share of the picture that a segmentation covers, in [0, 1]; arguments and errors of decode_mask."""
+    rle = _to_rle(segmentation, height, width)
+    return int(coco_mask.area(rle)) / math.prod(rle["size"])
+
+
+def _to_rle(segmentation, height, width):
+    check_segmentation(segmentation)
+    if isinstance(segmentation, dict):
+        size = segmentation["size"]
+        _check_same_shape(size, (height, width), "mask")
+        if isinstance(segmentation["counts"], list):
+            return coco_mask.frPyObjects(segmentation, *size)
+        return segmentation
+    polygons = _as_polygons(segmentation)
+    for polygon in polygons:
+        x, y = polygon[0::2], polygon[1::2]
+        near = -width <= min(x) and max(x) <= 2 * width and -height <= min(y) and max(y) <= 2 * height
+        expect(near, f"polygon points (x, y) near the {width}x{height} frame", polygon)
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+
+
 def check_segmentation(segmentation):
     """Returns the name of the segmentation's form; DataError unless it is COCO RLE or one or more polygons.
 
@@ -1180,7 +1112,98 @@ def _check_same_shape(size, frame_size, name):
     expect(same, f"a {name} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
 
 
+# ---- indices for the vision tower ----
+
+
+def _tower_indices(processor, grids):
+    """What the vision tower looks up for its patches, as its keyword arguments.
+
+    grids: (time, rows, columns) in patches of each still and video. Left to itself, the tower makes the same
+    in each forward pass, on the GPU, and waits for it.
+    """
+    tower, grids = processor.empty_backbone.visual, torch.tensor(grids)
+    bounds = get_vision_cu_seqlens(grids)
+    indices = {
+        "grid_thw": grids,
+        "position_ids": get_vision_position_ids(grids, processor.merge_size),
+        "cu_seqlens": bounds,  # attention stays within a frame
+        "max_seqlen": int(bounds.diff().max()),
+    }
+    if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
+        windows, bounds = get_vision_window_index(
+            grids, processor.merge_size, tower.window_size, processor.patch_size
+        )
+        indices |= {"window_index": windows, "cu_window_seqlens": bounds}
+        indices["max_window_seqlen"] = int(bounds.diff().max())
+    else:  # learned positions, which are interpolated to the size of the grid
+        rows, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            tower.num_grid_per_side,
+            tower.interpolation_mode,
+            tower.interpolation_align_corners,
+            processor.merge_size,
+        )
+        indices |= {"interp_indices": rows, "interp_weights": weights}
+    return indices
+
+
+# ---- controls of eval.py ----
+
+
+def replace_masks(dataset, masks, sample, rng):
+    """The masks {frame: uint8 (H, W)} of an object as dataset.control has them, on the same frames: the whole
+    frame ("full"), the bounding box ("box"), or the masks of a random object on other media ("shuffle").
+    """
+    if dataset.control == "full":
+        return {frame: np.ones((1, 1), np.uint8) for frame in masks}
+    if dataset.control == "box":
+        return {frame: fill_box(mask) for frame, mask in masks.items()}
+    for i in rng.permutation(len(dataset)).tolist():
+        with suppress(DataError):  # a sample that is wrong cannot lend its masks; it has its own report
+            donor = dataset.samples[i]
+            if not donor.objects or _files_of(donor.media) & _files_of(sample.media):
+                continue
+            object_index = int(rng.integers(len(donor.objects)))
+            donor_masks = dataset.choose_masks(donor, object_index, dataset.media_of(donor).info, rng)
+            return dict(zip(masks, cycle(donor_masks.values())))
+    raise DataError("expected a sample with regions on other media to take masks from, found none")
+
+
+def _files_of(media):
+    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
+    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
+
+
+def fill_box(mask):
+    """uint8 (H, W) -> the same with its whole bounding box inside."""
+    top, bottom, left, right = mask_bounds(mask)
+    filled = np.zeros_like(mask)
+    filled[top:bottom, left:right] = 1
+    return filled
+
+
+def without_media(sample):
+    """The same conversation as text alone, as control="blind" asks it.
+
+    The media tag is removed with its line breaks, and each `<region>` becomes the words "the object".
+    """
+    turns = []
+    for question, answer in sample.turns:
+        text = "\n".join(filter(None, MEDIA_TAG.split(question)))
+        turns.append((text.replace(REGION_TAG, "the object"), answer))
+    return replace(sample, media=None, turns=turns, objects=[])
+
+
 # ---- reading and writing ----
+
+
+@contextmanager
+def os_errors(expected):
+    """Turns an OSError into a DataError that says what was expected."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"expected {expected}, found: {error.strerror}") from None
 
 
 class FrameCache:
@@ -1267,6 +1290,16 @@ def _flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def to_device(batch, device):
+    """The same batch with its tensors on the device. From pinned memory, the copy runs by itself."""
+    moved = {}
+    for name, value in batch.items():
+        if isinstance(value, dict):
+            value = to_device(value, device)
+        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+    return moved
 
 
 def sample_texts(samples, limit=10_000):
@@ -1466,14 +1499,6 @@ class MediaInfo:
 def media_info(path):
     """Returns the MediaInfo of a file, folder or list of frame files: open_media(path).info."""
     return open_media(path).info
-
-
-def read_frames(path, indices):
-    """Returns uint8 (len(indices), H, W, 3) RGB: the frames in the order of the indices, which may repeat."""
-    indices, media = list(indices), open_media(path)
-    pictures = media.read(indices)
-    frames = [pictures[k] for k in indices]
-    return np.stack(frames) if frames else np.empty((0, media.info.height, media.info.width, 3), np.uint8)
 
 
 def open_media(path):
@@ -1774,7 +1799,7 @@ def _frames_from(container, stream, time, needed):
 # ---- the preview ----
 
 COLOURS = [(255, 80, 60), (60, 200, 90), (70, 130, 255), (255, 200, 40), (220, 80, 230), (40, 210, 220)]
-PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 420, 17  # pixels
+PANEL_HEIGHT, TEXT_WIDTH, LINE_HEIGHT = 192, 414, 17  # pixels
 
 
 def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
@@ -1787,58 +1812,72 @@ def preview(dataset, sample_indices, frames_shown=3, panel_height=PANEL_HEIGHT):
     for i in sample_indices:
         sample = dataset.samples[i]
         with within(*sample.place):
-            rows.append(_draw_row(_draw_frames(dataset, sample, frames_shown, panel_height), sample))
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
+            panels = _draw_frames(dataset, sample, frames_shown, panel_height) if sample.media else []
+            rows.append(_join([*panels, _draw_conversation(sample)], across=True, gap=6))
+        rows.append(Image.new("RGB", (1, LINE_HEIGHT), "white"))  # some space
+    return _join(rows)
+
+
+def _join(images, across=False, gap=0):
+    """Returns PIL images below each other, or across the page, on white, with a gap in front of each."""
+    widths, heights = zip(*(image.size for image in images))
+    size = (max(widths), sum(heights) + gap * len(images))
+    if across:
+        size = (sum(widths) + gap * len(images), max(heights))
+    sheet, position = Image.new("RGB", size, "white"), gap
+    for image in images:
+        sheet.paste(image, (position, 0) if across else (0, position))
+        position += gap + (image.width if across else image.height)
     return sheet
 
 
 def _draw_frames(dataset, sample, frames_shown, panel_height):
-    """Returns (frame index, uint8 picture) pairs: the frame, and below it what is encoded of it."""
-    if sample.media is None:
-        return []
+    """Returns a PIL image for each frame: the frame, and below it what is encoded of it."""
     media, rng = dataset.media_of(sample), np.random.default_rng(0)
     info = media.info
     objects = [dataset.choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
     frames = evenly(sorted(set(chain.from_iterable(objects))) or [0], frames_shown)
-    panel_size = max(1, round(panel_height * info.width / info.height)), panel_height
+    width = max(1, round(panel_height * info.width / info.height))
     panels = []
     for frame, picture in dataset.reader.run(sample.media, media.read, frames).items():
-        masks = [masks_of_object.get(frame) for masks_of_object in objects]
-        small = np.asarray(Image.fromarray(picture).resize(panel_size, Image.Resampling.BICUBIC))
-        panel, views = [draw_regions(small, masks)], {}  # View -> its objects' indices, and their coverage
+        title = Image.new("RGB", (width, LINE_HEIGHT), "white")
+        ImageDraw.Draw(title).text((0, 2), f"frame {frame}", fill="black", font=ImageFont.load_default(12))
+        picture, masks = Image.fromarray(picture), [masks.get(frame) for masks in objects]
+        small = np.asarray(picture.resize((width, panel_height), Image.Resampling.BICUBIC))
+        panel = [title, Image.fromarray(draw_regions(small, masks))]
+        shown = {}  # View -> its objects' indices, and their coverage
         for i, mask in enumerate(masks):
             if mask is not None:
                 view, cells = dataset.region_view(frame, mask, info)
-                indices, others = views.get(view, ([], 0))
-                views[view] = [*indices, i], np.maximum(others, cells)
-        if views:
-            panel.append(_draw_views(picture, views, panel_size))
-        panels.append((frame, np.concatenate(panel)))
+                indices, others = shown.get(view, ([], 0))
+                shown[view] = [*indices, i], np.maximum(others, cells)
+        if shown:
+            panel.append(_draw_views(picture, shown, width, panel_height))
+        panels.append(_join(panel))
     return panels
 
 
-def _draw_views(picture, views, panel_size):
-    """Returns the views of a frame, uint8 (H, W, 3), in one or two columns that are as wide as a panel."""
-    columns = min(len(views), 2)
+def _draw_views(picture, shown, panel_width, panel_height):
+    """Returns the views of a frame, {View: (indices of its objects, their coverage)}, as a PIL image of one
+    or two columns, as wide as a panel.
+    """
+    columns = min(len(shown), 2)
     gap = 4 * (columns - 1)  # pixels
-    width = (panel_size[0] - gap) // columns
+    width = (panel_width - gap) // columns
     tiles = []
-    for (_, part, _), (indices, cells) in views.items():
-        top, bottom, left, right = part
-        tile = ImageOps.contain(Image.fromarray(picture[top:bottom, left:right]), (width, panel_size[1]))
+    for (_, (top, bottom, left, right), _), (indices, cells) in shown.items():
+        tile = ImageOps.contain(picture.crop((left, top, right, bottom)), (width, panel_height))
         light = Image.fromarray(np.float32(0.15 + 0.85 * cells)).resize(tile.size, Image.Resampling.NEAREST)
-        tiles.append(Image.fromarray(np.uint8(np.asarray(tile) * np.asarray(light)[:, :, None])))
+        tile = Image.fromarray(np.uint8(np.asarray(tile) * np.asarray(light)[:, :, None]))
         if columns > 1:
-            _write_numbers(ImageDraw.Draw(tiles[-1]), (2, 2), "lt", indices, 12)
+            _write_numbers(tile, (2, 2), "lt", indices, 12)
+        tiles.append(tile)
     height = max(tile.height for tile in tiles) + gap
-    sheet = Image.new("RGB", (panel_size[0], height * math.ceil(len(tiles) / columns)), "white")
+    sheet = Image.new("RGB", (panel_width, height * math.ceil(len(tiles) / columns)), "white")
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (i % columns * (width + gap), i // columns * height + gap))
-    return np.asarray(sheet)
+        row, column = divmod(i, columns)
+        sheet.paste(tile, ((width + gap) * column, height * row + gap))
+    return sheet
 
 
 def draw_regions(picture, masks):
@@ -1868,40 +1907,33 @@ def draw_regions(picture, masks):
         contour_width = max(1, round(max(height, width) / 300))  # pixels, outside of the object
         grown = Image.fromarray(np.uint8(inside)).filter(ImageFilter.MaxFilter(2 * contour_width + 1))
         drawn[(np.asarray(grown) > 0) & ~objects] = COLOURS[indices[0] % len(COLOURS)]
-    image = Image.fromarray(drawn)
-    pen, size = ImageDraw.Draw(image), max(12, min(height, width) // 16)
+    image, size = Image.fromarray(drawn), max(12, min(height, width) // 16)
     for inside, indices in outlined:
         top, bottom, left, _ = mask_bounds(inside)
         # Above the object if there is room, else below it.
         y, anchor = (top, "lb") if top > size else (min(bottom + 1, height - size), "lt")
-        _write_numbers(pen, (left, y), anchor, indices, size)
+        _write_numbers(image, (left, y), anchor, indices, size)
     return np.asarray(image)
 
 
-def _write_numbers(pen, position, anchor, indices, size):
+def _write_numbers(image, position, anchor, indices, size):
     """Writes the numbers of objects, in the colour of the first."""
     text, font = ",".join(str(i + 1) for i in indices), ImageFont.load_default(size)
     style = dict(fill=COLOURS[indices[0] % len(COLOURS)], stroke_width=2, stroke_fill="black")
-    pen.text(position, text, anchor=anchor, font=font, **style)
+    ImageDraw.Draw(image).text(position, text, anchor=anchor, font=font, **style)
 
 
-def _draw_row(panels, sample):
-    """The panels of one sample side by side, and its conversation on their right."""
+def _draw_conversation(sample):
     lines = [": ".join(map(str, sample.place)), media_name(sample.media or "text only"), ""]
-    region_numbers = iter(range(1, len(sample.objects) + 1))
+    numbers = iter(range(1, len(sample.objects) + 1))
     for question, answer in sample.turns:
-        question = re.sub(REGION_TAG, lambda tag: f"<region {next(region_numbers)}>", question)
+        question = re.sub(REGION_TAG, lambda tag: f"<region {next(numbers)}>", question)
         for text in (f"Q: {question}", f"A: {answer}"):
-            lines += textwrap.wrap(" ".join(text.split()), TEXT_WIDTH // 7)
-    height = max([LINE_HEIGHT * len(lines)] + [len(picture) for _, picture in panels]) + 2 * LINE_HEIGHT
-    row = Image.new("RGB", (sum(picture.shape[1] + 6 for _, picture in panels) + TEXT_WIDTH, height), "white")
-    pen, font, left = ImageDraw.Draw(row), ImageFont.load_default(12), 6
-    for frame, picture in panels:
-        pen.text((left, 2), f"frame {frame}", fill="black", font=font)
-        row.paste(Image.fromarray(picture), (left, LINE_HEIGHT))
-        left += picture.shape[1] + 6
-    pen.text((left + 6, LINE_HEIGHT), "\n".join(lines), fill="black", font=font, spacing=LINE_HEIGHT - 12)
-    return row
+            lines += textwrap.wrap(" ".join(text.split()), 60)
+    image = Image.new("RGB", (TEXT_WIDTH, LINE_HEIGHT * (len(lines) + 1)), "white")
+    style = dict(fill="black", font=ImageFont.load_default(12), spacing=LINE_HEIGHT - 12)
+    ImageDraw.Draw(image).text((6, LINE_HEIGHT), "\n".join(lines), **style)
+    return image
 
 
 def save_picture(image, path):
@@ -1930,25 +1962,25 @@ class CheckedDataset(ReferringDataset):
             return error
 
     def facts(self, sample):
-        facts, kind = [], "media" if sample.media else None
+        facts, kind, info = [], "media" if sample.media else None, None
         with within(*sample.place):
-            # All masks are checked, because training chooses among them at random.
-            for i, segmentations in enumerate(sample.objects):
-                facts.append(("frames per object", len(segmentations)))
-                for frame, segmentation in segmentations.items():
-                    with within(f"object {i}", f"frame {frame}"):
-                        facts.append(("mask forms", check_segmentation(segmentation)))
             if kind and not self.structure_only:
                 info = self.media_of(sample).info
-                for i, segmentations in enumerate(sample.objects):
-                    with within(f"object {i}"):
-                        size = sample.size or (info.height, info.width)
-                        _decode_masks(segmentations, sorted(segmentations), size, info)
                 facts.append(("sizes", f"{info.width}x{info.height}"))
                 if not info.is_image:
                     facts.append(("frames per video", info.num_frames))
                 if info.hidden_packets:
                     facts.append(("edit lists", sample.media))
+            # All masks are checked, because training chooses among them at random.
+            for i, segmentations in enumerate(sample.objects):
+                facts.append(("frames per object", len(segmentations)))
+                with within(f"object {i}"):
+                    for frame, segmentation in segmentations.items():
+                        with within(f"frame {frame}"):
+                            facts.append(("mask forms", check_segmentation(segmentation)))
+                    if info:
+                        size = sample.size or (info.height, info.width)
+                        _decode_masks(segmentations, sorted(segmentations), size, info)
         if not self.structure_only:
             encoded = self.encode(sample, np.random.default_rng(0))
             facts.append(("tokens", len(encoded["input_ids"])))
@@ -1986,22 +2018,21 @@ class Findings:
     def report(self):
         print(f"{len(self.usable)} samples, {sum(self.usable)} of them right")
         print(f"{self.statistics['frames per object'].total()} objects")
-        clips = self.statistics.pop("edit lists", {})
+        clips = list(self.statistics.pop("edit lists", []))
         for name, counter in sorted(self.statistics.items()):
-            values, counts = list(counter), list(counter.values())
-            if not values:
-                continue
-            if isinstance(values[0], str):
-                shown = "; ".join(f"{value} {count}" for value, count in counter.most_common(8))
-                shown += f"; {len(counter) - 8} more" if len(counter) > 8 else ""
-            else:
+            if any(isinstance(value, str) for value in counter):
+                shown = [f"{value} {count}" for value, count in counter.most_common(8)]
+                if len(counter) > 8:
+                    shown.append(f"{len(counter) - 8} more")
+                print(f"{name}: {'; '.join(shown)}")
+            elif counter:
+                values, counts = list(counter), list(counter.values())
                 spread = np.quantile(values, [0, 0.5, 1], weights=counts, method="inverted_cdf")
-                shown = "min {}, median {}, max {}".format(*spread)
-            print(f"{name}: {shown}")
+                print("{}: min {}, median {}, max {}".format(name, *spread))
         if clips:
             print(
-                f"{len(clips)} videos, such as {next(iter(clips))}, were cut by an edit list: they hold "
-                "frames that are not shown, which we do not count, and decord does. Check masks made with it."
+                f"{len(clips)} videos, such as {clips[0]}, were cut by an edit list: they hold frames that "
+                "are not shown, which we do not count, and decord does. Check masks made with it."
             )
         for kind, count in self.problems.most_common():
             print(f"\n{count} x {self.examples[kind][0].args[0]}")

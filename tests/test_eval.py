@@ -1316,7 +1316,7 @@ def test_a_preview_without_regions_shows_the_first_frame(
     evaluation.main([str(a) for a in (*arguments, "--preview", tmp_path / "p.png")])
     picture = np.asarray(Image.open(tmp_path / "p.png"))
     left, top = 6, 17  # the margin, and the frame's number
-    assert (picture[top : top + 96, left : left + 96] == data.read_frames(video, [0])[0]).all()
+    assert (picture[top : top + 96, left : left + 96] == data.open_media(video).read([0])[0]).all()
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):

@@ -1,4 +1,4 @@
-"""Is the frame that read_frames returns the one asked for? Each frame shows its number (clips.py)."""
+"""Is the frame that open_media reads the one asked for? Each frame shows its number (clips.py)."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ from clips import VIDEOS, VPX, X264, X265, draw_number, read_number, remux, writ
 from PIL import Image
 
 import data
-from data import DataError, MediaInfo, media_info, open_media, read_frames
+from data import DataError, MediaInfo, media_info, open_media
 
 SHORT_GOP = {"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"}
 # Containers or codecs whose packets don't tell the frames apart; and streams with no keyframe but the first.
@@ -57,6 +57,12 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(data, "_frames_from", counted)
     return counts
+
+
+def read_frames(path, indices):
+    """uint8 (len(indices), H, W, 3), in the order of the indices."""
+    pictures = open_media(path).read(indices)
+    return np.stack([pictures[k] for k in indices])
 
 
 def numbers(path, indices):
@@ -327,14 +333,13 @@ def test_gif_matches_pillow(videos):
             assert (frame == np.asarray(gif.convert("RGB"))).all()
 
 
-def test_frames_come_by_number_or_as_one_array(clip):
+def test_frames_come_by_number(clip):
     media = open_media(clip)
     frames = media.read((71, 24, 0, 47, 24))
     assert media.info.num_frames == 72 and {k: read_number(f) for k, f in frames.items()} == {
         k: k for k in (0, 24, 47, 71)
     }
-    assert read_frames(clip, []).shape == (0, 64, 128, 3)
-    assert numbers(clip, (k for k in (3, 4))) == [3, 4]
+    assert media.read([]) == {}
 
 
 def test_an_image_is_decoded_once(tmp_path, monkeypatch):
