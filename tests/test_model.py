@@ -24,7 +24,7 @@ import data
 import model as models
 
 SETTINGS = data.Settings(
-    num_frames=5, frame_pixels=100 * 100, region_pixels=150 * 150, region_frames=8, region_tokens=2
+    num_frames=5, frame_pixels=100 * 100, region_pixels=150 * 150, window=0, region_frames=8, region_tokens=2
 )
 
 
