@@ -127,10 +127,11 @@ def draw_questions(figure, samples, questions):
 
 def draw_frames(axes, sample):
     """Draws the first and the last annotated frame, the objects outlined, and numbered if there are two."""
-    for axis, frame, picture in zip(axes, FRAMES, data.read_frames(sample.media, FRAMES)):
-        axis.imshow(picture, interpolation="bicubic")
+    pictures = data.open_media(sample.media).read(FRAMES)
+    for axis, frame in zip(axes, FRAMES):
+        axis.imshow(pictures[frame], interpolation="bicubic")
         axis.set(xticks=[], yticks=[])
-        height, width, _ = picture.shape
+        height, width, _ = pictures[frame].shape
         for number, masks in enumerate(sample.objects, 1):
             # Coverage has the resolution of the frame, whatever that of the mask.
             inside = data.coverage(data.decode_mask(masks[frame], height, width), height, width)
