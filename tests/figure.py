@@ -101,7 +101,7 @@ def choose_pairs(questions):
                 pairs[kind] = j, i
                 shown.add(clip)
                 break
-        data.expect(kind in pairs, f"a clip with two answers to questions about its {kind}", "none")
+        data.expect(kind in pairs, f"a clip with two answers to questions about its {kind}", None)
     return pairs
 
 
