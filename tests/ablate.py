@@ -70,7 +70,7 @@ ARMS = {
     "toy: window 3": Arm("toy", "--window 3"),
     "toy: window 4": Arm("toy", "--window 4"),
 }
-KINDS = ("colour", "shape", "direction", "relation", "about regions")
+KINDS = ("colour", "shape", "direction", "relation")
 
 
 # ---- one run ----
@@ -159,8 +159,12 @@ def percent(line, row, column="exact"):
 
 
 def summary(values):
-    """Mean (lowest to highest) of the seeds."""
-    return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+    """Mean (lowest-highest) of the seeds."""
+    return f"{statistics.mean(values):.1f} ({min(values):.0f}-{max(values):.0f})"
+
+
+def print_row(cells):
+    print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def print_tables(results):
@@ -169,20 +173,22 @@ def print_tables(results):
         groups[line["arm"], line["asked"]].append(line)
     groups = {(name, a): groups[name, a] for name, arm in ARMS.items() for a in arm.asks if groups[name, a]}
 
-    print("Exact match in %, mean (lowest-highest) of the seeds\n")
-    print("| " + " | ".join(["arm", "asked with", "seeds", *KINDS]) + " |")
-    print("|" + "---|" * (3 + len(KINDS)))
+    print("Exact match in %: means of the seeds, and the lowest and highest of them\n")
+    print_row(["arm", "asked with", "seeds", *KINDS, "about regions"])
+    print_row(["---"] * (4 + len(KINDS)))
     for (name, asked), lines in groups.items():
-        cells = [summary([percent(line, kind) for line in lines]) for kind in KINDS]
-        print("| " + " | ".join([name, asked, str(len(lines)), *cells]) + " |")
+        kinds = [f"{statistics.mean(percent(line, kind) for line in lines):.1f}" for kind in KINDS]
+        total = summary([percent(line, "about regions") for line in lines])
+        print_row([name, asked, len(lines), *kinds, total])
 
-    print("\nThe same models with other masks, or none; about regions\n")
-    print("| " + " | ".join(["arm", *CONTROLS, "constant"]) + " |\n|" + "---|" * (2 + len(CONTROLS)))
+    print("\nThe same models, asked about regions with other masks or with the words alone\n")
+    columns = [*CONTROLS, "constant"]
+    print_row(["arm", *columns])
+    print_row(["---"] * (1 + len(columns)))
     for (name, asked), lines in groups.items():
         if ARMS[name].controls and asked == "as trained":
-            columns = [*CONTROLS, "constant"]
-            cells = [summary([percent(line, "about regions", c) for line in lines]) for c in columns]
-            print("| " + " | ".join([name, *cells]) + " |")
+            shares = {c: [percent(line, "about regions", c) for line in lines] for c in columns}
+            print_row([name, *map(summary, shares.values())])
     seconds = {(line["arm"], line["seed"]): line["seconds"] for line in results}
     print(f"\n{len(seconds)} runs, {sum(seconds.values()) / 60:.0f} minutes if one runs after another")
 
