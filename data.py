@@ -232,7 +232,7 @@ class Settings:
             expect(valid, f"--{name.replace('_', '-')}: a whole number from {least}", value)
 
 
-# The pixels for a pretrained backbone, in place of those for the tiny model above.
+# The pixels for a pretrained backbone, in place of those for the tiny model above. The rest is as above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
 # The backbone families. All that differs between them is read from a checkpoint's own files, except that
@@ -256,7 +256,7 @@ class Processor:
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        # The most and least pixels of a still. Despite their names, both edges are areas.
+        # The most and least pixels of a still, which stay as they are. Despite their names, edges are areas.
         self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
         self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         ids = [config.image_token_id, config.video_token_id]
@@ -295,7 +295,7 @@ class Processor:
         self.image_processor.save_pretrained(folder)
 
     def still_size(self, height, width):
-        """The (height, width) that an image or annotated frame is resized to, by the family's own rule."""
+        """The (height, width) that a whole image or frame is resized to, by the family's own rule."""
         return self._smart_resize(height, width, self.min_pixels, self.max_pixels)
 
     def window_size(self, height, width):
@@ -415,8 +415,16 @@ class Processor:
         trl's template for training Qwen3.5, so that training shows each turn as it is asked.
         """
         end = self.tokenizer.eos_token
-        rest = self._apply_template(self._messages(turns, media))
-        rest = rest.replace(self.generation_prompt, self.answer_header)  # as in front of the earlier answers
+        shown = self._apply_template(self._messages(turns, media))
+        # The last answer stands behind the prompt that generation begins from. Let it look like the others.
+        before, found_prompt, last = shown.rpartition(self.generation_prompt)
+        answer = shorten(turns[-1][1])
+        expect(
+            found_prompt,
+            f"a chat template that puts the answer {answer} behind its prompt, then {end}",
+            shown,
+        )
+        rest = before + self.answer_header + last
         pieces = []
         for _, answer in turns:
             prompt, _, rest = rest.partition(self.answer_header)
@@ -722,10 +730,10 @@ def collate(samples, processor, for_generation=False):
         attention        which tokens see each other, as the LLM's keyword arguments
         target_index     int64 (S,), where the next token is supervised; not for generation
         targets          int64 (S,), these next tokens; not for generation
-        still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then annotated frames
+        still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then views of regions
         video_patches    uint8 (Q, 3 * temporal * patch * patch)
         tower            grids and indices of all these patches, as the vision tower's keyword arguments
-        cell_counts      [int, int, int], the cells of images in prompts, annotated frames, videos; sum C
+        cell_counts      [int, int, int], the cells of images in prompts, views of regions, videos; sum C
         visual_index     int64 (V,), the tokens that images and videos take the place of (all rows in one)
         region_index     int64 (T,), the tokens that regions take the place of
         regions          what the region encoder reads beside the cells:

@@ -5,6 +5,7 @@
     python eval.py --model out/final --data test.json --control full shuffle box blind   # with controls
     python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q   # multiple choice
     python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions
+    python eval.py --bench-q VideoRefer-Bench-Q.json --score q/predictions.jsonl   # of any model: id and pred
     # A server of chat completions judges these descriptions:
     python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge https://HOST
 

@@ -135,7 +135,7 @@ class ReferringVideoLLM(nn.Module):
         return self.backbone.get_input_embeddings()(ids).float()
 
     def _in_prompt(self, rows, batch):
-        """Leaves out of the tower's output the cells of annotated frames, which are not in the prompt."""
+        """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
         images, _, videos = rows.split(batch["cell_counts"])
         return torch.cat([images, videos])
 

@@ -15,6 +15,9 @@ OUT/bad_samples.jsonl (which samples could not be used, and why), OUT/step-NNNNN
 A step sees the same samples and, but for dropout, takes the same gradient whatever the number of ranks and
 the size of the micro-batches. Everything random in it is a function of (seed, step, rank) or (seed, epoch,
 sample), so that a resumed run continues as if it had never been interrupted.
+
+torchrun passes a SIGTERM on, but kills after 30 s: --shutdown-timeout 1200 gives step and save 20 minutes. On
+GPUs, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps memory whole where rows differ in length.
 """
 
 import argparse
@@ -68,7 +71,7 @@ class Config:
     """
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL")
-    val: list[str] = option(None, "held-out data files, whose loss is measured while the model learns")
+    val: list[str] = option(None, "held-out data files, whose loss is measured; a bad sample ends the run")
     val_every: int = option(None, "steps between two measurements (default: one at the start and the end)")
     val_answers: int = option(None, "questions of --val to answer each time, for exact match (default: none)")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
@@ -94,7 +97,7 @@ class Config:
     frame_pixels: int = option(None, "pixels of such a frame at most (default: 32*32 if tiny, or 384*384)")
     region_pixels: int = option(None, "the same for images and annotated frames (default: 64*64 or 384*384)")
     window: int = option(
-        None, "a still shows so many sides of an object's box; 0: a whole frame (default: 2)"
+        None, "around an object, encode a square so many times its box; 0: the whole frame (default: 2)"
     )
     region_frames: int = option(None, "annotated frames per object at most, evenly spread (default: 8)")
     region_tokens: int = option(None, "tokens per object at most, similar frames being merged (default: 4)")
@@ -702,7 +705,10 @@ def recompute_activations(model):
 
 
 def compile_layers(model):
-    """--compile: fuses what a layer does between its matrix products, for any length of a row."""
+    """--compile: fuses what a layer does between its matrix products, for any length of a row.
+
+    Experts that learn are then computed one by one.
+    """
     for layer in model.layers():
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
@@ -722,7 +728,11 @@ def shard(model, device):
 
     A rank keeps its share of each weight. The weights of a layer are gathered while it computes, those
     outside of layers (embeddings, mergers, region encoder) throughout a step. Layers move to the device one
-    by one, so that it never holds the whole model; but each rank loads a whole one into CPU memory first.
+    by one, so that it never holds the whole model.
+
+    In CPU memory each rank loads a whole model first, 4 bytes a weight: 256 GB for 8 billion weights on the 8
+    GPUs of a machine. Saving gathers 12 bytes a trained weight there, on rank 0. Gradients are exchanged
+    after each micro-batch: few large ones, with --grad-checkpoint, mean little traffic.
     """
     # The inputs are not cast, because autocast handles them, and positions in time need float32.
     precision = MixedPrecisionPolicy(

@@ -1,7 +1,7 @@
 """What each part of the system earns: trains the tiny model without it, with several seeds.
 
     python tests/ablate.py DIR             # what is missing in DIR/results.jsonl, then the table
-    python tests/ablate.py DIR --jobs 2    # the same, two runs at a time with one core each
+    python tests/ablate.py DIR --jobs 2    # the same, two runs at a time, which share the cores
 
 The toy worlds of tests/shapes.py are made in DIR/toy and DIR/small. A run is one arm of ARMS with one seed: a
 training with the arm's options and then its evaluations, each of which becomes a line of DIR/results.jsonl.
@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial, partialmethod
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -99,10 +99,11 @@ def run(name, seed, folder):
 
 def train_arm(arm, options):
     """Trains as train.py does, but with the masks and without the part that the arm names."""
-    dataset = partial(data.ReferringDataset, control=arm.masks)
+    # Methods are replaced rather than classes, because workers may unpickle a class, by its name.
+    init = partialmethod(data.ReferringDataset.__init__, control=arm.masks)
     groups = models.ReferringVideoLLM.parameter_groups
     without = partialmethod(groups_without, groups, arm.without)
-    with mock.patch.object(data, "ReferringDataset", dataset):
+    with mock.patch.object(data.ReferringDataset, "__init__", init):
         with mock.patch.object(models.ReferringVideoLLM, "parameter_groups", without):
             train.train(train.parse(options))
 

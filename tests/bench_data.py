@@ -1,7 +1,7 @@
 """Prints what reading a sample costs, beside the plain way: `python tests/bench_data.py DATA.json [OPTIONS]`.
 
-OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...; not --window: both encode whole
-frames, as VideoRefer does). "ours" is data.ReferringDataset
+OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...), but --window is ignored: both
+encode whole frames, as VideoRefer does. "ours" is data.ReferringDataset
 with an empty cache. "plain" is how VideoRefer's own code reads a sample: decord decodes the sampled frames,
 then opens the video again for the annotated ones; pixels become float32, and masks float32 at the video's
 resolution. Both give the same pixels, masks and tokens (tests/test_train.py compares them). Times are those

@@ -10,9 +10,9 @@ Bytes a weight during a step, all but the activations:
            and in bfloat16, 2: what is outside of layers (embeddings, mergers, region encoder), which stays
            gathered, its gradients if it learns, and two layers, one of which is gathered ahead
 
-Operations: 2 for each weight and each token or patch that it sees, as much again for the gradient of what it
-sees if anything before it learns, and again for its own gradient if it learns. Attention and adapters are
-left out.
+Operations for each weight and each token or patch: 2 in the forward pass, 2 to hand the gradient back if
+anything in front of this weight learns, and 2 for the weight's own gradient if it learns. Attention and
+adapters are left out, and nothing is computed twice, as --grad-checkpoint does.
 """
 
 import os

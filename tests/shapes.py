@@ -4,7 +4,10 @@
     python tests/shapes.py DIR --small  # the same, but the objects take up 5 % of a frame of 384 x 384 pixels
     python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
 
-The last is for teaching a model something new, as with adapters:
+bench_q.json asks the questions of test.json in the form of VideoRefer-Bench-Q. The tiny model never saw
+options: with `--mode multi --no-options`, eval.py --bench-q gets the same answers as --data does.
+
+--new-kind is for teaching a model something new, as with adapters:
 
     python train.py --data DIR/train.json --out DIR/before
     python train.py --data DIR/new.json --model DIR/before/final --train lora --lr 1e-3 --epochs 4 \\

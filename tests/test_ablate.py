@@ -1,6 +1,8 @@
 """tests/ablate.py: what an arm trains, which runs are missing, and the numbers of its tables."""
 
 import json
+import pickle
+from types import SimpleNamespace
 
 import ablate
 import pytest
@@ -87,3 +89,16 @@ loader = torch.utils.data.DataLoader.__init__
 def without_workers(self, *arguments, num_workers, **options):
     """DataLoader.__init__, but this process reads, so that a test sees what is read."""
     loader(self, *arguments, num_workers=0, **options)
+
+
+def test_workers_may_unpickle_the_dataset_of_an_arm(monkeypatch):
+    """They do where they are not forked. A class in place of data.ReferringDataset could not be found."""
+    processor, made = SimpleNamespace(settings=None), []
+
+    def make(config):
+        made.append(pickle.loads(pickle.dumps(data.ReferringDataset([], processor))))
+
+    monkeypatch.setattr(train, "train", make)
+    ablate.train_arm(ablate.Arm("toy", masks="box"), ["--data", "train.json"])
+    assert [dataset.control for dataset in made] == ["box"]
+    assert data.ReferringDataset([], processor).control == "none"

@@ -290,6 +290,17 @@ def test_an_answer_with_thoughts_is_refused_where_the_template_would_take_them_o
 
 
 @pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
+def test_thoughts_in_the_last_answer_are_refused_too(loaded):
+    """They stay in the conversation, but not behind the empty thoughts that generation begins from."""
+    answer = "<think>\nabc\n</think>\n\nRed."
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
+    shown = loaded[1].tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    assert answer + "<|im_end|>" in shown
+    with pytest.raises(data.DataError, match="behind its prompt, then <|im_end|>"):
+        loaded[1].encode([("What?", answer)], None, None, [])
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
 def test_a_question_that_the_template_raises_at_is_a_bad_sample(loaded):
     with pytest.raises(data.DataError, match="chat that the template accepts.*No user query found"):
         loaded[1].encode([("<tool_response>Red.</tool_response>", "Yes.")], None, None, [])
