@@ -7,11 +7,12 @@
 bench_q.json asks the questions of test.json in the form of VideoRefer-Bench-Q. The tiny model never saw
 options: with `--mode multi --no-options`, eval.py --bench-q gets the same answers as --data does.
 
---new-kind is for teaching a model something new, as with adapters:
+--new-kind is for teaching a model something new, as with adapters. From new.json alone it would learn the new
+kind and forget others:
 
     python train.py --data DIR/train.json --out DIR/before
-    python train.py --data DIR/new.json --model DIR/before/final --train lora --lr 1e-3 --epochs 4 \\
-        --out DIR/after
+    python train.py --data DIR/new.json DIR/train.json --model DIR/before/final --train lora --lr 1e-3 \\
+        --epochs 2 --out DIR/after
     python eval.py --model DIR/before/final --data DIR/test.json
     python eval.py --model DIR/after/final --data DIR/test.json
 
