@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 import shapes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -111,13 +112,13 @@ def draw_questions(figure, samples, questions):
     margins = {"left": 0.01, "right": 0.98, "bottom": 0.06, "top": 0.84, "hspace": 0.3, "wspace": 0.05}
     axes = figure.subplots(len(pairs), 6, width_ratios=(1, 1, 1.25) * 2, gridspec_kw=margins)
     figure.text(0.01, 0.95, "The same clip and question, another mask", size=13)
-    note = "White outline: the mask on the object. Blind: the words alone, without mask and video."
+    note = "<region>: the object under the mask (white outline). Blind: without mask and video."
     figure.text(0.01, 0.91, note, size=9, color="dimgrey")
     for row, (kind, pair) in zip(axes, pairs.items()):
         text = data.MEDIA_TAG.sub("", questions[pair[0]]["question"])
         row[0].set_title(text, loc="left", color=KINDS[kind], weight="bold", size=10)
         for cells, i in zip((row[:3], row[3:]), pair):
-            # A sample of the toy world's test.json has one question, hence they have the same index.
+            # A question has the index of its sample, because each sample of test.json asks one.
             draw_frames(cells[:2], samples[i])
             draw_answers(cells[2], questions[i])
     for axis, frame in zip(axes[-1], (*FRAMES, None, *FRAMES)):
@@ -139,7 +140,8 @@ def draw_frames(axes, sample):
             axis.contour(inside, [0.5], colors="white", linewidths=1.5)
             if len(sample.objects) > 1:
                 y, x = np.argwhere(inside > 0.5).mean(axis=0)
-                axis.text(x, y, number, ha="center", va="center", weight="bold")
+                stroke = [withStroke(linewidth=2.5, foreground="black")]
+                axis.text(x, y, number, color="white", ha="center", va="center", path_effects=stroke)
 
 
 def draw_answers(axis, question):
@@ -152,7 +154,8 @@ def draw_answers(axis, question):
         if len(reply) > LONGEST:
             reply = reply[:LONGEST] + "…"
         axis.text(0.06, y, title, size=9, color="dimgrey", va="center")
-        axis.text(0.06, y - 0.2, f"{reply} {mark}", size=size, color=colour, weight="bold", va="center")
+        style = {"size": size, "color": colour, "weight": "bold", "va": "center", "parse_math": False}
+        axis.text(0.06, y - 0.2, f"{reply} {mark}", **style)
 
 
 def draw_curves(figure, scores):

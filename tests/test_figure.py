@@ -34,10 +34,10 @@ def run(tmp_path):
 
 
 def reply_to(entry, column):
-    """The replies by hand: colours are right, shapes are wrong, and blind talks on."""
+    """The replies by hand: colours are right, shapes are wrong. Blind writes a formula that is wrong."""
     answer = entry["conversations"][1]["value"]
     if column == "blind":
-        return "redredredred"
+        return r"$\red$redred"
     return "shapeless" if entry["type"] == "shape" else answer
 
 
@@ -89,7 +89,7 @@ def test_each_model_is_asked_once_and_the_last_with_controls(toy, run, asked, tm
 @pytest.fixture
 def drawn(toy, run, asked, tmp_path):
     figure.main(command(toy, run, tmp_path / "f.png"))
-    return figure.draw(toy, run, {step: str(run / name) for step, name in STEPS.items()})
+    return figure.draw(toy, run, figure.find_models(toy, run))
 
 
 def test_curves_and_controls_are_those_of_the_scores(drawn):
@@ -125,7 +125,7 @@ def test_questions_are_about_two_objects_of_a_clip(drawn, toy):
     assert len({e["video"] for e in first_two}) == 1
     for half, entry in zip(axes[0], first_two):
         colour = entry["conversations"][1]["value"]
-        assert texts(half[2]) == ["answer", f"{colour} ✓", "asked blind", "redredre… ✗"]
+        assert texts(half[2]) == ["answer", f"{colour} ✓", "asked blind", r"$\red$re… ✗"]
         for axis in half[:2]:
             (image,) = axis.images
             distance = np.abs(image.get_array().astype(int) - shapes.COLOURS[colour]).max(axis=2)
