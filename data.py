@@ -232,7 +232,8 @@ class Settings:
             expect(valid, f"--{name.replace('_', '-')}: a whole number from {least}", value)
 
 
-# The pixels for a pretrained backbone, in place of those for the tiny model above. The rest is as above.
+# The pixels for a pretrained backbone, in place of those for the tiny model above. The other
+# settings are the same for both.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
 # The backbone families. All that differs between them is read from a checkpoint's own files, except that
@@ -256,7 +257,7 @@ class Processor:
         self.temporal_patch_size = config.vision_config.temporal_patch_size
         self.merge_size = config.vision_config.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        # The most and least pixels of a still, which stay as they are. Despite their names, edges are areas.
+        # Limits of a still's area, read from the settings once. Despite their names, both edges are areas.
         self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
         self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         ids = [config.image_token_id, config.video_token_id]

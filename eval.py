@@ -330,13 +330,16 @@ ASPECTS = (
 )
 # The aspects, the scale and the layout are the published ones; the words are ours. To compare with published
 # numbers, give the published system.txt to --judge-prompt.
-JUDGE_PROMPT = """You compare two descriptions of one object in a video: the correct answer, and a predicted answer.
-Score the prediction on four aspects, each with a whole number from 0 (nothing fits) to 5 (everything fits):
+JUDGE_PROMPT = """\
+You compare two descriptions of one object in a video: the correct answer, and a predicted answer.
+Score the prediction on four aspects, each with a whole number from 0 (nothing fits) to 5 \
+(everything fits):
 1. Subject Correspondence: is it about the same subject?
 2. Appearance Description: are colour, shape, texture and other visible properties right?
 3. Temporal Description: is what the object does over time right?
-4. Hallucination Detection: is it free of facts, actions and things that are not there? 5 means that nothing is made up.
-Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""  # noqa: E501
+4. Hallucination Detection: is it free of facts, actions and things that are not there? 5 means that nothing \
+is made up.
+Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
 MARK = r"(\d+)(?:\s*(?:/|out of)\s*5)?(?!\s*/|\s*out of\b|\s*(?:-|to|or)\s*\d|[.,]?\d)"
 

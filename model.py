@@ -493,8 +493,11 @@ def load_processor(path, texts=(), **settings):
                 saved = json.load(file)
             # Without a default for those that are missing: it may not be what the model was trained with.
             names = [f.name for f in fields(data.Settings)]
-            fits = isinstance(saved, dict) and set(saved) == set(names)
-            data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
+            data.expect(isinstance(saved, dict), f"{SETTINGS_FILE} with a JSON object", saved)
+            missing, unknown = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
+            problems = ", ".join([f"no {name}" for name in missing] + [f"unknown {name}" for name in unknown])
+            if problems:
+                raise data.DataError(f"expected {SETTINGS_FILE} with all settings, found {problems}")
         return data.Processor.from_pretrained(path, data.Settings(**saved | given))
 
 

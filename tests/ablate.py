@@ -4,9 +4,9 @@
     python tests/ablate.py DIR --jobs 2    # the same, two runs at a time, which share the cores
 
 The toy worlds of tests/shapes.py are made in DIR/toy and DIR/small. A run is one arm of ARMS with one seed: a
-training with the arm's options and then its evaluations, each of which becomes a line of DIR/results.jsonl.
-Runs that have all their lines are not repeated, so the command may be interrupted. The seed is that of the
-weights, the order of samples and every random choice; the clips and the questions are always the same.
+training with the arm's options and then its evaluations, which become one line of DIR/results.jsonl. Runs
+that have their line are not repeated, so the command may be interrupted. The seed is that of the weights, the
+order of samples and every random choice; the clips and the questions are always the same.
 """
 
 import argparse
@@ -77,13 +77,13 @@ KINDS = ("colour", "shape", "direction", "relation")
 
 
 def run(name, seed, folder):
-    """Trains and evaluates one arm. Returns a line of results.jsonl for each of its evaluations."""
+    """Trains and evaluates one arm. Returns its line of results.jsonl."""
     arm, world, out = ARMS[name], folder / ARMS[name].world, run_folder(folder, name, seed)
     shutil.rmtree(out, ignore_errors=True)  # what is left of a run that was interrupted
     started = time.time()
     options = ["--data", str(world / "train.json"), "--seed", str(seed), "--out", str(out), "--workers", "1"]
     train_arm(arm, [*options, *arm.options.split()])
-    lines = []
+    evaluations = {}
     for asked in arm.asks:
         if asked == "one frame":
             keep_one_frame(out / "final")
@@ -92,9 +92,9 @@ def run(name, seed, folder):
         if arm.controls and asked == "as trained":
             options += ["--control", *arm.controls]
         evaluation.main(options)
-        rows = json.loads((scores / "scores.json").read_text())["rows"]
-        lines.append({"arm": name, "seed": seed, "asked": asked, "rows": rows})
-    return [line | {"seconds": round(time.time() - started)} for line in lines]
+        evaluations[asked] = json.loads((scores / "scores.json").read_text())["rows"]
+    seconds = round(time.time() - started)
+    return {"arm": name, "seed": seed, "evaluations": evaluations, "seconds": seconds}
 
 
 def train_arm(arm, options):
@@ -141,7 +141,7 @@ def missing_runs(results, seeds):
 
 def run_in_process(name, seed, folder, threads):
     """Runs one arm in a process of its own, whose output goes to a file."""
-    command = [sys.executable, __file__, str(folder), "--arm", name, "--seed", str(seed)]
+    command = [sys.executable, __file__, str(folder), "--run", name, str(seed)]
     log = run_folder(folder, name, seed).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
@@ -154,9 +154,9 @@ def run_in_process(name, seed, folder, threads):
 # ---- the tables ----
 
 
-def percent(line, row, column="exact"):
-    counts = line["rows"][row][column]
-    return 100 * counts["right"] / counts["asked"]
+def percents(runs, row, column="exact"):
+    """runs: the rows of eval.py's table for each seed. Returns the percentages of right answers."""
+    return [100 * rows[row][column]["right"] / rows[row][column]["asked"] for rows in runs]
 
 
 def summary(values):
@@ -169,29 +169,31 @@ def print_row(cells):
 
 
 def print_tables(results):
-    groups = defaultdict(list)
+    runs = defaultdict(list)  # (arm, how it was asked): the rows of each seed
     for line in results:
-        groups[line["arm"], line["asked"]].append(line)
-    groups = {(name, a): groups[name, a] for name, arm in ARMS.items() for a in arm.asks if groups[name, a]}
+        for asked, rows in line["evaluations"].items():
+            runs[line["arm"], asked].append(rows)
 
     print("Exact match in %: means of the seeds, and the lowest and highest of them\n")
     print_row(["arm", "asked with", "seeds", *KINDS, "about regions"])
     print_row(["---"] * (4 + len(KINDS)))
-    for (name, asked), lines in groups.items():
-        kinds = [f"{statistics.mean(percent(line, kind) for line in lines):.1f}" for kind in KINDS]
-        total = summary([percent(line, "about regions") for line in lines])
-        print_row([name, asked, len(lines), *kinds, total])
+    for name, arm in ARMS.items():
+        for asked in arm.asks:
+            seeds = runs[name, asked]
+            if seeds:
+                kinds = [f"{statistics.mean(percents(seeds, kind)):.1f}" for kind in KINDS]
+                print_row([name, asked, len(seeds), *kinds, summary(percents(seeds, "about regions"))])
 
     print("\nThe same models, asked about regions with other masks or with the words alone\n")
     columns = [*CONTROLS, "constant"]
     print_row(["arm", *columns])
     print_row(["---"] * (1 + len(columns)))
-    for (name, asked), lines in groups.items():
-        if ARMS[name].controls and asked == "as trained":
-            shares = {c: [percent(line, "about regions", c) for line in lines] for c in columns}
-            print_row([name, *map(summary, shares.values())])
-    seconds = {(line["arm"], line["seed"]): line["seconds"] for line in results}
-    print(f"\n{len(seconds)} runs, {sum(seconds.values()) / 60:.0f} minutes if one runs after another")
+    for name, arm in ARMS.items():
+        seeds = runs[name, "as trained"]
+        if seeds and arm.controls:
+            print_row([name, *(summary(percents(seeds, "about regions", column)) for column in columns)])
+    minutes = sum(line["seconds"] for line in results) / 60
+    print(f"\n{len(results)} runs, which took {minutes:.0f} minutes in sum")
 
 
 def main(argv=None):
@@ -201,13 +203,16 @@ def main(argv=None):
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--arm", choices=ARMS, metavar="ARM", help="run this arm alone, with --seed")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="run one arm with one seed alone")
     args = parser.parse_args(argv)
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error(f"--seeds, --jobs: expected 1 or more, found {args.seeds} and {args.jobs}")
     results = args.folder / "results.jsonl"
-    if args.arm:
-        for line in run(args.arm, args.seed, args.folder):
-            train.append_jsonl(results, line)
+    if args.run:
+        name, seed = args.run
+        if name not in ARMS or not seed.isdecimal():
+            parser.error(f"--run: expected an arm out of {', '.join(ARMS)}, and a seed, found {args.run}")
+        train.append_jsonl(results, run(name, int(seed), args.folder))
         return
     for world in ("toy", "small"):
         if not (args.folder / world / "bench_q.json").exists():  # the file that is written last

@@ -1,11 +1,11 @@
 """Prints what reading a sample costs, beside the plain way: `python tests/bench_data.py DATA.json [OPTIONS]`.
 
-OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...), but --window is ignored: both
-encode whole frames, as VideoRefer does. "ours" is data.ReferringDataset
-with an empty cache. "plain" is how VideoRefer's own code reads a sample: decord decodes the sampled frames,
-then opens the video again for the annotated ones; pixels become float32, and masks float32 at the video's
-resolution. Both give the same pixels, masks and tokens (tests/test_train.py compares them). Times are those
-of one core, because a DataLoader runs a worker for each.
+OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...) but --window: both ways encode
+whole frames, as VideoRefer does. "ours" is data.ReferringDataset with an empty cache. "plain" is how
+VideoRefer's own code reads a sample: decord decodes the sampled frames, then opens the video again for the
+annotated ones; pixels become float32, and masks float32 at the video's resolution. Both give the same pixels,
+masks and tokens (tests/test_train.py compares them). Times are those of one core, because a DataLoader runs a
+worker for each.
 """
 
 import math
@@ -97,9 +97,11 @@ def main(arguments):
         print("decord is not installed (its wheels are for x86-64 alone): there is nothing to compare with")
         return
     config = train.parse(["--data", *arguments])
+    if config.window:
+        raise SystemExit(f"--window: expected none, as both ways read whole frames; found {config.window}")
     samples = data.read_samples(config.data, config.media, config.outside_paths)
     given = {name: getattr(config, name) for name in vars(data.Settings())}
-    given["window"] = 0  # the plain way encodes whole frames
+    given["window"] = 0
     processor = models.load_processor(config.model, data.sample_texts(samples), **given)
     dataset = data.ReferringDataset(samples, processor, cache_bytes=0)
     chosen = choose_samples(samples)

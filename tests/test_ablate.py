@@ -14,29 +14,33 @@ import data
 import train
 
 
-def result(arm, seed, right, asked="as trained", seconds=60, **columns):
-    """A line of results.jsonl in which every row has so many of 200 right."""
+def rows(right, **columns):
+    """The table of an evaluation, in which every row has so many of 200 right."""
     counts = {"exact": right, **columns, "constant": 50}
     row = {column: {"right": n, "asked": 200} for column, n in counts.items()}
-    rows = {kind: {"questions": 200} | row for kind in (*ablate.KINDS, "about regions")}
-    return {"arm": arm, "seed": seed, "asked": asked, "rows": rows, "seconds": seconds}
+    return {kind: {"questions": 200} | row for kind in (*ablate.KINDS, "about regions")}
+
+
+def result(arm, seed, as_trained, **evaluations):
+    evaluations = {"as trained": as_trained} | {k.replace("_", " "): v for k, v in evaluations.items()}
+    return {"arm": arm, "seed": seed, "evaluations": evaluations, "seconds": 60}
 
 
 def test_the_tables_show_mean_and_spread_of_the_seeds(capsys):
     controls = dict.fromkeys(ablate.CONTROLS, 40)
-    results = [result("toy: no MLP", 0, 180), result("toy: no MLP", 1, 150), result("toy: no MLP", 2, 150)]
-    results += [result("toy: all parts", 0, 200, **controls), result("toy: all parts", 0, 100, "one frame")]
+    results = [result("toy: no MLP", seed, rows(right)) for seed, right in enumerate((180, 150, 150))]
+    results += [result("toy: all parts", 0, rows(200, **controls), one_frame=rows(100))]
     ablate.print_tables(results)
     lines = capsys.readouterr().out.splitlines()
     assert "| toy: no MLP | as trained | 3 |" + " 80.0 |" * 4 + " 80.0 (75-90) |" in lines
     assert "| toy: all parts | as trained | 1 |" + " 100.0 |" * 4 + " 100.0 (100-100) |" in lines
     assert "| toy: all parts | one frame | 1 |" + " 50.0 |" * 4 + " 50.0 (50-50) |" in lines
     assert "| toy: all parts |" + " 20.0 (20-20) |" * 4 + " 25.0 (25-25) |" in lines
-    assert lines[-1] == "4 runs, 4 minutes if one runs after another"
+    assert lines[-1] == "4 runs, which took 4 minutes in sum"
 
 
 def test_runs_that_have_their_lines_are_not_missing():
-    results = [result("toy: all parts", 0, 200), result("small: all parts", 1, 200)]
+    results = [result("toy: all parts", 0, rows(200)), result("small: all parts", 1, rows(200))]
     missing = ablate.missing_runs(results, 2)
     assert missing[:3] == [("toy: all parts", 1), ("small: all parts", 0), ("toy: whole frames", 0)]
     assert len(missing) == 2 * len(ablate.ARMS) - 2
@@ -53,14 +57,15 @@ def folder(tmp_path_factory):
 def test_a_part_that_an_arm_leaves_out_adds_nothing(folder, monkeypatch, without):
     arm = ablate.Arm("toy", "--steps 2", without=without, asks=ablate.BOTH)
     monkeypatch.setitem(ablate.ARMS, "arm", arm)
-    ablate.main([str(folder), "--arm", "arm", "--seed", "3"])
+    ablate.main([str(folder), "--run", "arm", "3"])
     out = ablate.run_folder(folder, "arm", 3)
     weights = load_file(out / "final" / "region_encoder.safetensors")
     last = {"mlp": weights["mlp.3.weight"], "position": weights["position.2.weight"]}
     assert not last.pop(without).any() and all(weight.any() for weight in last.values())
-    as_trained, one_frame = train.read_jsonl(folder / "results.jsonl")[-2:]
-    assert as_trained["arm"] == "arm" and as_trained["seed"] == 3 and one_frame["asked"] == "one frame"
-    assert as_trained["rows"]["all"]["questions"] == one_frame["rows"]["all"]["questions"] > 10
+    line = train.read_jsonl(folder / "results.jsonl")[-1]
+    assert line["arm"] == "arm" and line["seed"] == 3
+    as_trained, one_frame = (line["evaluations"][asked] for asked in ablate.BOTH)
+    assert as_trained["all"]["questions"] == one_frame["all"]["questions"] > 10
     # The second evaluation reads each object's first mask alone.
     settings = json.loads((out / "final" / "nanorefer.json").read_text())
     assert settings["region_frames"] == 1
@@ -102,3 +107,18 @@ def test_workers_may_unpickle_the_dataset_of_an_arm(monkeypatch):
     ablate.train_arm(ablate.Arm("toy", masks="box"), ["--data", "train.json"])
     assert [dataset.control for dataset in made] == ["box"]
     assert data.ReferringDataset([], processor).control == "none"
+
+
+@pytest.mark.parametrize(
+    "wrong, complaint",
+    [
+        (["--jobs", "0"], "--jobs: expected 1 or more, found 3 and 0"),
+        (["--run", "no such arm", "0"], "and a seed, found ['no such arm', '0']"),
+        (["--run", "toy: no MLP", "x"], "and a seed, found ['toy: no MLP', 'x']"),
+    ],
+)
+def test_a_wrong_option_is_refused(tmp_path, capsys, wrong, complaint):
+    with pytest.raises(SystemExit):
+        ablate.main([str(tmp_path / "new"), *wrong])
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
