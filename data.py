@@ -1369,11 +1369,11 @@ class Samples:
                 file.seek(start)
                 text = file.read(end - start)
             try:
-                entry = json.loads(text, parse_constant=_refuse_constant)
+                entry = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_to_dict)
             except RecursionError:  # the index was made where the stack was less deep
                 raise DataError(TOO_DEEP) from None
-            except ValueError as error:  # of _refuse_constant, or of int(), which refuses thousands of digits
-                raise DataError(f"expected ordinary numbers, found: {error}") from None
+            except ValueError as error:  # of these functions, or of int(), which refuses thousands of digits
+                raise DataError(f"expected ordinary JSON, found: {error}") from None
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {shorten(entry['id'])})"
         return entry, (path, name), media, position
@@ -1383,10 +1383,20 @@ def _refuse_constant(name):
     raise ValueError(f"{name}, which JSON does not know")
 
 
+def _to_dict(pairs):
+    """A JSON object as a dict, in which no key may replace an earlier one."""
+    entry = {}
+    for key, value in pairs:
+        if key in entry:
+            raise ValueError(f"the key {shorten(key)} twice in an object")
+        entry[key] = value
+    return entry
+
+
 _INDEX_FORMAT = 2  # to be raised when the content of an index file means something else
 _WINDOW = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
 _MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
-# NaN and integers of thousands of digits are left to Samples.read, whose errors name the sample.
+# Odd numbers and keys are left to Samples.read, whose errors name the sample.
 _DECODER = json.JSONDecoder(parse_int=float)
 
 

@@ -898,15 +898,11 @@ def parse(argv=None):
     add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
     add("--judge-model", help="(default: gpt-4o)")
     add("--judge-prompt", metavar="FILE", help="the published system.txt, instead of eval.py's own words")
-    add(
-        "--out",
-        type=Path,
-        help="a new folder for what is written, or that of a run to resume",
-    )
+    add("--out", type=Path, help="a new folder for what is written, or that of a run to resume")
     add("--batch-size", type=int, help="(default: 32)")
     add("--max-new-tokens", type=int, help="(default: 128)")
     add("--workers", type=int, help="(default: 2)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="(default: cuda if there is one, or cpu)")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
     points = args.video or args.pointed or args.preview
@@ -931,13 +927,14 @@ def parse(argv=None):
         ("--media, --outside-paths", args.media or args.outside_paths, not asks, "--data or a benchmark"),
         ("--batch-size, --workers", loading, args.model and not asks, "--model and --data or a benchmark"),
         ("--max-new-tokens", args.max_new_tokens is not None, args.model, "--model"),
+        ("--device", args.device, args.model, "--model"),
         ("--batch-size, --max-new-tokens", counts, min(counts, default=1) > 0, "1 or more"),
         ("--workers", True, (args.workers or 0) >= 0, "0 or more"),
     ):
         if is_given and not fits:
             parser.error(f"{option} needs {needed}")
-    defaults = {"mode": "single", "judge_model": "gpt-4o"}
-    defaults |= {"batch_size": 32, "max_new_tokens": 128, "workers": 2}
+    defaults = {"mode": "single", "judge_model": "gpt-4o", "batch_size": 32, "max_new_tokens": 128}
+    defaults |= {"workers": 2, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

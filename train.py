@@ -16,8 +16,11 @@ A step sees the same samples and, but for dropout, takes the same gradient whate
 the size of the micro-batches. Everything random in it is a function of (seed, step, rank) or (seed, epoch,
 sample), so that a resumed run continues as if it had never been interrupted.
 
-torchrun passes a SIGTERM on, but kills after 30 s: --shutdown-timeout 1200 gives step and save 20 minutes. On
-GPUs, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps memory whole where rows differ in length.
+torchrun passes a SIGTERM on, but kills after 30 s: --shutdown-timeout 1200 gives step and save 20 minutes.
+For several machines, give it --nnodes 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 on each, HOST being
+one of them, and an --out that all can write to. Docker needs --ipc=host, because workers hand over batches
+in /dev/shm. On GPUs, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps memory whole where rows differ
+in length.
 """
 
 import argparse

@@ -267,7 +267,18 @@ def test_a_number_that_json_does_not_know_is_the_error_of_its_sample(folder, num
     samples = data.read_samples(
         write(folder, pattern % (right, '{"id": 1, "scores": [' + number + "]}", right))
     )
-    with pytest.raises(DataError, match=f"data.json: sample 1: expected ordinary numbers, found: {found}"):
+    with pytest.raises(DataError, match=f"data.json: sample 1: expected ordinary JSON, found: {found}"):
+        samples[1]
+    assert [samples[i].id for i in (0, 2)] == [7, 7]
+
+
+def test_a_key_twice_is_an_error(folder):
+    """json.loads keeps the last one, so that a frame lost its mask in silence."""
+    text = json.dumps(good())
+    path = write(folder, f'[{text}, {{"id": 1, "masks": {{"36": null, "40": null, "36": [1]}}}}, {text}]')
+    samples = data.read_samples(path)
+    found = r"data.json: sample 1: expected ordinary JSON, found: the key '36' twice in an object"
+    with pytest.raises(DataError, match=found):
         samples[1]
     assert [samples[i].id for i in (0, 2)] == [7, 7]
 

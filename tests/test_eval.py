@@ -1498,6 +1498,7 @@ def test_a_model_of_random_weights_is_not_evaluated():
             "--workers needs 0 or more",
         ),
         (["--model", "m", "--data", "x.json", "--max-new-tokens", "-3"], "needs 1 or more"),
+        (["--score", "p.jsonl", "--bench-q", "q.json", "--device", "cpu"], "--device needs --model"),
     ],
 )
 def test_options_that_do_not_go_together(capsys, arguments, complaint):

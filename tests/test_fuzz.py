@@ -516,13 +516,12 @@ def mask_case(rng, folder, show):
     return True
 
 
-BAD_NUMBER = (
-    object()
-)  # stands for a sample with a number that JSON does not know, or that int() does not take
+# Stands for a sample with a number that JSON does not know, or that int() does not take, or with a key twice.
+BAD_VALUE = object()
 
 
 def spec_file(path):
-    """-> the values in a JSON array or else in a row, by JSON's own decoder, BAD_NUMBER being one of them."""
+    """-> the values in a JSON array or else in a row, by JSON's own decoder, BAD_VALUE being one of them."""
     with open(path, "rb") as file:
         raw = file.read()
     try:
@@ -552,9 +551,16 @@ def spec_array(text, position):
 
 
 def spec_value(text, position, ends):
-    """-> a value or BAD_NUMBER, and where the text goes on: with one of the ends, or (None) on a new line."""
+    """-> a value or BAD_VALUE, and where the text goes on: with one of the ends, or (None) on a new line."""
     bad = []
+
+    def to_dict(pairs):
+        keys = [key for key, _ in pairs]
+        bad.extend(key for key in keys if keys.count(key) > 1)
+        return dict(pairs)
+
     decoder = json.JSONDecoder(
+        object_pairs_hook=to_dict,
         parse_constant=bad.append,
         parse_int=lambda digits: int(digits) if len(digits.lstrip("-")) <= 4300 else bad.append(digits),
     )
@@ -563,11 +569,11 @@ def spec_value(text, position, ends):
     gap = re.compile(r"[ \t\r\n]*").match(text, end)
     end = gap.end()
     need(text[end : end + 1] in [*ends] if ends else end == len(text) or "\n" in gap[0])
-    return BAD_NUMBER if bad else value, end
+    return BAD_VALUE if bad else value, end
 
 
 def spec_entry(value, folder, position):
-    need(value is not BAD_NUMBER)
+    need(value is not BAD_VALUE)
     return spec_sample(value, None, folder, position)
 
 
@@ -589,7 +595,7 @@ def file_case(rng, folder, show):
     raw = text.encode(errors="surrogatepass")
     for _ in range(rng.choice([0, 0, 0, 1, 2])):
         i, byte = rng.randrange(len(raw)), bytes([rng.randrange(256)])
-        twice = raw.replace(b'"id":', b'"id": 1, "id":', 1)  # the later one counts
+        twice = raw.replace(b'"id":', b'"id": 1, "id":', 1)
         raw = rng.choice(
             [
                 raw[:i] + byte + raw[i + 1 :],
