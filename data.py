@@ -143,8 +143,8 @@ def window(mask, sides, height, width):
     """The part of a frame around an object: (top, bottom, left, right) in whole pixels, the ends exclusive.
 
     A square with the centre of the object's box, so many times as long as the box's longer side. It is moved
-    to lie inside the frame, and cut where it is longer than the frame. mask: uint8 (H, W), not empty, at any
-    resolution. height, width: the frame's, in pixels.
+    to lie inside the frame, and cut where it is longer than the frame. (VideoRefer has no windows: it encodes
+    whole frames.) mask: uint8 (H, W), not empty, at any resolution. height, width: the frame's, in pixels.
     """
     top, bottom, left, right = mask_bounds(mask)
     rows, columns = mask.shape
@@ -386,7 +386,7 @@ class Processor:
             labels += ids if is_answer else [IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
             visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
-            expected = f"expected at most --max-length {self.settings.max_length} tokens"
+            expected = f"expected at most {self.settings.max_length} tokens (max_length)"
             raise DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
 
@@ -1255,7 +1255,7 @@ class TimedReader:
             thread.join(self.timeout)
         if not outcome:
             self.hung_paths.add(path)
-            expected = f"expected to be read within {self.timeout:g} s (--timeout)"
+            expected = f"expected to be read within {self.timeout:g} s"
             raise DataError(f"{expected}, found that it was not", media_name(path))
         value, error = outcome[0]
         if error is not None:

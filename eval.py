@@ -86,7 +86,7 @@ def read_questions(samples):
     """Returns (questions, keys): one question for each answer of each sample.
 
     questions: dicts, which become the lines of predictions.jsonl. keys: (sample index, turn index) of each.
-    A bad sample becomes one question with an "error".
+    A bad sample becomes one question with an "error". Raises DataError for one that is no ordinary JSON.
     """
     questions, keys = [], []
     for sample_index in range(len(samples)):
@@ -99,7 +99,7 @@ def read_questions(samples):
         except data.DataError as error:
             common["error"] = str(error)
             turns = [("", "")]  # one empty question stands for a sample that cannot be read
-        about_regions = "error" in common
+        about_regions = "error" in common  # a bad sample is asked with every control, to be wrong with all
         for turn_index, (text, answer) in enumerate(turns):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
@@ -341,14 +341,15 @@ Score the prediction on four aspects, each with a whole number from 0 (nothing f
 is made up.
 Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
-MARK = r"(\d+)(?:\s*(?:/|out of)\s*5)?(?!\s*/|\s*out of\b|\s*(?:-|to|or)\s*\d|[.,]?\d)"
+# Blanks are [ \t], because \s would go on to the number that the next line may begin with.
+MARK = r"(\d+)(?:[ \t]*(?:/|out of)[ \t]*5)?(?![ \t]*/|[ \t]*out of\b|[ \t]*(?:-|to|or)[ \t]*\d|[.,]?\d)"
 
 
 def read_marks(reply):
     """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a mark."""
     marks = {}
     for aspect in ASPECTS:  # as in "3. **Temporal Description**: 4/5"
-        line = rf"^[\s\d.#*-]*{aspect}[\s*]*:[\s*]*{MARK}"
+        line = rf"^[ \t\d.#*-]*{aspect}[ \t*]*:[ \t*]*{MARK}"
         found = re.findall(line, reply, re.MULTILINE | re.IGNORECASE)
         if len(found) != 1 or int(found[0]) > 5:
             return None
@@ -384,7 +385,8 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
 
 
 def track(media, objects, model, region_frames=data.Settings.region_frames):
-    """Returns the objects with masks on up to region_frames frames, which SAM 2 finds. Raises data.DataError.
+    """Returns the objects with masks on region_frames frames (or on all that have one already, if those are
+    more), which SAM 2 finds. Raises data.DataError.
 
     media, objects: as for ask, but a mask may also be a point inside the object: a tuple (x, y) in pixels of
     the frame. A mask that fills its bounding box is taken for a box around the object. Any other is the
@@ -487,7 +489,7 @@ def report(questions, columns, scores, args):
     """Scores the replies, prints the result, and writes OUT/predictions.jsonl and OUT/scores.json."""
     errors = [question["error"] for question in questions if "error" in question]
     for question in questions:
-        if "error" in question:  # blind can ask without media; no reply counts, so that columns compare
+        if "error" in question:  # no reply counts, also not of blind, which needs no media
             question |= dict.fromkeys(columns.keys() & question.keys())
     if args.data:
         scores["rows"] = score(questions, {column: column for column in columns})
@@ -654,7 +656,7 @@ def load_tracker(path, device=None):
 
 
 def frames_to_track(objects, num_frames, count):
-    """Returns the frames with masks, and others evenly spread: count in all, in order of time."""
+    """Returns the frames with masks, filled up to count with others evenly spread, in order of time."""
     pointed = sorted(set().union(*objects))
     others = data.evenly(range(num_frames), count)
     for frame in pointed:
@@ -902,7 +904,7 @@ def parse(argv=None):
     add("--batch-size", type=int, help="(default: 32)")
     add("--max-new-tokens", type=int, help="(default: 128)")
     add("--workers", type=int, help="(default: 2)")
-    add("--device", help="(default: cuda if there is one, or cpu)")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args(argv)
     bench, asks = args.bench_q or args.bench_d, args.ask is not None
     points = args.video or args.pointed or args.preview
@@ -916,6 +918,7 @@ def parse(argv=None):
         ("--track, --save-masks", args.track or args.save_masks, masks, "an object: --box, --point, ..."),
         ("--point", clicks, args.track, "--track"),
         ("--score", args.score, bench, "--bench-q or --bench-d"),
+        ("--score and --bench-d", args.score and args.bench_d, args.judge, "--judge"),
         ("--control", args.control, not asks, "--data or a benchmark"),
         ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
         ("--no-options", args.no_options, args.bench_q and args.model, "--model and --bench-q"),

@@ -56,7 +56,7 @@ from kernels import masked_average_pool
 
 SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
 REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
-LORA_WEIGHTS = "lora.safetensors"  # the same, in a checkpoint of a run that trains adapters
+LORA_WEIGHTS = "lora.safetensors"  # beside them, too, in a checkpoint of a run that trains adapters
 LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 
 
@@ -243,7 +243,7 @@ class ReferringVideoLLM(nn.Module):
         """Writes the backbone so that it loads with transformers alone, and the rest beside it.
 
         settings: dict, for nanorefer.json. weights: {name: tensor} to save in place of the parameters.
-        merge: adds adapters to the matrices that they adapt; else they have a file of their own.
+        merge: whether adapters are added to the matrices that they adapt, or get a file of their own.
         """
         weights = weights or dict(self.named_parameters())
         parts = {"backbone": {}, "region_encoder": {}, "lora": {}}
@@ -325,8 +325,8 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     """Joins neighbours in time until object o has region_tokens[o] tokens (VideoRefer, section 3.2.2).
 
     Of an object's n rows, the n - u most similar pairs of neighbours are joined, and each run of joined rows
-    becomes its average. Similarity is the cosine; ties go to the earlier pair. Which pairs are joined passes
-    no gradient on.
+    becomes its average. Similarity is the cosine; ties go to the earlier pair. No gradient passes through
+    the choice of pairs.
 
     pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames and
     region_tokens: int64 (O,), each object's n, and its u from 1 to n. num_tokens: int, T, the sum of u.
@@ -344,15 +344,15 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     goes_before = (other > own) | (other == own) & (row[None] < row[:, None])
     goes_before &= object_of_row[None] == object_of_row[:, None]
     is_joined = goes_before.sum(1) < (object_frames - region_tokens)[object_of_row]
-    # A token ends with each row that is not joined to the next.
-    token_of_row = (~is_joined).cumsum(0) - (~is_joined).long()
+    ends_token = ~is_joined
+    token_of_row = ends_token.cumsum(0) - ends_token.long()
     share = (token_of_row == torch.arange(num_tokens, device=row.device)[:, None]).float()
     return share / share.sum(1, keepdim=True)
 
 
 def place(embeddings, index, rows):
-    """Returns embeddings (B, L, D) with rows (T, D) in place of the tokens with these indices (T,), where the
-    tokens of all samples are counted in one go.
+    """Returns embeddings (B, L, D), but with rows (T, D) at index (T,), which counts the tokens of all B rows
+    on: b * L + position.
     """
     rows = rows.to(embeddings.dtype)
     return embeddings.flatten(0, 1).index_copy(0, index, rows).view_as(embeddings)
@@ -390,7 +390,7 @@ def attention_within_samples(
     dtype = query.dtype
     if query.is_cuda:
         assert not dropout, f"varlen_attn has no dropout, found {dropout}"
-        # It has no autocast rule, and q_norm leaves query and key in float32.
+        # Autocast does not know varlen_attn, and q_norm leaves query and key in float32.
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     # torch 2.11 knows no groups of query heads that share a key.
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
@@ -430,8 +430,8 @@ def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_within_samples)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
-# Mixtures of experts multiply by this, of which autocast does not know. In float32 it would be a loop over
-# the experts that waits for the GPU.
+# Mixtures of experts multiply with _grouped_mm, which autocast does not know. In float32 it would be a loop
+# over the experts that waits for the GPU.
 torch.library.register_autocast("aten::_grouped_mm", "cuda", torch.bfloat16)
 
 
@@ -463,7 +463,7 @@ def each_sample_alone(linear_attention, hidden_states, sample_lengths=None, cu_s
 
 
 def add_at(hidden, index, rows):
-    """Adds rows (T, D) to the tokens with these indices (T,) of hidden (B, L, D).
+    """Returns hidden (B, L, D) plus rows (T, D) at index (T,), counted as in `place`.
 
     transformers' own version takes a mask of the tokens, and so waits for the GPU to count them.
     """
@@ -488,8 +488,9 @@ def load_processor(path, texts=(), **settings):
         if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
-        if os.path.exists(os.path.join(path, SETTINGS_FILE)):
-            with open(os.path.join(path, SETTINGS_FILE)) as file:
+        settings_file = find_file(path, SETTINGS_FILE)
+        if settings_file:
+            with open(settings_file) as file:
                 saved = json.load(file)
             # Without a default for those that are missing: it may not be what the model was trained with.
             names = [f.name for f in fields(data.Settings)]
@@ -511,15 +512,20 @@ def load_model(path, processor):
         return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
     with model_errors_in_one_line(path):
         model = ReferringVideoLLM(load_weights(AutoModelForImageTextToText, path), processor)
-        if os.path.exists(os.path.join(path, SETTINGS_FILE)):  # train.py wrote this folder
-            weights = load_file(os.path.join(path, REGION_WEIGHTS))
+        if find_file(path, SETTINGS_FILE):  # train.py wrote this model
+            weights, lora_file = load_file(cached_file(path, REGION_WEIGHTS)), find_file(path, LORA_WEIGHTS)
             try:
                 model.region_encoder.load_state_dict(weights)
-                if os.path.exists(os.path.join(path, LORA_WEIGHTS)):
-                    load_lora(model, load_file(os.path.join(path, LORA_WEIGHTS)))
+                if lora_file:
+                    load_lora(model, load_file(lora_file))
             except RuntimeError as error:  # names or shapes that do not fit
                 raise ValueError(error) from None
     return model
+
+
+def find_file(path, name):
+    """Returns where a file of the model lies that not every model has, or None. path: as for load_model."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
 
 
 def load_weights(model_class, path):
@@ -556,7 +562,7 @@ def load_lora(model, weights):
     report = model.load_state_dict(weights, strict=False)
     missing = [name for name in report.missing_keys if ".lora_" in name]
     problems = {"missing": missing, "left over": report.unexpected_keys}
-    data.expect(not any(problems.values()), f"{LORA_WEIGHTS} with an adapter for each layer alone", problems)
+    data.expect(not any(problems.values()), f"{LORA_WEIGHTS} with exactly this model's adapters", problems)
 
 
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'

@@ -135,9 +135,6 @@ class Order:
         self.steps = range(first_step, steps)
         self.rank, self.rank_size = rank, batch_size // world_size
 
-    def __len__(self):
-        return len(self.steps)
-
     def __iter__(self):
         epoch, shuffled = -1, None
         for step in self.steps:
@@ -154,8 +151,8 @@ class Order:
 def split_into_micro_batches(samples, micro_batch, processor):
     """Returns the batches (data.collate) into which a rank divides its samples of one step.
 
-    Bad samples (DataErrors) come last and count, so that all ranks make the same number of batches: they wait
-    for each other in each forward pass. A batch of bad samples alone holds a single token.
+    Bad samples (DataErrors) keep their places, at the end, so that all ranks make the same number of batches:
+    the ranks wait for each other in each forward pass. A batch of bad samples alone holds a single token.
     """
     ordered = sorted(samples, key=lambda sample: isinstance(sample, data.DataError))
     groups = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
@@ -229,16 +226,22 @@ def build(config, samples, ckpt_path=None):
 
 def fill_in_defaults(config, processor, num_samples):
     """Sets the options that are None. Raises SystemExit if the batch does not fit the number of ranks, or for
-    a --lora-rank without adapters.
+    an option of a part that does not learn.
     """
-    uses_lora = "lora" in (config.train or "").split(",")
-    if config.lora_rank and not uses_lora:
-        raise SystemExit(f"--lora-rank {config.lora_rank}: expected lora in --train, found {config.train}")
-    if config.model == "tiny":
-        defaults = {"train": "region,projector,llm,vision", "lr": 1e-3, "region_lr": 3e-3}
+    is_tiny = config.model == "tiny"
+    if config.train is None:
+        config.train = "region,projector,llm,vision" if is_tiny else "region"
+    parts = set(config.train.split(","))
+    learns = {"lr": parts != {"region"}, "region_lr": "region" in parts, "lora_rank": "lora" in parts}
+    for name, is_used in learns.items():
+        if getattr(config, name) is not None and not is_used:
+            expected = f"--{name.replace('_', '-')}: expected a part that it is for in --train"
+            raise SystemExit(f"{expected}, found {config.train}")
+    if is_tiny:
+        defaults = {"lr": 1e-3, "region_lr": 3e-3}
     else:
-        defaults = {"train": "region", "lr": 2e-4 if uses_lora else 2e-5, "region_lr": 1e-3}
-    defaults["lora_rank"] = 16 if uses_lora else None
+        defaults = {"lr": 2e-4 if "lora" in parts else 2e-5, "region_lr": 1e-3}
+    defaults["lora_rank"] = 16 if "lora" in parts else None
     defaults["workers"] = min(16, cores_per_rank())
     largest_batch = min(16, num_samples)
     defaults["batch_size"] = largest_batch - largest_batch % world_size()
@@ -476,13 +479,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(*args):
+def print0(text):
     if rank() == 0:
-        tqdm.write(" ".join(map(str, args)))
+        tqdm.write(text)
 
 
 def init_distributed(device):
-    """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device."""
+    """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device. Raises SystemExit
+    if there is no such device.
+    """
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise SystemExit(f"--device: expected cpu, or cuda where there is one, found {device}")
     if sys.platform == "linux":
         import resource  # Windows has none
 
@@ -645,7 +652,7 @@ def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, worker
 
 
 class HeldOut:
-    """The data of --val, and those of its questions that --val-answers has answered, evenly spread."""
+    """The data of --val, and --val-answers of its questions, evenly spread over it."""
 
     def __init__(self, config, samples, processor):
         reading = {"cache_bytes": FRAME_CACHE // max(config.workers, 1), "timeout": config.timeout}
@@ -681,7 +688,9 @@ class HeldOut:
 
     def _exact_match(self, model):
         batches = shared_out(list(self.answers), self.batch_size)
-        generated = generate_replies(model, self.questions, batches, workers=self.workers, any_rank=any_rank)
+        # Ranks that share the weights (FSDP) must all generate until the last of them has ended.
+        together = any_rank if isinstance(model, FSDPModule) else bool
+        generated = generate_replies(model, self.questions, batches, workers=self.workers, any_rank=together)
         replies = list(generated)  # to the end, because a last batch may be empty on this rank alone
         raise_first([reply for reply in replies if isinstance(reply, data.DataError)])
         right = sum(reply == self.answers[key] for key, reply in zip(chain(*batches), replies))
@@ -858,10 +867,12 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
 
 def check_out_folder(config):
     """Raises SystemExit if OUT holds a run that is not resumed, or one that is finished."""
-    if config.resume is None and os.path.exists(os.path.join(config.out, "metrics.jsonl")):
+    is_finished = os.path.exists(os.path.join(config.out, "final"))
+    has_begun = checkpoints(config.out) or os.path.exists(os.path.join(config.out, "metrics.jsonl"))
+    if config.resume is None and (has_begun or is_finished):
         remedy = "name another folder, remove it, or --resume latest"
         raise SystemExit(f"--out {config.out}: holds an earlier run; {remedy}")
-    if config.resume and os.path.exists(os.path.join(config.out, "final")):
+    if config.resume and is_finished:
         raise SystemExit(f"--resume: the run in {config.out} is finished, its model is in final")
 
 
@@ -945,6 +956,10 @@ def parse(argv=None):
         if not least <= value < math.inf:  # also true for NaN
             kind = "whole number" if f.type is int else "number"
             parser.error(f"--{name}: expected a {kind} from {least}, found {value}")
+        if name in ("single-frame", "max-bad") and value > 1:
+            parser.error(f"--{name}: expected a number from 0 to 1, found {value}")
+    if config.timeout == 0:
+        parser.error(f"--timeout: expected a number above 0, found {config.timeout}")
     if (config.val_every or config.val_answers) and not config.val:
         parser.error("--val-every, --val-answers: need --val")
     return config

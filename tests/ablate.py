@@ -44,11 +44,11 @@ class Arm:
     options: str = ""  # of train.py, beside --data, --seed and --out
     masks: str = "none"  # of the training data, as data.ReferringDataset's control has it
     without: str = ""  # the part of the region encoder that stays zero: "mlp" or "position"
-    asks: tuple = ("as trained",)  # the evaluations; "one frame": with each object's first mask alone
-    controls: tuple = ()  # of the evaluation "as trained"
+    asks: tuple = ("all masks",)  # the evaluations; with all masks, or each object's first alone
+    controls: tuple = ()  # of the evaluation "all masks"
 
 
-BOTH = ("as trained", "one frame")
+BOTH = ("all masks", "first mask")
 CONTROLS = ("full", "shuffle", "box", "blind")
 WHOLE_FRAMES = "--window 0 --region-pixels 9216"  # 96 x 96, because an object is smaller in these
 # The names are those of the table's lines.
@@ -85,11 +85,11 @@ def run(name, seed, folder):
     train_arm(arm, [*options, *arm.options.split()])
     evaluations = {}
     for asked in arm.asks:
-        if asked == "one frame":
-            keep_one_frame(out / "final")
+        if asked == "first mask":
+            keep_first_mask(out / "final")
         scores = out / asked.replace(" ", "-")
         options = ["--model", str(out / "final"), "--data", str(world / "test.json"), "--out", str(scores)]
-        if arm.controls and asked == "as trained":
+        if arm.controls and asked == "all masks":
             options += ["--control", *arm.controls]
         evaluation.main(options)
         evaluations[asked] = json.loads((scores / "scores.json").read_text())["rows"]
@@ -120,7 +120,7 @@ def groups_without(model, parameter_groups, part):
     return groups
 
 
-def keep_one_frame(final):
+def keep_first_mask(final):
     """Changes the settings of a trained model: it then reads each object's first mask alone."""
     path = final / models.SETTINGS_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"region_frames": 1}))
@@ -189,7 +189,7 @@ def print_tables(results):
     print_row(["arm", *columns])
     print_row(["---"] * (1 + len(columns)))
     for name, arm in ARMS.items():
-        seeds = runs[name, "as trained"]
+        seeds = runs[name, "all masks"]
         if seeds and arm.controls:
             print_row([name, *(summary(percents(seeds, "about regions", column)) for column in columns)])
     minutes = sum(line["seconds"] for line in results) / 60

@@ -1,7 +1,7 @@
 """A toy world: clips of moving coloured shapes, and questions that only the mask can answer.
 
     python tests/shapes.py DIR          # writes DIR/videos, images, train.json, test.json, bench_q.json
-    python tests/shapes.py DIR --small  # the same, but the objects take up 5 % of a frame of 384 x 384 pixels
+    python tests/shapes.py DIR --small  # the same, but objects of 16 to 22 pixels in frames of 384 x 384
     python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
 
 bench_q.json asks the questions of test.json in the form of VideoRefer-Bench-Q. The tiny model never saw
@@ -356,7 +356,7 @@ def main():
     parser.add_argument("--train-clips", type=int, default=600)
     parser.add_argument("--test-clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="objects of 5 %% of a 384-pixel frame")
+    parser.add_argument("--small", action="store_true", help="objects of 16 to 22 pixels in frames of 384 x 384")
     parser.add_argument("--new-kind", choices=ASK, help="questions in new.json alone, not in train.json")
     args = parser.parse_args()
     write_world(args.folder, args.train_clips, args.test_clips, args.seed, args.small, args.new_kind)

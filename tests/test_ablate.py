@@ -21,20 +21,20 @@ def rows(right, **columns):
     return {kind: {"questions": 200} | row for kind in (*ablate.KINDS, "about regions")}
 
 
-def result(arm, seed, as_trained, **evaluations):
-    evaluations = {"as trained": as_trained} | {k.replace("_", " "): v for k, v in evaluations.items()}
+def result(arm, seed, all_masks, **evaluations):
+    evaluations = {"all masks": all_masks} | {k.replace("_", " "): v for k, v in evaluations.items()}
     return {"arm": arm, "seed": seed, "evaluations": evaluations, "seconds": 60}
 
 
 def test_the_tables_show_mean_and_spread_of_the_seeds(capsys):
     controls = dict.fromkeys(ablate.CONTROLS, 40)
     results = [result("toy: no MLP", seed, rows(right)) for seed, right in enumerate((180, 150, 150))]
-    results += [result("toy: all parts", 0, rows(200, **controls), one_frame=rows(100))]
+    results += [result("toy: all parts", 0, rows(200, **controls), first_mask=rows(100))]
     ablate.print_tables(results)
     lines = capsys.readouterr().out.splitlines()
-    assert "| toy: no MLP | as trained | 3 |" + " 80.0 |" * 4 + " 80.0 (75-90) |" in lines
-    assert "| toy: all parts | as trained | 1 |" + " 100.0 |" * 4 + " 100.0 (100-100) |" in lines
-    assert "| toy: all parts | one frame | 1 |" + " 50.0 |" * 4 + " 50.0 (50-50) |" in lines
+    assert "| toy: no MLP | all masks | 3 |" + " 80.0 |" * 4 + " 80.0 (75-90) |" in lines
+    assert "| toy: all parts | all masks | 1 |" + " 100.0 |" * 4 + " 100.0 (100-100) |" in lines
+    assert "| toy: all parts | first mask | 1 |" + " 50.0 |" * 4 + " 50.0 (50-50) |" in lines
     assert "| toy: all parts |" + " 20.0 (20-20) |" * 4 + " 25.0 (25-25) |" in lines
     assert lines[-1] == "4 runs, which took 4 minutes in sum"
 
@@ -64,8 +64,8 @@ def test_a_part_that_an_arm_leaves_out_adds_nothing(folder, monkeypatch, without
     assert not last.pop(without).any() and all(weight.any() for weight in last.values())
     line = train.read_jsonl(folder / "results.jsonl")[-1]
     assert line["arm"] == "arm" and line["seed"] == 3
-    as_trained, one_frame = (line["evaluations"][asked] for asked in ablate.BOTH)
-    assert as_trained["all"]["questions"] == one_frame["all"]["questions"] > 10
+    all_masks, first_mask = (line["evaluations"][asked] for asked in ablate.BOTH)
+    assert all_masks["all"]["questions"] == first_mask["all"]["questions"] > 10
     # The second evaluation reads each object's first mask alone.
     settings = json.loads((out / "final" / "nanorefer.json").read_text())
     assert settings["region_frames"] == 1

@@ -204,7 +204,10 @@ def test_a_benchmark_whose_ids_repeat_is_refused(tmp_path):
         "".join(json.dumps({"id": id, "pred": "It sits."}) + "\n" for id in (3, 4))
     )
     with pytest.raises(data.DataError, match=r"d.json: expected each id once, found 3"):
-        evaluation.main(["--bench-d", str(tmp_path / "d.json"), "--score", str(tmp_path / "p.jsonl")])
+        evaluation.main(
+            ["--bench-d", str(tmp_path / "d.json"), "--score", str(tmp_path / "p.jsonl")]
+            + ["--judge", "http://localhost", "--out", str(tmp_path / "out")]
+        )
 
 
 def test_the_published_prompt_word_for_word(tmp_path):
@@ -1082,6 +1085,12 @@ Explanation: none."""
         (GOOD.format(5, 4, 0, "3 or 4"), None), (GOOD.format(5, 4, 0, "4,5"), None),
         (GOOD.format(5, 4, 0, 3) + GOOD.format(1, 1, 1, 1), None),
         ("1. Subject Correspondence: 5\n2. Appearance Description: 4\n3. Temporal Description: 5", None),
+        # An aspect without a mark took the number of the next line for one.
+        ("1. Subject Correspondence:\n2. Appearance Description:\n3. Temporal Description: 4\n"
+         "4. Hallucination Detection: 5", None),
+        # A mark and the number of the next line were taken for a range.
+        ("- 1. Subject Correspondence: 5\n- 2. Appearance Description: 4\n- 3. Temporal Description: 1\n"
+         "- 4. Hallucination Detection: 2\n- 5 in all", [5, 4, 1, 2]),
     ],
 )  # fmt: skip
 def test_marks_are_read_strictly(reply, marks):
@@ -1499,6 +1508,7 @@ def test_a_model_of_random_weights_is_not_evaluated():
         ),
         (["--model", "m", "--data", "x.json", "--max-new-tokens", "-3"], "needs 1 or more"),
         (["--score", "p.jsonl", "--bench-q", "q.json", "--device", "cpu"], "--device needs --model"),
+        (["--score", "p.jsonl", "--bench-d", "d.json"], "--score and --bench-d needs --judge"),
     ],
 )
 def test_options_that_do_not_go_together(capsys, arguments, complaint):

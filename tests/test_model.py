@@ -2,10 +2,14 @@
 what regions add."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -355,7 +359,7 @@ def test_a_sample_that_is_too_long_is_refused_not_cut(checkpoint, world):
         processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, max_length=limit))
         found = dataset(world, processor)[0, 4]
         assert fits == isinstance(found, dict)
-    assert f"at most --max-length {limit} tokens, found {length}" in str(found) and "sample 4" in str(found)
+    assert f"at most {limit} tokens (max_length), found {length}" in str(found) and "sample 4" in str(found)
 
 
 # ---- regions
@@ -835,6 +839,32 @@ def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
     plain = models.load_processor(tmp_path, num_frames=3).settings
     assert plain == data.Settings(num_frames=3, **data.PRETRAINED_PIXELS)
     assert models.load_processor("tiny", ["word"], num_frames=3).settings == data.Settings(num_frames=3)
+
+
+@any_family
+def test_a_model_on_the_hub_keeps_its_region_encoder_and_settings(loaded, tmp_path):
+    """Both were looked for in folders alone: a new region encoder took the place of the trained one."""
+    model, processor = loaded
+    folder = tmp_path / "models--me--refer" / "snapshots" / "0123"
+    with torch.no_grad():
+        model.region_encoder.position[2].bias.fill_(3)
+    model.save_pretrained(folder, asdict(processor.settings))
+    processor.save_pretrained(folder)
+    (tmp_path / "models--me--refer" / "refs").mkdir()
+    (tmp_path / "models--me--refer" / "refs" / "main").write_text("0123")
+    program = """
+import dataclasses, json, model
+processor = model.load_processor("me/refer")
+bias = model.load_model("me/refer", processor).region_encoder.position[2].bias
+print(json.dumps([dataclasses.asdict(processor.settings), bias.min().item()]))
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path)}  # as it is after a download
+    top = Path(models.__file__).parent
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=top, env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == [asdict(SETTINGS), 3.0]
 
 
 @any_family

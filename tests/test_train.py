@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
+import eval as evaluation
 import model as models
 import train
 
@@ -151,7 +152,7 @@ def test_ranks_and_micro_batches_do_not_change_the_losses(mixed, one_process, tm
 def test_the_order_is_shared_out_without_gaps_or_repeats():
     def keys(ranks):
         orders = [list(train.Order(10, 4, 5, seed=3, rank=r, world_size=ranks)) for r in range(ranks)]
-        assert all(len(order) == 5 == len(train.Order(10, 4, 5, 3, 0, ranks)) for order in orders)
+        assert all(len(order) == 5 for order in orders)
         return [[key for order in orders for key in order[step]] for step in range(5)]
 
     plain = keys(1)
@@ -199,11 +200,11 @@ def test_rates_follow_the_schedule_and_the_gradient_is_clipped(tmp_path):
     assert all(m["grad_norm"] > 0.1 for m in logged)
 
 
-@pytest.mark.parametrize("parts, logged", [("llm,region", 2e-4), ("region", 3e-3), ("vision", 2e-4)])
+@pytest.mark.parametrize("parts, logged", [("llm,region", 1e-3), ("region", 3e-3), ("vision", 1e-3)])
 def test_the_logged_rate_is_that_of_lr_unless_region_alone_learns(tmp_path, parts, logged):
     """It was that of the part that --train names last."""
     options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
-    train_here(*options, "--steps", 1, "--warmup", 1, "--lr", 2e-4, "--region-lr", 3e-3, "--train", parts)
+    train_here(*options, "--steps", 1, "--warmup", 1, "--train", parts)
     (line,) = metrics(tmp_path / "run")
     assert line["lr"] == logged
 
@@ -277,6 +278,25 @@ def test_an_unknown_part_is_refused(tmp_path):
             train_here("--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path, "--train", parts)
 
 
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ("--train region --lr 1e-4", "--lr: .*, found region"),
+        ("--train llm --region-lr 1e-4", "--region-lr: .*, found llm"),
+    ],
+)
+def test_a_learning_rate_of_nothing_that_learns_is_refused(tmp_path, options, complaint):
+    """It was ignored without a word."""
+    with pytest.raises(SystemExit, match=complaint):
+        train_here("--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path, *options.split())
+
+
+def test_lr_needs_more_than_what_a_pretrained_model_trains_by_default():
+    config = train.Config(model="published", lr=1e-4)
+    with pytest.raises(SystemExit, match="--lr: .*, found region"):
+        train.fill_in_defaults(config, None, 16)
+
+
 def test_bad_data_ends_with_one_message_and_no_traceback(toy, tmp_path):
     path = toy / "broken.json"
     path.write_text('[{"id": 1},\n oops]')
@@ -312,6 +332,15 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     with pytest.raises(SystemExit, match="holds an earlier run"):
         train_here(*options)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("left", ["final", "step-000001"])
+def test_a_copied_model_is_not_written_over(tmp_path, left):
+    """The run went on until it was to be saved, and was lost then, because that folder was there."""
+    (tmp_path / "run" / left).mkdir(parents=True)
+    (tmp_path / "run" / left / "training.pt").touch()
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        train_here("--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", *COMMON)
 
 
 def test_no_clipping_with_clip_0(tmp_path):
@@ -481,7 +510,7 @@ def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(tmp_path):
     assert (tmp_path / "out/final").is_dir() and len(metrics(tmp_path / "out")) == 3
     (bad,) = train.read_jsonl(tmp_path / "out/bad_samples.jsonl")
     assert "sample 1" in bad["places"][1]
-    assert "expected to be read within 0.2 s (--timeout)" in bad["reason"]
+    assert "expected to be read within 0.2 s" in bad["reason"]
 
 
 # ---- feeding a device ----
@@ -585,6 +614,33 @@ def test_rates_and_shares_are_finite_and_not_negative(option, value, capsys):
         train.parse(["--data", "d.json", f"--{option}={value}"])
     assert f"--{option}: expected a number from 0, found {float(value)}" in capsys.readouterr().err
     assert getattr(train.parse(["--data", "d.json", f"--{option}", "0"]), option.replace("-", "_")) == 0
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("single-frame", "1.5", "a number from 0 to 1"),
+        ("max-bad", "2", "a number from 0 to 1"),
+        ("timeout", "0", "a number above 0"),
+    ],
+)
+def test_shares_and_times_have_limits(option, value, expected, capsys):
+    """--single-frame 5 was taken for 1, and with --timeout 0 each file took too long."""
+    with pytest.raises(SystemExit):
+        train.parse(["--data", "d.json", f"--{option}", value])
+    assert f"--{option}: expected {expected}, found {float(value)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:1", "cuda"])
+@pytest.mark.parametrize("main, options", [(train.main, ()), (evaluation.main, ("--model", "tiny"))])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(main, options, device, monkeypatch):
+    """--device gpu was a traceback, and cuda:1 was taken for a CPU in places."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["", *options, "--data", "absent.json", "--device", device])
+    with pytest.raises(
+        SystemExit, match=f"--device: expected cpu, or cuda where there is one, found {device}"
+    ):
+        main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands tensors over as open files")
