@@ -54,21 +54,21 @@ WHOLE_FRAMES = "--window 0 --region-pixels 9216"  # 96 x 96, because an object i
 # The names are those of the table's lines.
 ARMS = {
     "toy: all parts": Arm("toy", asks=BOTH, controls=CONTROLS),
-    "small: all parts": Arm("small", controls=CONTROLS),
     "toy: whole frames": Arm("toy", WHOLE_FRAMES),
-    "small: whole frames": Arm("small", WHOLE_FRAMES),
-    "toy: trained on shuffled masks": Arm("toy", masks="shuffle"),
-    "toy: trained on boxes": Arm("toy", masks="box"),
-    "toy: no position code": Arm("toy", without="position"),
-    "toy: no MLP": Arm("toy", without="mlp"),
-    "toy: 1 region token": Arm("toy", "--region-tokens 1"),
-    "toy: trained on one frame": Arm("toy", "--single-frame 1", asks=BOTH),
-    "toy: trained on several frames": Arm("toy", "--single-frame 0", asks=BOTH),
-    "small: window 3": Arm("small", "--window 3"),
-    "small: window 4": Arm("small", "--window 4"),
-    "toy: 2 region tokens": Arm("toy", "--region-tokens 2"),
     "toy: window 3": Arm("toy", "--window 3"),
     "toy: window 4": Arm("toy", "--window 4"),
+    "small: all parts": Arm("small", controls=CONTROLS),
+    "small: whole frames": Arm("small", WHOLE_FRAMES),
+    "small: window 3": Arm("small", "--window 3"),
+    "small: window 4": Arm("small", "--window 4"),
+    "toy: trained on shuffled masks": Arm("toy", masks="shuffle"),
+    "toy: trained on boxes": Arm("toy", masks="box"),
+    "toy: trained on one frame": Arm("toy", "--single-frame 1", asks=BOTH),
+    "toy: trained on several frames": Arm("toy", "--single-frame 0", asks=BOTH),
+    "toy: 1 region token": Arm("toy", "--region-tokens 1"),
+    "toy: 2 region tokens": Arm("toy", "--region-tokens 2"),
+    "toy: no position code": Arm("toy", without="position"),
+    "toy: no MLP": Arm("toy", without="mlp"),
 }
 KINDS = ("colour", "shape", "direction", "relation")
 

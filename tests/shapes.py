@@ -356,7 +356,7 @@ def main():
     parser.add_argument("--train-clips", type=int, default=600)
     parser.add_argument("--test-clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="objects of 16 to 22 pixels in frames of 384 x 384")
+    parser.add_argument("--small", action="store_true", help="objects of 16 to 22 pixels in 384 x 384")
     parser.add_argument("--new-kind", choices=ASK, help="questions in new.json alone, not in train.json")
     args = parser.parse_args()
     write_world(args.folder, args.train_clips, args.test_clips, args.seed, args.small, args.new_kind)

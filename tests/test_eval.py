@@ -1533,6 +1533,21 @@ def test_one_rank_answers_a_question_of_your_own(loaded, world, monkeypatch, cap
         assert capsys.readouterr().out.count("\n") == num_lines
 
 
+def test_the_readme_keeps_the_samples_whose_videos_are_there(tmp_path, monkeypatch):
+    program = (TOP / "README.md").read_text().split("```python\n")[3].split("```")[0]
+    assert program.count("500]") == program.count("[500") == 1
+    monkeypatch.chdir(tmp_path)
+    samples = [{"id": i, "video": f"{i % 3}.mp4"} for i in range(9)]
+    Path("videorefer-short-caption-500k.json").write_text(json.dumps(samples))
+    Path("videos").mkdir()
+    Path("videos/0.mp4").touch()
+    Path("videos/2.mp4").touch()
+    exec(program.replace("500]", "2]").replace("[500", "[2"), {})
+    files = ("held_out.json", "captions.json")
+    ids = [[sample["id"] for sample in json.loads(Path(name).read_text())] for name in files]
+    assert ids == [[0, 2], [3, 5, 6, 8]]
+
+
 def test_what_the_readme_shows_runs(checkpoint, world, tmp_path, monkeypatch, capsys):
     """Its three lines of Python, with a toy video, and the options of each of its commands."""
     readme = (TOP / "README.md").read_text()
