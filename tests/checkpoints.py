@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
     Sam2VideoConfig,
+    Sam2VideoMaskDecoderConfig,
     Sam2VideoModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -185,12 +186,10 @@ def make_sam(folder, seed=0):
             "fpn_hidden_size": 128,
         },
         prompt_encoder_config={"hidden_size": 128, "image_size": size, "mask_input_channels": 4},
-        mask_decoder_config={
-            "hidden_size": 128,
-            "mlp_dim": 64,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 64,
-        },
+        # Not as a dict, because transformers 5.17 takes that for a config of the prompt encoder.
+        mask_decoder_config=Sam2VideoMaskDecoderConfig(
+            hidden_size=128, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=64
+        ),
         memory_attention_hidden_size=128,
         memory_attention_num_layers=2,
         memory_attention_feed_forward_hidden_size=64,

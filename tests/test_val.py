@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_transformers(tmp_path):
 def test_answers_are_those_of_questions_spread_over_the_data(learned, held_out, tmp_path):
     """Two of the questions: the first, which is known by heart, and the last, which is not."""
     options = ["--model", learned / "final", "--data", held_out, "--val", held_out, "--val-answers", 2]
-    train_here(*options, "--out", tmp_path / "run", "--steps", 1, *OPTIONS, "--lr", 0, "--region-lr", 0)
+    train_here(*options, "--out", tmp_path / "run", "--steps", 1, *OPTIONS, "--region-lr", 0)
     assert measured(tmp_path / "run", "val_exact") == {0: 0.5, 1: 0.5}
 
 
