@@ -235,7 +235,7 @@ def fill_in_defaults(config, processor, num_samples):
     learns = {"lr": parts != {"region"}, "region_lr": "region" in parts, "lora_rank": "lora" in parts}
     for name, is_used in learns.items():
         if getattr(config, name) is not None and not is_used:
-            expected = f"--{name.replace('_', '-')}: expected a part that it is for in --train"
+            expected = f"--{name.replace('_', '-')}: expected a part in --train that it is for"
             raise SystemExit(f"{expected}, found {config.train}")
     if is_tiny:
         defaults = {"lr": 1e-3, "region_lr": 3e-3}

@@ -134,6 +134,7 @@ def test_a_step_of_the_whole_loop_waits_once(world, tmp_path, monkeypatch):  # n
     train_here(*options, "--out", tmp_path / "cpu")
     with SimulatedGPU(exact=True) as gpu:
         monkeypatch.setattr(train, "backward", watched)
+        monkeypatch.setattr(train, "init_distributed", torch.device)  # torch.cuda does not know of it
         train_here(*options, "--out", tmp_path / "gpu", "--device", "cuda")
     on_cpu, on_gpu = (train.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("cpu", "gpu"))
     for name in ("loss", "grad_norm"):
