@@ -283,7 +283,7 @@ class Processor:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         # Older checkpoints keep the chat template for images and videos in a separate file.
-        template = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        template = find_file(path, "chat_template.json")
         if template:
             with open(template) as file:
                 tokenizer.chat_template = json.load(file)["chat_template"]
@@ -1213,6 +1213,11 @@ def os_errors(expected):
         yield
     except OSError as error:
         raise DataError(f"expected {expected}, found: {error.strerror}") from None
+
+
+def find_file(model, name):
+    """Returns the path of a file that not every model has, or None. model: Hugging Face name or folder."""
+    return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
 
 
 class FrameCache:

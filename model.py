@@ -351,8 +351,8 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
 
 
 def place(embeddings, index, rows):
-    """Returns embeddings (B, L, D), but with rows (T, D) at index (T,), which counts the tokens of all B rows
-    on: b * L + position.
+    """Returns embeddings (B, L, D), but with rows (T, D) in place of the tokens at index (T,). Token i of
+    sample b has the index b * L + i.
     """
     rows = rows.to(embeddings.dtype)
     return embeddings.flatten(0, 1).index_copy(0, index, rows).view_as(embeddings)
@@ -488,7 +488,7 @@ def load_processor(path, texts=(), **settings):
         if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
-        settings_file = find_file(path, SETTINGS_FILE)
+        settings_file = data.find_file(path, SETTINGS_FILE)
         if settings_file:
             with open(settings_file) as file:
                 saved = json.load(file)
@@ -512,8 +512,9 @@ def load_model(path, processor):
         return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
     with model_errors_in_one_line(path):
         model = ReferringVideoLLM(load_weights(AutoModelForImageTextToText, path), processor)
-        if find_file(path, SETTINGS_FILE):  # train.py wrote this model
-            weights, lora_file = load_file(cached_file(path, REGION_WEIGHTS)), find_file(path, LORA_WEIGHTS)
+        if data.find_file(path, SETTINGS_FILE):  # train.py wrote this model
+            weights = load_file(cached_file(path, REGION_WEIGHTS))
+            lora_file = data.find_file(path, LORA_WEIGHTS)
             try:
                 model.region_encoder.load_state_dict(weights)
                 if lora_file:
@@ -521,11 +522,6 @@ def load_model(path, processor):
             except RuntimeError as error:  # names or shapes that do not fit
                 raise ValueError(error) from None
     return model
-
-
-def find_file(path, name):
-    """Returns where a file of the model lies that not every model has, or None. path: as for load_model."""
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
 
 
 def load_weights(model_class, path):

@@ -232,10 +232,10 @@ def fill_in_defaults(config, processor, num_samples):
     if config.train is None:
         config.train = "region,projector,llm,vision" if is_tiny else "region"
     parts = set(config.train.split(","))
-    learns = {"lr": parts != {"region"}, "region_lr": "region" in parts, "lora_rank": "lora" in parts}
-    for name, is_used in learns.items():
-        if getattr(config, name) is not None and not is_used:
-            expected = f"--{name.replace('_', '-')}: expected a part in --train that it is for"
+    is_used = {"lr": parts != {"region"}, "region_lr": "region" in parts, "lora_rank": "lora" in parts}
+    for name in is_used:
+        if getattr(config, name) is not None and not is_used[name]:
+            expected = f"--{name.replace('_', '-')}: expected a part in --train that uses it"
             raise SystemExit(f"{expected}, found {config.train}")
     if is_tiny:
         defaults = {"lr": 1e-3, "region_lr": 3e-3}
@@ -870,7 +870,7 @@ def check_out_folder(config):
     is_finished = os.path.exists(os.path.join(config.out, "final"))
     has_begun = checkpoints(config.out) or os.path.exists(os.path.join(config.out, "metrics.jsonl"))
     if config.resume is None and (has_begun or is_finished):
-        remedy = "name another folder, remove it, or --resume latest"
+        remedy = "name another folder, or remove it" + ("" if is_finished else ", or --resume latest")
         raise SystemExit(f"--out {config.out}: holds an earlier run; {remedy}")
     if config.resume and is_finished:
         raise SystemExit(f"--resume: the run in {config.out} is finished, its model is in final")

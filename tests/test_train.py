@@ -334,12 +334,11 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("left", ["final", "step-000001"])
-def test_a_copied_model_is_not_written_over(tmp_path, left):
+@pytest.mark.parametrize("left, remedy", [("final", "remove it"), ("step-000001", "or --resume latest")])
+def test_a_copied_model_is_not_written_over(tmp_path, left, remedy):
     """The run went on until it was to be saved, and was lost then, because that folder was there."""
     (tmp_path / "run" / left).mkdir(parents=True)
-    (tmp_path / "run" / left / "training.pt").touch()
-    with pytest.raises(SystemExit, match="holds an earlier run"):
+    with pytest.raises(SystemExit, match=f"holds an earlier run; .*{remedy}$"):
         train_here("--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", *COMMON)
 
 
