@@ -1,15 +1,13 @@
 """Evaluation: asks a model about objects, and measures how good its answers are.
 
-    python eval.py --model out/final --video a.mp4 --frame 36 --box 100,50,200,80 --ask "What is <region>?"
-    python eval.py --model out/final --data test.json                          # exact match and loss, by type
-    python eval.py --model out/final --data test.json --control full shuffle box blind   # with controls
-    python eval.py --model out/final --bench-q VideoRefer-Bench-Q.json --media DIR --out q   # multiple choice
-    python eval.py --model out/final --bench-d VideoRefer-Bench-D.json --media DIR --out d   # descriptions
-    python eval.py --bench-q VideoRefer-Bench-Q.json --score q/predictions.jsonl   # of any model: id and pred
-    # A server of chat completions judges these descriptions:
-    python eval.py --bench-d VideoRefer-Bench-D.json --score d/predictions.jsonl --out d --judge https://HOST
+    python eval.py ask "What is <region>?" --model out/final --video a.mp4 --object 36:100,50,200,80
+    python eval.py data test.json --model out/final --out scores --control full shuffle box blind
+    python eval.py bench-q VideoRefer-Bench-Q.json --model out/final --media DIR --out q    # multiple choice
+    python eval.py bench-d VideoRefer-Bench-D.json --model out/final --media DIR --out d    # descriptions
+    python eval.py judge d/predictions.jsonl --prompt system.txt       # descriptions of any model
+    python eval.py score VideoRefer-Bench-Q.json predictions.jsonl     # replies of any model: id and pred
 
-    data file --read_questions--> questions --data.collate--> batches --train.generate_replies--> replies
+    data file --read_questions--> questions --Questions--> batches --generate_replies--> replies
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
 
 Every answer of a conversation is one question: the model reads the conversation up to there, and replies
@@ -18,29 +16,22 @@ the whole frame (full), the masks of an object on other media (shuffle), or boun
 all of them as text alone, with "the object" in place of `<region>`. What is still right then does not come
 from what was replaced.
 
-All of it runs under torchrun as well (--ask on the first rank alone). With --out, the same command resumes a
-run that was killed, and controls can be added later; the loss is computed again. A bad sample ends --data
-(python data.py FILE lists all of them). A benchmark continues without a bad entry, which gets an "error" in
-predictions.jsonl, is wrong in all columns of --bench-q, and is not judged in --bench-d.
+data and the benchmarks run under torchrun, too. The same command resumes a run that was killed, and controls
+can be added later; the loss is computed again. A bad sample ends data (train.py --check lists all of them). A
+benchmark goes on without a bad entry, which gets an "error" in predictions.jsonl, and is wrong or not judged.
 """
 
 import argparse
-import hashlib
-import http.client
 import json
 import os
 import re
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py; to be set before torch is imported
 
 import numpy as np
 import torch
@@ -49,278 +40,414 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
-from transformers import AutoConfig, Sam2VideoInferenceSession, Sam2VideoModel
+from transformers import AutoConfig, Sam2VideoInferenceSession, Sam2VideoModel, Sam2VideoProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import data
 import model as models
-from train import (
-    append_jsonl,
-    first_on_this_machine,
-    gather_over_ranks,
-    generate_replies,
-    init_distributed,
-    mean_loss,
-    rank,
-    read_jsonl,
-    shared_out,
-    write_jsonl,
-)
+import train
+
+CONTROLS = ("full", "shuffle", "box", "blind")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(path, device=None):
+def load(path, device=DEVICE):
     """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone."""
     data.expect(path != "tiny", "--model: a trained or pretrained model", path)
     processor = models.load_processor(path)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return models.load_model(path, processor).to(device).eval(), processor
 
 
-# ---- questions ----
+# ---- questions, and what a control makes of them ----
 
-# The fields of an entry that are copied to predictions.jsonl.
+
+class Questions(data.ReferringDataset):
+    """Samples, each encoded up to the question of one turn. Keys are (sample index, turn index) pairs.
+
+    control: "none", or one of CONTROLS.
+    """
+
+    def __init__(self, samples, processor, control="none"):
+        super().__init__(samples, processor)
+        self.control = control
+
+    def __getitem__(self, key):
+        i, turn = key
+        try:
+            sample = self.samples[i]
+            turns = sample.turns[: turn + 1]
+            num_regions = sum(question.count(data.REGION_TAG) for question, _ in turns)
+            sample = replace(sample, turns=turns, objects=sample.objects[:num_regions])
+            if self.control == "blind":
+                sample = without_media(sample)
+            return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
+        except data.DataError as error:
+            return error
+
+    def choose_objects(self, sample, info, rng):
+        """The masks of each object as the control has them, on the same frames."""
+        objects = super().choose_objects(sample, info, rng)
+        if self.control == "full":
+            return [{frame: np.ones((1, 1), np.uint8) for frame in masks} for masks in objects]
+        if self.control == "box":
+            return [{frame: fill_box(mask) for frame, mask in masks.items()} for masks in objects]
+        if self.control == "shuffle":
+            return [dict(zip(masks, cycle(self._others_masks(sample, rng)))) for masks in objects]
+        return objects
+
+    def _others_masks(self, sample, rng):
+        """The masks of a random object of a random sample on other media."""
+        for i in rng.permutation(len(self)).tolist():
+            try:
+                donor = self.samples[i]
+                if donor.objects and not files_of(donor.media) & files_of(sample.media):
+                    k = int(rng.integers(len(donor.objects)))
+                    donor = replace(donor, objects=[donor.objects[k]])
+                    [masks] = super().choose_objects(donor, self.media_of(donor).info, rng)
+                    return masks.values()
+            except data.DataError:  # it cannot lend its masks; it has its own report
+                continue
+        raise data.DataError("expected a sample with regions on other media to take masks from, found none")
+
+
+def files_of(media):
+    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
+    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
+
+
+def fill_box(mask):
+    """uint8 (H, W) -> the same with its whole bounding box inside."""
+    top, bottom, left, right = data.mask_bounds(mask)
+    filled = np.zeros_like(mask)
+    filled[top:bottom, left:right] = 1
+    return filled
+
+
+def without_media(sample):
+    """The same conversation as text alone. The media tag is removed with its line breaks."""
+    turns = []
+    for question, answer in sample.turns:
+        text = "\n".join(filter(None, data.MEDIA_TAG.split(question)))
+        turns.append((text.replace(data.REGION_TAG, "the object"), answer))
+    return replace(sample, media=None, turns=turns, objects=[])
+
+
+def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0):
+    """Yields for each key of Questions, in order, the model's reply as text, or the DataError of a bad sample."""
+    tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
+    end_token_ids = model.end_token_ids(tokenizer)
+    batches = train.read_batches(dataset, batches_of_keys, device, workers, for_generation=True)
+    for batch in tqdm(batches, "replies", len(batches_of_keys), leave=False, disable=train.rank() > 0):
+        texts = iter(())
+        if not all(batch["errors"]):
+            tokens = model.generate(batch, end_token_ids, max_new_tokens)
+            texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        for error in batch["errors"]:
+            yield error or next(texts).strip()
+
+
+# ---- a whole data file or benchmark ----
+
+# What predictions.jsonl keeps of an entry.
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
-def read_questions(samples):
-    """Returns (questions, keys): one question for each answer of each sample.
+def read_questions(samples, strict):
+    """Returns a dict for each answer of each sample, which becomes a line of predictions.jsonl.
 
-    questions: dicts, which become the lines of predictions.jsonl. keys: (sample index, turn index) of each.
-    A bad sample becomes one question with an "error". Raises DataError for one that is no ordinary JSON.
+    A bad entry becomes one question with an "error", if strict, or if all are bad, a DataError.
     """
-    questions, keys = [], []
-    for sample_index in range(len(samples)):
-        entry, _, _, position = samples.read(sample_index)
+    questions = []
+    for i in range(len(samples)):
+        entry, _, _, position = samples.read(i)
         entry = entry if isinstance(entry, dict) else {}
         common = {"id": position} | {name: entry[name] for name in ENTRY_FIELDS if name in entry}
-        common["type"] = str(entry.get("type") or "")
+        common |= {"type": str(entry.get("type") or "(no type)"), "sample": i}
+        sample = None
         try:
-            turns = samples[sample_index].turns
+            sample = samples[i]
         except data.DataError as error:
             common["error"] = str(error)
-            turns = [("", "")]  # one empty question stands for a sample that cannot be read
-        about_regions = "error" in common  # a bad sample is asked with every control, to be wrong with all
-        for turn_index, (text, answer) in enumerate(turns):
+            if strict:
+                raise
+        about_regions = sample is None  # a bad sample is asked with every control, to be wrong with all
+        for turn, (text, answer) in enumerate(sample.turns if sample else [("", None)]):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
-            turn = {"turn": turn_index, "question": text, "answer": answer.strip() or None}
-            questions.append(common | turn | {"regions": about_regions})
-            keys.append((sample_index, turn_index))
-    return questions, keys
+            asked = {"turn": turn, "question": text, "answer": answer, "regions": about_regions}
+            questions.append(common | asked | (size_of(sample, turn) if sample else {}))
+    if all("error" in q for q in questions):
+        raise data.DataError(f"{questions[0]['error']} (and no other entry is right)")
+    return questions
 
 
-def check_errors(questions, strict):
-    """Raises data.DataError if every question has an "error", or if strict and any has one."""
-    errors = [question["error"] for question in questions if "error" in question]
-    if errors and (strict or len(errors) == len(questions)):
+def evaluate(args):
+    """Asks the questions of a data file or benchmark, scores the replies, and writes all of it to OUT."""
+    is_data = args.command == "data"
+    samples = data.read_samples(args.files, args.media, args.outside_paths)
+    samples = samples if is_data else Bench(samples, args)
+    questions = read_questions(samples, strict=is_data)
+    open_run(args)
+    model, processor = load(args.model, args.device)
+    scores, name = {}, "pred"
+    if is_data:
+        dataset, name = data.ReferringDataset(samples, processor), "exact"
+        scores["loss"] = train.mean_loss(model, dataset, args.batch_size, args.workers)
+    columns = {name: "none"} | {control: control for control in args.control}
+    for column, control in columns.items():
+        dataset = Questions(samples, processor, control)
+        for i, reply in ask_all(model, dataset, questions, args).items():
+            if isinstance(reply, data.DataError):
+                questions[i]["error"], reply = str(reply), None
+            questions[i][column] = reply
+    errors = [q["error"] for q in questions if "error" in q]
+    if errors and (is_data or len(errors) == len(questions)):
         raise data.DataError(f"{errors[0]} ({len(errors)} of {len(questions)} questions cannot be asked)")
+    for q in questions:
+        if "error" in q:  # no reply counts, also not of blind, which needs no media
+            q |= dict.fromkeys(columns)
+    if train.rank() == 0:
+        if is_data:
+            scores["rows"] = score(questions, columns)
+            print(f"loss {scores['loss']:.4f} per supervised token")
+        elif args.command == "bench-q":
+            scores["rows"] = score_choices(questions, columns)
+        if errors:
+            print(f"{len(errors)} of {len(questions)} questions could not be asked, such as: {errors[0]}")
+        train.write_jsonl(args.out / "predictions.jsonl", questions)
+        train.write_jsonl(args.out / "scores.json", [scores | {"not_asked": len(errors)}])
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-# ---- the table ----
+def open_run(args):
+    """Says in OUT/run.json what is asked. Raises DataError if OUT holds replies to anything else."""
+    names = ("command", "model", "media", "mode", "no_options", "max_new_tokens")
+    run = {name: getattr(args, name, None) for name in names} | {"files": []}
+    for path in [
+        *args.files,
+        *sorted(Path(args.model).glob("[!.]*.*")),
+    ]:  # in order, as questions are numbered
+        run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
+    runs = train.read_jsonl(args.out / "run.json")
+    is_same = runs == [run] or not (runs or args.out.exists() and os.listdir(args.out))
+    data.expect(is_same, f"--out {args.out}: a new folder, or that of a run of this command", runs)
+    if not train.gather_over_ranks(runs)[0] and train.rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        train.write_jsonl(args.out / "run.json", [run])
 
-# COCO's sizes of objects: below 32 * 32 pixels of the frame, below 96 * 96, and above.
-SIZES, SIZE_LIMITS = ("small", "medium", "large"), (32**2, 96**2)
-OTHER_ROWS = ("(no type)", *SIZES, "about regions", "all")
 
+def ask_all(model, dataset, questions, args):
+    """Returns {index of a question: reply, or DataError of a bad sample}, on every rank.
 
-def score(questions, columns):
-    """Returns {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
-
-    columns: {column: key of its reply in a question; no key: not asked}. A reply is right if it equals the
-    answer; None is wrong. The rows are the types of questions, the sizes of objects (unless all have one
-    size), "about regions" (if only some are), and "all". The column "constant" is added: always the most
-    frequent answer to questions of this type. It differs for those with and without regions, so that it can
-    be compared with the controls.
+    Each rank appends its replies to a file of its own as they come. What the files hold is not asked again.
     """
-    answers = defaultdict(Counter)
-    for question in questions:
-        if question["answer"] is not None:  # None: a bad entry
-            answers[question["type"], question["regions"]][question["answer"]] += 1
-    constant = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
-    questions = [q | {"constant": constant.get((q["type"], q["regions"]))} for q in questions]
+    control, parts = dataset.control, args.out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    lines = chain.from_iterable(train.read_jsonl(path) for path in sorted(parts.glob(f"{control}-*.jsonl")))
+    replies = train.gather_over_ranks(dict(lines))[0]  # what rank 0 has read, before any rank writes
+    path = parts / f"{control}-{train.rank()}.jsonl"
+    train.write_jsonl(path, train.read_jsonl(path))  # without the half line that a kill may have left
+    asked = [i for i, q in enumerate(questions) if q["regions"] or control in ("none", "blind")]
+    asked = [i for i in asked if i not in replies and "error" not in questions[i]]
+    batches = train.shared_out(asked, args.batch_size)
+    keys = [[(questions[i]["sample"], questions[i]["turn"]) for i in batch] for batch in batches]
+    new = {}
+    for i, reply in zip(
+        chain(*batches), generate_replies(model, dataset, keys, args.max_new_tokens, args.workers)
+    ):
+        new[i] = reply
+        if isinstance(reply, str):  # an error is not kept: the video may be there in the next run
+            train.append_jsonl(path, (i, reply))
+    for replies_of_rank in train.gather_over_ranks(new):
+        replies |= replies_of_rank
+    return replies
 
-    rows = {}
-    for kind in sorted({question["type"] for question in questions}):
-        row = kind or "(no type)"
-        while kind and row in (*OTHER_ROWS, *rows):
-            row = f"type {row}"
-        rows[row] = [question for question in questions if question["type"] == kind]
-    by_size = defaultdict(list)
-    for question in questions:
-        if "area" in question:
-            by_size[SIZES[bisect_right(SIZE_LIMITS, question["area"])]].append(question)
-    if len(by_size) > 1:
-        rows |= {size: by_size[size] for size in SIZES if size in by_size}
-    about_regions = [question for question in questions if question["regions"]]
-    if 0 < len(about_regions) < len(questions):
-        rows["about regions"] = about_regions
+
+# ---- scores ----
+
+# COCO's sizes of objects: below 32 * 32 pixels, below 96 * 96, and above.
+SIZES, SIZE_LIMITS = ("small", "medium", "large"), (32**2, 96**2)
+
+
+def size_of(sample, turn):
+    """Returns {"size": one of SIZES} of the smallest object that the turn, or the latest before it, points at.
+
+    An object's area is its mean over the frames where it is visible, in pixels of its masks; polygons need
+    height and width in the data file. Returns {} where there is no object, or no such area.
+    """
+    tags = [question.count(data.REGION_TAG) for question, _ in sample.turns[: turn + 1]]
+    latest, areas = [count for count in tags if count][-1:], []
+    for masks in sample.objects[sum(tags) - sum(latest) : sum(tags)]:
+        try:
+            found = [data.decode_mask(mask, *(sample.size or mask["size"])) for mask in masks.values()]
+        except (
+            data.DataError,
+            TypeError,
+            LookupError,
+        ):  # a bad mask, or a polygon on a frame of unknown size
+            return {}
+        areas.append(np.mean([mask.sum() for mask in found if mask.any()] or [0]))
+    return {"size": SIZES[bisect_right(SIZE_LIMITS, min(areas))]} if areas else {}
+
+
+def score(questions, columns, suffix=""):
+    """Prints a table, and returns it as {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
+
+    A question that was asked for a column has the key column + suffix, and is right if that equals its answer.
+    The rows are the types of questions, the sizes of objects (unless all have one size), "about regions" (if
+    only some are), and "all". The column "constant" is added: always the most frequent answer to questions of
+    this type, with or without regions, so that it can be compared with the controls.
+    """
+    frequent, rows = defaultdict(Counter), defaultdict(list)
+    for q in sorted(questions, key=lambda q: q["type"]):
+        frequent[q["type"], q["regions"]][q["answer"]] += q["answer"] is not None  # None: a bad entry
+        rows[q["type"]].append(q)
+    for q in questions:
+        q["constant" + suffix] = frequent[q["type"], q["regions"]].most_common(1)[0][0]
+    groups = {size: [q for q in questions if q.get("size") == size] for size in SIZES}
+    groups = groups if sum(map(bool, groups.values())) > 1 else {}
+    groups["about regions"] = [q for q in questions if q["regions"]]
+    rows |= {name: group for name, group in groups.items() if 0 < len(group) < len(questions)}
     rows["all"] = questions
-
-    scores = {}
+    scores, width = {}, max(map(len, rows)) + 3
+    print(" " * width + "".join(f"{column:>18}" for column in (*columns, "constant")))
     for row, members in rows.items():
-        scores[row] = {"questions": len(members)}
-        for column, key in (columns | {"constant": "constant"}).items():
-            asked = [q for q in members if key in q]
-            right = [q for q in asked if q[key] is not None and q[key] == q["answer"]]
-            scores[row][column] = {"right": len(right), "asked": len(asked)}
+        scores[row], line = {"questions": len(members)}, f"{row:{width}}"
+        for column in (*columns, "constant"):
+            asked = [q for q in members if column + suffix in q]
+            right = sum(q["answer"] is not None and q[column + suffix] == q["answer"] for q in asked)
+            scores[row][column] = {"right": right, "asked": len(asked)}
+            cell = f"{right}/{len(asked)} {100 * right / len(asked):7.1f} %" if asked else "-"
+            line += f"{cell:>18}"
+        print(line)
     return scores
 
 
-def print_table(scores):
-    width = max(map(len, scores)) + 3
-    columns = list(scores["all"])[1:]
-    print(" " * width + "".join(f"{column:>18}" for column in columns))
-    for row, counts in scores.items():
-        line = f"{row:{width}}"
-        for column in columns:
-            right, asked = counts[column].values()
-            cell = f"{right}/{asked} {100 * right / asked:7.1f} %" if asked else "-"
-            line += f"{cell:>18}"
-        print(line)
+def score_choices(questions, columns):
+    """Reads the letters of the replies to Bench-Q, and returns what score finds."""
+    for column in columns:
+        for q in questions:
+            if column in q:
+                q[f"{column}_choice"] = None if "error" in q else choose(q[column], read_options(q)[0])
+        unread = sum(q.get(f"{column}_choice", "") is None for q in questions)
+        print(f"{column}: {unread} replies name no option, and are wrong")
+    return score(questions, columns, "_choice")
+
+
+def score_file(args):
+    """Scores a file of replies to Bench-Q: {"id": ..., "pred": text} for each question, exactly once."""
+    questions = read_questions(Bench(data.read_samples(args.file), args), strict=False)
+    missing = {json.dumps(q["id"]): q for q in questions}
+    data.expect(len(missing) == len(questions), f"{args.file}: each id once", [q["id"] for q in questions])
+    lines, columns = data.read_samples(args.predictions), set()
+    for i in range(len(lines)):
+        line, place, *_ = lines.read(i)
+        with data.within(*place):
+            data.expect(isinstance(line, dict) and {"id", "pred"} <= line.keys(), "id and pred", line)
+            q = missing.pop(json.dumps(line["id"]), None)
+            data.expect(q is not None, "the id of a question, each once", line["id"])
+            for column in line.keys() & {"pred", *CONTROLS}:
+                columns.add(column)
+                q[column] = line[column]
+                if not isinstance(line[column], str):
+                    q["error"] = str(line.get("error", f"{column} is not a text"))
+    data.expect(not missing, f"{args.predictions}: a reply to each question", f"none to {', '.join(missing)}")
+    score_choices(questions, sorted(columns, key=("pred", *CONTROLS).index))
 
 
 # ---- VideoRefer-Bench ----
 
+# As upstream asks: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for
+# VideoLLaMA3 has no brackets) and inference_videorefer_d_bench.py.
+BENCH_Q = "{} {}. Answer with the option's letter from the given choices directly."
+BENCH_D = "Please give a detailed description of the highlighted object [<region>] in the video."
+OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
+
 
 class Bench:
-    """The entries of --bench-q or --bench-d as a sequence of samples of one turn, like data.read_samples."""
+    """The entries of a benchmark as a sequence of samples of one turn, like data.read_samples."""
 
-    def __init__(self, args):
-        self.entries = data.read_samples(args.bench_q or args.bench_d, args.media, args.outside_paths)
-        self.args = args
+    def __init__(self, entries, args):
+        self.entries, self.args, self.read = entries, args, entries.read
 
     def __len__(self):
         return len(self.entries)
-
-    def read(self, i):
-        return self.entries.read(i)
 
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
         with data.within(*place):
             data.expect(isinstance(entry, dict), "a JSON object", entry)
-            if self.args.bench_q:
-                question, answer = bench_q_turn(entry, self.args.no_options)
+            if self.args.command == "bench-d":
+                question, answer = BENCH_D, entry.get("caption")
+                data.expect(isinstance(answer, str) and answer.strip(), "caption: a text", answer)
             else:
-                question, answer = bench_d_turn(entry)
+                question, answer = bench_q_turn(entry, self.args.no_options)
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             entry = entry | {"conversations": turns}
             sample = data.parse_sample(entry, place, media, position, self.args.outside_paths)
             if self.args.mode == "multi":
                 return sample
-            frame, objects = entry.get("frame_idx"), []
-            data.expect(re.fullmatch("[0-9]{1,9}", str(frame)), "frame_idx: a frame index", frame)
-            for object_index, masks in enumerate(sample.objects):
-                wanted = f"object {object_index}: a mask on frame {frame}, as frame_idx says"
-                data.expect(int(frame) in masks, wanted, sorted(masks))
-                objects.append({int(frame): masks[int(frame)]})
+            frame = data.shorten(entry.get("frame_idx")).strip("'")
+            objects = [{k: mask for k, mask in masks.items() if str(k) == frame} for masks in sample.objects]
+            wanted = f"a mask of each object on frame {frame}, as frame_idx says"
+            data.expect(all(objects), wanted, [sorted(masks) for masks in sample.objects])
             return replace(sample, objects=objects)
 
 
-OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
+def bench_q_turn(entry, no_options):
+    """Returns (question, letter). no_options: the question alone, for models that never saw options."""
+    question, (_, letter) = entry.get("Question"), read_options(entry)
+    data.expect(isinstance(question, str), "Question: a text", question)
+    if no_options:
+        return re.sub(r"<object\d+>", "", question), letter
+    question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
+    return BENCH_Q.format(question, " ".join(entry["options"])), letter
 
 
 def read_options(entry):
     """Returns the options of an entry of Bench-Q as {"A": text, ...}, and the letter of the right one."""
-    listed, answer = entry.get("options"), entry.get("Answer")
+    listed, answer, options = entry.get("options"), entry.get("Answer"), {}
     data.expect(isinstance(listed, list) and listed, 'options: a list ["(A) ...", "(B) ..."]', listed)
-    options = {}
     for text in listed:
         match = OPTION.fullmatch(text.strip()) if isinstance(text, str) else None
         data.expect(match and match[1] not in options, 'options: "(A) ...", each letter once', text)
-        options[match[1]] = match[2].strip()
+        options[match[1]] = match[2]
     match = OPTION.match(str(answer))
     data.expect(match and match[1] in options, f"Answer: one of the options {''.join(options)}", answer)
     return options, match[1]
 
 
-def bench_q_turn(entry, no_options=False):
-    """Returns (question, letter), the question as upstream asks it.
-
-    Source: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for VideoLLaMA3
-    has no brackets). no_options: the question alone, for models that never saw options.
-    """
-    options, letter = read_options(entry)
-    question = entry.get("Question")
-    data.expect(isinstance(question, str), "Question: a text", question)
-    if no_options:
-        return re.sub(r"<object\d+>", "", question), letter
-    question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
-    request = "Answer with the option's letter from the given choices directly."
-    return f"{question} {' '.join(entry['options'])}. {request}", letter
-
-
-def bench_d_turn(entry):
-    """Returns (question, caption), the question as upstream asks it (inference_videorefer_d_bench.py)."""
-    caption = entry.get("caption")
-    data.expect(isinstance(caption, str) and caption.strip(), "caption: a text", caption)
-    region = f"[{data.REGION_TAG}]"
-    return f"Please give a detailed description of the highlighted object {region} in the video.", caption
-
-
-BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}+\$?")
-ANSWER_IS = re.compile(r"(?:the )?(?:(?:best|correct|right|final) )?(?:answer|option)(?: is)?:?\s+", re.I)
-# "(B)", "B)", "B. Running" (a capital, because "b." may end a sentence), or a letter alone on its line.
-LETTER = re.compile(r"\(?[A-Z]\)(?!\w)|(?-i:[A-Z])[.:](?=\s)|[A-Z][.:]?(?=\s*$)", re.I | re.M)
-# "(B)", "(b)", "B)", "B." or "B:" anywhere in the rest of the reply, or a capital at the end of a line.
-ANOTHER_LETTER = re.compile(r"\((?i:[A-Z])\)|\b[A-Z](?:\)|[.:](?=\s)|[.:]?$)", re.M)
+ANNOUNCED = re.compile(r"(the )?((best|correct|right|final) )?(answer|option)( is)?:?\s+", re.I)
+# A letter that is meant as an answer: "(B)", "(b)", "b)", "B.", "B:", or "B" at the end of a line.
+LETTER = re.compile(r"(?<!\w)\(?([A-Za-z])\)(?!\w)|\b([A-Z])(?:[.:](?!\w)|\s*$)", re.M)
 
 
 def choose(reply, options):
-    """Reads a reply to a multiple-choice question with the options {"A": text, ...}.
+    """Returns the letter that a reply means, or None. options: {"A": text, ...}.
 
-    Returns (letter, "letter"), (letter, "text") if the reply is an option's text, or (None, "none").
-    An option's letter stands at the beginning or after "The answer is", in one of the forms above, and
-    no second letter may follow in such a form ("(A) or (B)"). A sentence has no letter ("A dog runs", "The
-    answer is a dog"). An option's text counts if it is the whole reply, up to case and a final period. Bold
-    type and \\boxed{} are removed.
+    Without "The answer is" and markup, it is an option's letter, text, or both, up to case and punctuation.
+    Or it begins with a letter in a form above, and no other letter follows in such a form ("(A) or (B)").
+    (The published scorer falls back to the first character, which takes "The ..." for T.)
     """
-    whole = reply = without_markup(reply)
-    match = ANSWER_IS.match(reply)
-    if match:
-        reply = reply[match.end() :]
-    match = OPTION.fullmatch(reply[:2].upper() + reply[2:])  # also "(b) Running"
-    if match and match[1] in options and plain(match[2]) == plain(options[match[1]]):
-        return match[1], "letter"
-    match = LETTER.match(reply)
-    if match:
-        letter = match[0].strip("().:").upper()
-        others = {other.strip("().:").upper() for other in ANOTHER_LETTER.findall(reply, match.end())}
-        return (letter, "letter") if letter in options and others <= {letter} else (None, "none")
-    texts = plain(reply), plain(whole)  # whole, because an option's own text may begin like "The answer is"
-    same = [letter for letter, text in options.items() if plain(text) in texts]
-    return (same[0], "text") if len(same) == 1 else (None, "none")
+    reply = re.sub(r"\*\*|\\boxed|\\text|[{}$]", "", reply).strip()
+    whole, reply = words(reply), re.sub(ANNOUNCED, "", reply, count=1) if ANNOUNCED.match(reply) else reply
+    meant = set()
+    for letter, text in options.items():
+        forms = words(letter), words(text), words(f"{letter} {text}")
+        if words(reply) in forms or whole == words(text):  # a text, too, may begin like "The answer is"
+            meant.add(letter)
+    if not meant and LETTER.match(reply):
+        meant = {(one or other).upper() for one, other in LETTER.findall(reply)}
+    return meant.pop() if len(meant) == 1 and meant <= options.keys() else None
 
 
-def choose_all(questions, columns):
-    """Reads the letters of all replies, prints the table, and returns what scores.json says of them."""
-    choices, replies = {}, {}
-    for column in columns:
-        choices["accuracy" if column == "pred" else column] = f"{column}_choice"
-        counts = Counter()
-        for question in questions:
-            if column in question:
-                letter, by = None, "not asked"
-                if question[column] is not None:
-                    letter, by = choose(question[column], read_options(question)[0])
-                question |= {f"{column}_choice": letter, f"{column}_by": by}
-                counts[by] += 1
-        replies[column] = {by: counts[by] for by in ("letter", "text", "none")}
-    rows = score(questions, choices)
-    print_table(rows)
-    for column, counts in replies.items():
-        print(f"{column}: replies that name a letter: {counts['letter']}; ", end="")
-        print(f"an option's whole text: {counts['text']}; neither, which is wrong: {counts['none']}")
-    return {"rows": rows, "replies": replies}
+def words(text):
+    return re.sub(r"[.,:;!?()\[\]'\"]", " ", text.casefold()).split()
 
 
-def without_markup(text):
-    return BOXED.sub(r"\1", text).replace("**", "").strip()
-
-
-def plain(text):
-    return without_markup(text).removesuffix(".").casefold()
-
+# ---- the judge of descriptions ----
 
 ASPECTS = (
     "Subject Correspondence",
@@ -328,36 +455,71 @@ ASPECTS = (
     "Temporal Description",
     "Hallucination Detection",
 )
-# The aspects, the scale and the layout are the published ones; the words are ours. To compare with published
-# numbers, give the published system.txt to --judge-prompt.
-JUDGE_PROMPT = """\
-You compare two descriptions of one object in a video: the correct answer, and a predicted answer.
-Score the prediction on four aspects, each with a whole number from 0 (nothing fits) to 5 \
-(everything fits):
-1. Subject Correspondence: is it about the same subject?
-2. Appearance Description: are colour, shape, texture and other visible properties right?
-3. Temporal Description: is what the object does over time right?
-4. Hallucination Detection: is it free of facts, actions and things that are not there? 5 means that nothing \
-is made up.
-Reply with four lines such as "1. Subject Correspondence: 5", each followed by a line with a short reason."""
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
 # Blanks are [ \t], because \s would go on to the number that the next line may begin with.
 MARK = r"(\d+)(?:[ \t]*(?:/|out of)[ \t]*5)?(?![ \t]*/|[ \t]*out of\b|[ \t]*(?:-|to|or)[ \t]*\d|[.,]?\d)"
 
 
 def read_marks(reply):
-    """Returns a judge's marks as {aspect: 0 to 5}, or None unless each aspect has one line with a mark."""
-    marks = {}
+    """Returns a judge's four marks from 0 to 5, or None unless each aspect has one line with a mark."""
+    marks = []
     for aspect in ASPECTS:  # as in "3. **Temporal Description**: 4/5"
-        line = rf"^[ \t\d.#*-]*{aspect}[ \t*]*:[ \t*]*{MARK}"
-        found = re.findall(line, reply, re.MULTILINE | re.IGNORECASE)
-        if len(found) != 1 or int(found[0]) > 5:
-            return None
-        marks[aspect] = int(found[0])
-    return marks
+        found = re.findall(rf"(?im)^[ \t\d.#*-]*{aspect}[ \t*]*:[ \t*]*{MARK}", reply)
+        marks.append(int(found[0]) if len(found) == 1 else 6)
+    return marks if max(marks) <= 5 else None
 
 
-# ---- a question of your own ----
+def judge(args):
+    """Has descriptions judged by a server of chat completions, and prints the mean marks of each column.
+
+    Each reply becomes a line of judged.jsonl, beside the predictions, as it comes, and is not paid for again.
+    """
+    import openai  # not above, because it takes a second, and all else does without it
+
+    system, path = Path(args.prompt).read_text(), Path(args.predictions).with_name("judged.jsonl")
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    client = openai.OpenAI(base_url=args.url, api_key=key, max_retries=8, timeout=120)
+    judged = {json.dumps(line["request"]): line for line in train.read_jsonl(path)}
+    train.write_jsonl(path, judged.values())  # without the half line that a kill may have left
+    lines, marks = data.read_samples(args.predictions), defaultdict(list)
+    entries = [lines.read(i) for i in range(len(lines))]
+    columns = [name for name in ("pred", *CONTROLS) if any(name in entry[0] for entry in entries)]
+    for column in columns:
+        for line, place, *_ in tqdm(entries, column, unit="reply", leave=False):
+            with data.within(*place):
+                valid = isinstance(line, dict) and {"caption", column} <= line.keys()
+                data.expect(valid, f'an object with "caption" and "{column}"', line)
+            if line[column] is None:
+                continue  # a bad entry
+            user = f"##Correct answer: {line['caption']}\n##Predicted answer: {line[column]}\n"
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+            request = {"model": args.judge, "messages": messages, "temperature": 0}
+            if json.dumps(request) not in judged:
+                try:
+                    answer = client.chat.completions.create(**request)
+                    reply = answer.choices[0].message.content or ""  # None: withheld by a filter
+                except (openai.OpenAIError, AttributeError, LookupError, TypeError) as error:
+                    raise data.DataError(
+                        f"{error}. The same command goes on from here", f"--url {args.url}"
+                    ) from None
+                found = {"id": line.get("id"), "request": request, "reply": reply, "model": answer.model}
+                judged[json.dumps(request)] = found
+                train.append_jsonl(path, found)
+            marks[column].append(read_marks(judged[json.dumps(request)]["reply"]))
+    print(" " * 26 + "".join(f"{column:>9}" for column in columns))
+    read = {column: np.array([four for four in marks[column] if four]) for column in columns}
+    for i, aspect in enumerate((*ASPECTS, "Average")):
+        means = [
+            four[:, [i] if i < 4 else slice(4)].mean() if len(four) else np.nan for four in read.values()
+        ]
+        print(f"{aspect:26}" + "".join(f"{mean:9.2f}" for mean in means))
+    for column in columns:
+        print(
+            f"{column}: {len(marks[column])} replies, {len(marks[column]) - len(read[column])} without four marks"
+        )
+
+
+# ---- A first reading may end here. Below: a question of your own, SAM 2, and the command line. ----
 
 
 def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
@@ -368,42 +530,17 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     object, or what a data file may have: RLE, or polygons in pixels of the frame (see box). preview: a path,
     where the objects are drawn.
     """
-    name = data.media_name(media)
     media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
-    # A sample needs an answer, though this one is not read.
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # "..." is not read
     entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
-    dataset = data.Questions([data.parse_sample(entry, (name,), "", 0, outside_paths=True)], processor)
+    sample = data.parse_sample(entry, (data.media_name(media),), "", 0, outside_paths=True)
+    dataset = Questions([sample], processor)
     if preview:
-        frames, height = set().union(*objects), data.media_info(media).height
-        picture = data.preview(dataset, [0], max(1, len(frames)), panel_height=min(height, 480))
-        data.save_picture(picture, preview)
+        data.preview(dataset, [0], preview, frames_shown=max(1, len(set().union(*objects))))
     [reply] = generate_replies(model, dataset, [[(0, 0)]], max_new_tokens)
     if isinstance(reply, data.DataError):
         raise reply
     return reply
-
-
-def track(media, objects, model, region_frames=data.Settings.region_frames):
-    """Returns the objects with masks on region_frames frames (or on all that have one already, if those are
-    more), which SAM 2 finds. Raises data.DataError.
-
-    media, objects: as for ask, but a mask may also be a point inside the object: a tuple (x, y) in pixels of
-    the frame. A mask that fills its bounding box is taken for a box around the object. Any other is the
-    object, and stays as it is. model: see load_tracker. The frames are spread over the video, and are all
-    that SAM 2 sees of it, so that memory does not depend on its length. An object's frames on which SAM 2
-    sees nothing are left out. Masks come as arrays (H, W).
-    """
-    video, name = data.open_media(media), data.media_name(media)
-    with data.within(name):
-        frames = frames_to_track(objects, video.info.num_frames, region_frames)
-    pixels = to_pixels(video.read(frames).values(), model.config.image_size)
-    session = Sam2VideoInferenceSession(pixels, inference_device=model.device, dtype=pixels.dtype)
-    tracked = []
-    for i, masks in enumerate(objects):
-        with data.within(name, f"object {i}"):
-            tracked.append(track_object(model, session, frames, masks, video.info))
-    return tracked
 
 
 def to_annotation(objects):
@@ -430,229 +567,80 @@ def box(x, y, w, h):
     return [left, top, right, top, right, bottom, left, bottom]
 
 
-# ---- the whole evaluation ----
-
-
-def evaluate(args):
-    """Reads the questions of --data or of a benchmark, asks them, and scores the replies."""
-    bench = args.bench_q or args.bench_d
-    # {column: control}. A column is also the key of its replies in predictions.jsonl.
-    columns = {"pred" if bench else "exact": "none"} | {control: control for control in args.control}
-    if args.score:
-        scores = read_settings(args.score)
-        args.mode = scores.get("mode", "multi")  # another model may not need a mask on the published frame
-    with first_on_this_machine():  # the first rank writes the index of the data file, the others read it
-        samples = Bench(args) if bench else data.read_samples(args.data, args.media, args.outside_paths)
-    questions, keys = read_questions(samples)
-    check_errors(questions, strict=not bench)
-    if bench:
-        with data.within(bench):
-            by_id = questions_by_id(questions)  # ids that repeat end the run before anything is asked
-    if args.score:
-        args.out.mkdir(parents=True, exist_ok=True)
-        read_predictions(args.score, by_id, columns)
-    else:
-        if "shuffle" in args.control:
-            media = {str(q.get("video") or q.get("image")) for q in questions if q["regions"]}
-            data.expect(len(media) > 1, "regions on several videos or images for --control shuffle", media)
-        if rank() == 0:
-            open_run(args)
-        model, processor = load(args.model, args.device)
-        if bench:
-            scores = {"mode": args.mode, "no_options": args.no_options}
-        else:
-            dataset = data.ReferringDataset(samples, processor)
-            scores = {"loss": mean_loss(model, dataset, args.batch_size, args.workers)}
-        for column, control in columns.items():
-            asked = {i: key for i, key in enumerate(keys) if is_asked(questions[i], control)}
-            for i, reply in ask_all(model, processor, samples, asked, control, args).items():
-                if isinstance(reply, data.DataError):
-                    questions[i]["error"], reply = str(reply), None
-                questions[i][column] = reply
-    check_errors(questions, strict=not bench)
-    is_first = rank() == 0
-    if dist.is_initialized():
-        # The other ranks end here, because a judge may take longer than they can wait for rank 0.
-        dist.barrier()
-        dist.destroy_process_group()
-    if is_first:
-        add_areas(questions, keys, samples)
-        report(questions, columns, scores, args)
-
-
-def is_asked(question, control):
-    """Whether there is anything in the question that the control replaces or takes away."""
-    return control in ("none", "blind") or question["regions"]
-
-
-def report(questions, columns, scores, args):
-    """Scores the replies, prints the result, and writes OUT/predictions.jsonl and OUT/scores.json."""
-    errors = [question["error"] for question in questions if "error" in question]
-    for question in questions:
-        if "error" in question:  # no reply counts, also not of blind, which needs no media
-            question |= dict.fromkeys(columns.keys() & question.keys())
-    if args.data:
-        scores["rows"] = score(questions, {column: column for column in columns})
-        print_table(scores["rows"])
-        print(f"loss {scores['loss']:.4f} per supervised token")
-    if args.bench_q:
-        scores |= choose_all(questions, columns)
-    if args.bench_d:
-        print(f"{len(questions)} descriptions")
-    if not args.score:  # with --score, OUT may be the folder of the run that made these predictions
-        write_jsonl(args.out / "predictions.jsonl", questions)
-    if args.judge:
-        scores |= judge(questions, columns, args)
-    scores["not_asked"] = len(errors)
-    with data.atomic_write(args.out / "scores.json") as temporary, open(temporary, "w") as file:
-        json.dump(scores, file, indent=2)
-    if errors:
-        fate = "wrong above" if args.bench_q else "not judged"
-        print(f"{len(errors)} of {len(questions)} questions could not be asked: {fate}; ", end="")
-        print(f"the first: {errors[0]}")
-
-
-# ---- A first reading may end here. Below stand resuming, the judge's server and the options. ----
-
-
-def open_run(args):
-    """Makes the folder OUT with run.json, which says what is asked, or finds that of the same command.
-
-    Raises SystemExit if OUT holds anything else.
-    """
-    run = {name: getattr(args, name) for name in ("model", "media", "mode", "no_options", "max_new_tokens")}
-    run["task"] = "data" if args.data else "bench-q" if args.bench_q else "bench-d"
-    paths = args.data or [args.bench_q or args.bench_d]  # in order: OUT/parts names a question by its index
-    model_files = sorted(Path(args.model).glob("[!.]*.*"))
-    run["files"] = []
-    for path in [*paths, *model_files]:
-        run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "run.json"
-    if all(name.endswith(".tmp") for name in os.listdir(args.out)):  # a kill may have left run.json.*.tmp
-        write_jsonl(path, [run])
-    elif read_jsonl(path) != [run]:
-        raise SystemExit(f"--out {args.out}: holds no run of this command; name another folder, or remove it")
-
-
-def read_settings(predictions):
-    """Returns mode and no_options of the run that wrote the predictions, or {} if they are not eval.py's."""
-    path = Path(predictions)
-    runs = read_jsonl(path.with_name("run.json")) if path.name == "predictions.jsonl" else []
-    return {key: run[key] for run in runs for key in ("mode", "no_options")}
-
-
-def add_areas(questions, keys, samples):
-    """Adds to each question about regions the "area" of the smallest object that it points at.
-
-    An object's area is its mean over the frames where it is visible, in pixels of the frame. A question that
-    points at nothing is about the objects of the question before. There is no area where masks or media
-    cannot be read: predictions can be scored without the media.
-    """
-    reader = data.TimedReader(timeout=120)
-    info_of = lru_cache(maxsize=None)(lambda path: reader.run(path, data.media_info, path))
-    for question, (sample_index, turn_index) in zip(questions, keys):
-        if not question["regions"]:
+def read_object(words, info):
+    """Returns an object of the command line, ["FRAME:MASK", ...], as track takes it. info: a data.MediaInfo."""
+    masks = {}
+    for word in words:
+        frame, mask = re.fullmatch(r"(?:(\d+):)?(.*)", word).groups()
+        frame = int(frame) if frame else 0 if info.is_image else None
+        data.expect(frame is not None and frame not in masks, "--object FRAME:MASK, each frame once", word)
+        if not re.fullmatch(r"[-\d.,]+", mask):
+            with data.readable("a picture, or a mask x,y,...", "--object", mask):
+                masks[frame] = np.asarray(Image.open(mask).convert("L"))
             continue
-        with suppress(data.DataError):
-            sample = samples[sample_index]
-            info = info_of(sample.media)
-            size = sample.size or (info.height, info.width)
-            tags = [text.count(data.REGION_TAG) for text, _ in sample.turns[: turn_index + 1]]
-            latest = [count for count in tags if count][-1]
-            areas = []
-            for masks in sample.objects[sum(tags) - latest : sum(tags)]:
-                shares = [data.mask_share(mask, *size) for mask in masks.values()]
-                visible = [share for share in shares if share > 0]
-                data.expect(visible, "a mask that is not empty", shares)
-                areas.append(info.height * info.width * sum(visible) / len(visible))
-            question["area"] = min(areas)
+        with data.readable("numbers x,y,...", "--object", word):
+            numbers = [float(number) for number in mask.split(",")]
+        corners = box(*numbers) if len(numbers) == 4 else numbers
+        inside = all(0 <= x <= info.width for x in corners[0::2])
+        inside = inside and all(0 <= y <= info.height for y in corners[1::2])
+        data.expect(inside, f"--object inside the picture, {info.width}x{info.height} (width x height)", word)
+        masks[frame] = tuple(corners) if len(corners) == 2 else corners
+    return masks
 
 
-def ask_all(model, processor, samples, keys, control, args):
-    """Returns {question index: reply, or DataError of a bad sample}, on every rank.
-
-    keys: {question index: (sample index, turn index)}. Each rank asks its share of what OUT/parts does not
-    hold yet, and appends every reply at once to a file of its own. A DataError is not written, so that a
-    resumed run asks again: the video may be there by then.
-    """
-    parts = args.out / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    # All use what rank 0 has read, because a fast rank may write before a slow one has read.
-    replies = gather_over_ranks(read_replies(parts, control))[0]
-    batches = shared_out([i for i in keys if i not in replies], args.batch_size)
-    batches_of_keys = [[keys[i] for i in batch] for batch in batches]
-    dataset = data.Questions(samples, processor, control=control)
-    generated = generate_replies(model, dataset, batches_of_keys, args.max_new_tokens, args.workers)
-    path = parts / f"{control}-{rank()}-{time.time_ns()}.jsonl"
-    new_replies = {}
-    for i, reply in zip(chain(*batches), generated):
-        new_replies[i] = reply
-        if isinstance(reply, str):
-            append_jsonl(path, {"question": i, "answer": reply})
-    for replies_of_rank in gather_over_ranks(new_replies):
-        replies |= replies_of_rank
-    assert replies.keys() == keys.keys(), f"{len(replies)} replies to {len(keys)} questions in {parts}"
-    return replies
+# ---- SAM 2: from a click to masks on more frames ----
 
 
-def read_replies(parts, control):
-    """Returns {question index: reply} from the files of all ranks and runs.
-
-    Raises data.DataError if two replies to a question differ, as two runs at once could write them.
-    """
-    replies = {}
-    for path in sorted(parts.glob(f"{control}-*.jsonl")):
-        for line in read_jsonl(path):
-            i, reply = line["question"], line["answer"]
-            first = replies.setdefault(i, reply)
-            with data.within(str(path)):
-                data.expect(first == reply, f"one answer to question {i}", [first, reply])
-    return replies
-
-
-def questions_by_id(questions):
-    """Returns {id as JSON text: question}; an id may be a list. Raises data.DataError if one repeats."""
-    by_id = {}
-    for question in questions:
-        id = json.dumps(question["id"])
-        data.expect(id not in by_id, "each id once", question["id"])
-        by_id[id] = question
-    return by_id
-
-
-def read_predictions(path, by_id, columns):
-    """Adds the replies of all columns to the questions, from a file of {"id": ..., "pred": text, ...}.
-
-    The file has exactly one line for each question. Only a run with controls writes keys other than "pred".
-    """
-    lines, missing = data.read_samples(path), dict(by_id)
-    for i in range(len(lines)):
-        line, place, *_ = lines.read(i)
-        with data.within(*place):
-            data.expect(isinstance(line, dict) and "id" in line, 'an object with "id" and "pred"', line)
-            question = missing.pop(json.dumps(line["id"]), None)
-            data.expect(question is not None, "the id of a question, each once", line["id"])
-            for column in [column for column in columns if is_asked(question, columns[column])]:
-                data.expect(column in line, f'an object with "{column}"', sorted(line))
-                question[column] = line[column]
-                if not isinstance(line[column], str):
-                    question["error"] = str(line.get("error", f"its {column} is not a text"))
-    with data.within(path):
-        data.expect(not missing, "a prediction for each question", f"none for {', '.join(missing)}")
-
-
-# ---- SAM 2 ----
-
-
-def load_tracker(path, device=None):
+def load_tracker(path, device=DEVICE):
     """Returns the Sam2VideoModel of a folder or Hugging Face name, such as facebook/sam2.1-hiera-tiny."""
     expected = "a Hugging Face name or a folder with config.json and weights of a SAM 2 video model"
     with models.model_errors_in_one_line(path, "--track", expected):
         family = AutoConfig.from_pretrained(path).model_type
         data.expect(family == "sam2_video", "a SAM 2 video model (sam2_video)", family)
-        model = models.load_weights(Sam2VideoModel, path)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        return models.load_weights(Sam2VideoModel, path).to(device).eval()
+
+
+def track(media, objects, model, region_frames=data.Settings.region_frames):
+    """Returns the objects with masks on region_frames frames (or on all that have one already, if those are
+    more), which SAM 2 finds. Raises data.DataError.
+
+    media, objects: as for ask, but a mask may also be a point inside the object: a tuple (x, y) in pixels of
+    the frame. A mask that fills its bounding box is taken for a box around the object. Any other is the
+    object, and stays as it is. model: see load_tracker. The frames are spread over the video, and are all
+    that SAM 2 sees of it, so that memory does not depend on its length. An object's frames on which SAM 2
+    sees nothing are left out. Masks come as arrays (H, W).
+    """
+    video, name = data.open_media(media), data.media_name(media)
+    height, width, size = video.info.height, video.info.width, model.config.image_size
+    with data.within(name):
+        frames = frames_to_track(objects, video.info.num_frames, region_frames)
+    # In place of transformers' Sam2VideoVideoProcessor, which needs torchvision.
+    pixels = torch.from_numpy(np.stack(list(video.read(frames).values()))).movedim(3, 1)
+    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    mean, std = 255 * torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
+    pixels = (pixels - mean) / std
+    session = Sam2VideoInferenceSession(pixels, height, width, model.device, dtype=pixels.dtype)
+    prompter = object.__new__(Sam2VideoProcessor)  # without its __init__, whose parts need torchvision
+    prompter.target_size, prompter.point_pad_value = size, -10
+    tracked = []
+    for i, masks in enumerate(objects):
+        session.reset_tracking_data()
+        found, drawn = {}, {}
+        for frame, mask in masks.items():
+            with data.within(name, f"object {i}", f"frame {frame}"):
+                prompt = to_prompt(mask, height, width)
+            if "input_masks" in prompt:
+                drawn[frame] = prompt["input_masks"]
+            prompter.add_inputs_to_inference_session(session, frames.index(frame), 0, **prompt)
+            model(session, frames.index(frame))
+        for reverse in (False, True) if masks else ():  # from the first of these frames on
+            for output in model.propagate_in_video_iterator(session, reverse=reverse):
+                logits = F.interpolate(output.pred_masks, (height, width), mode="bilinear")
+                found[frames[output.frame_idx]] = (logits[0, 0] > 0).cpu().numpy()
+        tracked.append({frame: mask for frame, mask in sorted((found | drawn).items()) if mask.any()})
+        with data.within(name, f"object {i}"):
+            data.expect(tracked[i], "an object that SAM 2 sees on at least one frame", [*masks])
+    return tracked
 
 
 def frames_to_track(objects, num_frames, count):
@@ -666,306 +654,97 @@ def frames_to_track(objects, num_frames, count):
     return sorted({*pointed, *others})
 
 
-def to_pixels(pictures, size):
-    """T pictures, uint8 (H, W, 3) -> float32 (T, 3, size, size).
-
-    It stands in for transformers' Sam2VideoVideoProcessor, which needs torchvision.
-    """
-    pictures = torch.from_numpy(np.stack(list(pictures))).movedim(3, 1)
-    pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
-    mean, std = 255 * torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
-    return (pictures - mean) / std
-
-
-def track_object(model, session, frames, masks, info):
-    """Returns {frame: bool (H, W)} of an object that masks, {frame: mask or point}, point at."""
-    data.expect(masks, "a mask or a point on at least one frame", masks)
-    session.reset_tracking_data()
-    drawn, found = {}, {}
-    for frame, mask in masks.items():
-        k = frames.index(frame)
-        with data.within(f"frame {frame}"):
-            drawn[frame] = add_prompt(session, k, mask, info, model.config.image_size)
-        model(session, k)
-    for reverse in (False, True):  # from the first of these frames on
-        for output in model.propagate_in_video_iterator(session, reverse=reverse):
-            logits = F.interpolate(output.pred_masks, (info.height, info.width), mode="bilinear")
-            found[frames[output.frame_idx]] = (logits[0, 0] > 0).cpu().numpy()
-    found |= {frame: mask for frame, mask in drawn.items() if mask is not None}
-    visible = {frame: mask for frame, mask in sorted(found.items()) if mask.any()}
-    data.expect(visible, "an object that SAM 2 sees on at least one frame", frames)
-    return visible
-
-
-def add_prompt(session, k, mask, info, size):
-    """Tells SAM 2 where the object is on frame k of the session. Returns the mask if it is the object itself.
-
-    It stands in for transformers' Sam2VideoProcessor, which needs torchvision. size: the side, in pixels, of
-    the square pictures that SAM 2 sees.
-    """
-    index = session.obj_id_to_idx(0)  # of the one object in the session
-    session.obj_with_new_inputs = [0]
-    picture = f"inside the picture, {info.width}x{info.height} (width x height)"
+def to_prompt(mask, height, width):
+    """Returns a point, box or mask as transformers takes it."""
+    picture = f"inside the picture, {width}x{height} (width x height)"
     if isinstance(mask, tuple):
-        is_inside = len(mask) == 2 and 0 <= mask[0] < info.width and 0 <= mask[1] < info.height
+        is_inside = len(mask) == 2 and 0 <= mask[0] < width and 0 <= mask[1] < height
         data.expect(is_inside, f"a point x,y {picture}", mask)
-        points, labels, height, width = [mask], [1], info.height, info.width
-    else:
-        segmentation = to_segmentation(mask)
-        mask = data.decode_mask(segmentation, info.height, info.width)
-        data.expect(mask.any(), f"a mask that is not empty {picture}", segmentation)
-        height, width = mask.shape
-        top, bottom, left, right = data.mask_bounds(mask)
-        if not mask[top:bottom, left:right].all():
-            resized = torch.from_numpy(mask)[None, None].float()
-            resized = F.interpolate(resized, (size, size), mode="bilinear", antialias=True)
-            session.add_mask_inputs(index, k, resized >= 0.5)
-            return mask
-        points, labels = [(left, top), (right, bottom)], [2, 3]  # the labels of a box's corners
-    points = torch.tensor(points) * torch.tensor([size / width, size / height])
-    prompt = {"point_coords": points[None, None], "point_labels": torch.tensor(labels)[None, None]}
-    session.add_point_inputs(index, k, prompt)
-    return None
-
-
-# ---- the judge's server ----
-
-ATTEMPTS = 6
-JUDGE_TIMEOUT = 120  # seconds
-
-
-def judge(questions, columns, args):
-    """Has the descriptions judged, prints the mean marks, and returns what scores.json says of them."""
-    prompt_hash = hashlib.sha256(args.judge_system.encode()).hexdigest()[:12]
-    setting = {"judge": args.judge_model, "prompt": prompt_hash}
-    results = {column: judge_column(questions, column, setting, args) for column in columns}
-    names = sorted(set().union(*(result["models"] for result in results.values())))
-    print(f"judge: {args.judge_model} at {args.judge}, which calls itself {', '.join(names)}")
-    print(f"prompt {prompt_hash}: {args.judge_prompt or 'the one in eval.py, not the published one'}")
-    print(" " * 26 + "".join(f"{column:>9}" for column in columns))
-    for aspect in (*ASPECTS, "Average"):
-        means = [result["means"][aspect] for result in results.values()]
-        print(f"{aspect:26}" + "".join(f"{'-' if mean is None else f'{mean:.2f}':>9}" for mean in means))
-    for column, result in results.items():
-        print(f"{column}: {result['replies']} replies, ", end="")
-        print(f"{result['failed']} of them without four scores: left out of the means")
-    return setting | results
-
-
-def judge_column(questions, column, setting, args):
-    """Has the descriptions of one column judged. Returns what scores.json says of them.
-
-    Each reply becomes a line of OUT/judged.jsonl (of a control: OUT/judged-CONTROL.jsonl) at once, and is not
-    asked for again. Raises data.DataError if that file holds marks of other predictions, or of another judge
-    or prompt.
-    """
-    wanted, judged = {}, {}
-    for id, question in questions_by_id(questions).items():
-        if question.get(column) is not None:
-            entry = {name: question.get(name) for name in ("id", "video", "caption")}
-            wanted[id] = entry | {"pred": question[column]} | setting
-    path = args.out / ("judged.jsonl" if column == "pred" else f"judged-{column}.jsonl")
-    for line in read_jsonl(path):
-        id = json.dumps(line["id"])
-        is_known = id not in judged and id in wanted and wanted[id].items() <= line.items()
-        data.expect(is_known, f"in {path} only what this judge said of these predictions, each once", line)
-        judged[id] = line
-    write_jsonl(path, judged.values())  # removes what a kill may have left of a last line
-    for id in tqdm([id for id in wanted if id not in judged], unit="reply", leave=False):
-        texts = f"##Correct answer: {wanted[id]['caption']}\n##Predicted answer: {wanted[id]['pred']}\n"
-        reply, model = chat(args, texts)
-        judged[id] = wanted[id] | {"model": model, "reply": reply, "marks": read_marks(reply)}
-        append_jsonl(path, judged[id])
-
-    marks = [line["marks"] for line in judged.values() if line["marks"]]
-    means = dict.fromkeys((*ASPECTS, "Average"))
-    if marks:
-        means = {aspect: sum(mark[aspect] for mark in marks) / len(marks) for aspect in ASPECTS}
-        means["Average"] = sum(means.values()) / len(ASPECTS)
-    names, failed = sorted({str(line["model"]) for line in judged.values()}), len(judged) - len(marks)
-    return {"models": names, "means": means, "replies": len(judged), "failed": failed}
-
-
-def chat(args, user):
-    """Asks the chat-completions server of --judge. Returns (its reply, the model it says it is).
-
-    Retries after faults that may pass, such as a busy server. Raises SystemExit after the last attempt, or
-    at once for other faults, such as a wrong key.
-    """
-    url = args.judge.rstrip("/") + "/chat/completions"
-    messages = [{"role": "system", "content": args.judge_system}, {"role": "user", "content": user}]
-    body = json.dumps({"model": args.judge_model, "messages": messages, "temperature": 0}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    if os.environ.get("OPENAI_API_KEY"):  # unredirected: the key must not follow to another server
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['OPENAI_API_KEY']}")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT) as response:
-                reply = json.load(response)
-            text = reply["choices"][0]["message"]["content"]
-            return text if isinstance(text, str) else "", reply.get("model")  # null: withheld by a filter
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            status = error.code if isinstance(error, urllib.error.HTTPError) else None
-            may_pass = status is None or status >= 500 or status in (408, 409, 429)
-            if attempt == ATTEMPTS or not may_pass:
-                found = f"attempt {attempt} of {ATTEMPTS}: {type(error).__name__}: {error}"
-                raise SystemExit(f"--judge {url}: {found}. The same command resumes from here.") from None
-        time.sleep(min(2**attempt, 30))
+        return {"input_points": [[[[float(x) for x in mask]]]], "input_labels": [[[1]]]}
+    segmentation = to_segmentation(mask)
+    mask = data.decode_mask(segmentation, height, width)
+    data.expect(mask.any(), f"a mask that is not empty {picture}", segmentation)
+    top, bottom, left, right = data.mask_bounds(mask)
+    if not mask[top:bottom, left:right].all():
+        return {"input_masks": mask}
+    y, x = height / mask.shape[0], width / mask.shape[1]  # a mask may have another resolution
+    return {"input_boxes": [[[x * left, y * top, x * right, y * bottom]]]}
 
 
 # ---- the command line ----
 
 
-def x_y_w_h(text):
-    try:
-        return box(*map(float, text.split(",")))
-    except data.DataError as error:  # as a ValueError, it would lose its reason
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def corners(text):
-    return [float(number) for number in text.split(",")]
-
-
-def x_y(text):
-    x, y = corners(text)
-    return x, y
-
-
-def picture(path):
-    return np.asarray(Image.open(path).convert("L"))
-
-
-def read_objects(pointed, info):
-    """Returns the objects that the command line points at, as ask takes them. info: the data.MediaInfo.
-
-    pointed: the options in their order. A number is the frame that the next masks lie on, None begins the
-    next object, and all else is a mask.
-    """
-    objects, frame = [{}], 0 if info.is_image else None
-    for value in pointed:
-        if value is None:
-            objects.append({})
-        elif isinstance(value, int):
-            frame = value
-        else:
-            data.expect(frame is not None, "--frame before the first mask of a video", pointed)
-            again = frame in objects[-1]
-            data.expect(not again, "one mask a frame (--object begins the next)", f"two on frame {frame}")
-            if isinstance(value, list):  # a box or a polygon
-                x_inside = all(0 <= x <= info.width for x in value[0::2])
-                y_inside = all(0 <= y <= info.height for y in value[1::2])
-                wanted = f"corners x,y,... inside the picture, {info.width}x{info.height} (width x height)"
-                data.expect(x_inside and y_inside, wanted, value)
-            objects[-1][frame] = value
-    unused = {value for value in pointed if isinstance(value, int)}.difference(*objects)
-    data.expect(not unused, "a mask (--box, --polygon or --mask) after each --frame", f"none on {unused}")
-    return [masks for masks in objects if masks]
-
-
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True).add_argument
-    source("--model", help="a folder that train.py wrote (OUT/final), or a pretrained backbone")
-    source("--score", metavar="JSONL", help="score these predictions of a benchmark: lines with id and pred")
-    task = parser.add_mutually_exclusive_group(required=True).add_argument
-    task("--ask", metavar="QUESTION", help="one question about --video, with one <region> for each object")
-    task("--data", nargs="+", help="data files: JSON arrays or JSONL")
-    task("--bench-q", metavar="JSON", help="VideoRefer-Bench-Q: multiple choice")
-    task("--bench-d", metavar="JSON", help="VideoRefer-Bench-D: descriptions")
-    add("--video", "--image", help="what --ask is about")
-    # One list for all of these, because their order matters.
-    point = partial(add, dest="pointed", action="append", default=[])
-    point("--frame", type=int, metavar="N", help="the frame that the next masks lie on, from 0")
-    point("--box", type=x_y_w_h, metavar="X,Y,W,H", help="a mask: upper left corner and size, in pixels")
-    point("--polygon", type=corners, metavar="X1,Y1,X2,Y2,...", help="a mask: its corners, in pixels")
-    point("--mask", type=picture, metavar="PICTURE", help="a mask: all that is not black")
-    point("--point", type=x_y, metavar="X,Y", help="--track: a point inside the object, in pixels")
-    add("--object", dest="pointed", action="append_const", const=None, help="begins the next object")
-    add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
-    add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
-    add("--preview", metavar="PNG", help="draw the objects of --ask into their frames")
-    relative = "folder that media paths are relative to (default: each data file's own); --score: for areas"
-    add("--media", help=relative)
-    add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
-    controls = ("full", "shuffle", "box", "blind")
-    again = "ask again with other masks or without media; --score: read the replies of such a run"
-    add("--control", nargs="+", choices=controls, default=[], help=again)
-    on_frames = "benchmarks: masks on the published frame alone (default), or on all"
-    add("--mode", choices=("single", "multi"), help=on_frames)
-    add("--no-options", action="store_true", help="--bench-q: ask without options; an option's text is right")
-    add("--judge", metavar="URL", help="--bench-d: a chat-completions server; its key is in OPENAI_API_KEY")
-    add("--judge-model", help="(default: gpt-4o)")
-    add("--judge-prompt", metavar="FILE", help="the published system.txt, instead of eval.py's own words")
-    add("--out", type=Path, help="a new folder for what is written, or that of a run to resume")
-    add("--batch-size", type=int, help="(default: 32)")
-    add("--max-new-tokens", type=int, help="(default: 128)")
-    add("--workers", type=int, help="(default: 2)")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("ask", "data", "bench-q", "bench-d", "score", "judge"):
+        command = commands.add_parser(name, allow_abbrev=False, argument_default=None)
+        command.set_defaults(mode="multi", no_options=False, outside_paths=False)
+        add = command.add_argument
+        if name == "judge":
+            add("predictions", help="JSONL with caption and pred, such as bench-d writes")
+            add("--prompt", required=True, help="the judge's system prompt: the published system.txt")
+            add("--url", default="https://api.openai.com/v1", help="a server; its key is in OPENAI_API_KEY")
+            add("--judge", default="gpt-4o", help="the server's model (default: gpt-4o)")
+            continue
+        if name == "score":
+            add("file", help="VideoRefer-Bench-Q.json")
+            add("predictions", help="JSONL with id and pred of each question, such as bench-q writes")
+            continue
+        add("--model", required=True, help="a folder that train.py wrote, or a pretrained backbone")
+        add("--max-new-tokens", type=int, default=128, help="(default: 128)")
+        add("--device", default=DEVICE, help="cuda or cpu (default: cuda if there is one)")
+        if name == "ask":
+            add("question", help="with one <region> for each --object, in order")
+            add("--video", "--image", required=True, help="a file, or a folder of frames")
+            mask = "x,y,w,h (a box), x1,y1,x2,y2,x3,y3,... (a polygon), a picture (all that is not black)"
+            mask = f"MASK: {mask} or, with --track, x,y (a click); of an image without FRAME:"
+            add("--object", nargs="+", action="append", default=[], metavar="FRAME:MASK", help=mask)
+            add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
+            add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
+            add("--preview", metavar="PNG", help="draw the objects into their frames")
+            continue
+        add("files", metavar="FILE", nargs="+" if name == "data" else 1, help="a JSON array or JSONL")
+        add("--media", help="folder that media paths are relative to (default: each file's own)")
+        add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
+        add("--control", nargs="+", choices=CONTROLS, default=[], help="ask again with other masks or none")
+        add("--batch-size", type=int, default=32, help="(default: 32)")
+        add("--workers", type=int, default=2, help="processes of a rank that read data (default: 2)")
+        add("--out", type=Path, required=True, help="a new folder, or that of a run to resume")
+        if name != "data":
+            on_frames = "masks on the published frame alone (default), or on all"
+            add("--mode", choices=("single", "multi"), default="single", help=on_frames)
+        if name == "bench-q":
+            add("--no-options", action="store_true", help="ask without options; an option's text is right")
     args = parser.parse_args(argv)
-    bench, asks = args.bench_q or args.bench_d, args.ask is not None
-    points = args.video or args.pointed or args.preview
-    masks = [value for value in args.pointed if value is not None and not isinstance(value, int)]
-    clicks = any(isinstance(mask, tuple) for mask in masks)
-    loading = args.batch_size is not None or args.workers is not None
-    counts = [count for count in (args.batch_size, args.max_new_tokens) if count is not None]
-    for option, is_given, fits, needed in (
-        ("--ask", asks, args.video, "--video or --image"),
-        ("--video, masks, --preview", points, asks, "--ask"),
-        ("--track, --save-masks", args.track or args.save_masks, masks, "an object: --box, --point, ..."),
-        ("--point", clicks, args.track, "--track"),
-        ("--score", args.score, bench, "--bench-q or --bench-d"),
-        ("--score and --bench-d", args.score and args.bench_d, args.judge, "--judge"),
-        ("--control", args.control, not asks, "--data or a benchmark"),
-        ("--mode", args.mode, bench and args.model, "--model and a benchmark"),
-        ("--no-options", args.no_options, args.bench_q and args.model, "--model and --bench-q"),
-        ("--judge", args.judge, args.bench_d, "--bench-d"),
-        ("--judge", args.judge, re.match("https?://", args.judge or ""), "an http:// or https:// address"),
-        ("--judge-prompt, --judge-model", args.judge_prompt or args.judge_model, args.judge, "--judge"),
-        ("a benchmark", bench and (args.model or args.judge), args.out, "--out"),
-        ("--out", args.out, not asks, "--data or a benchmark"),
-        ("--media, --outside-paths", args.media or args.outside_paths, not asks, "--data or a benchmark"),
-        ("--batch-size, --workers", loading, args.model and not asks, "--model and --data or a benchmark"),
-        ("--max-new-tokens", args.max_new_tokens is not None, args.model, "--model"),
-        ("--device", args.device, args.model, "--model"),
-        ("--batch-size, --max-new-tokens", counts, min(counts, default=1) > 0, "1 or more"),
-        ("--workers", True, (args.workers or 0) >= 0, "0 or more"),
-    ):
-        if is_given and not fits:
-            parser.error(f"{option} needs {needed}")
-    defaults = {"mode": "single", "judge_model": "gpt-4o", "batch_size": 32, "max_new_tokens": 128}
-    defaults |= {"workers": 2, "device": "cuda" if torch.cuda.is_available() else "cpu"}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.judge_system = Path(args.judge_prompt).read_text() if args.judge_prompt else JUDGE_PROMPT
+    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("workers", 0)):
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name.replace('_', '-')}: expected a number from {least}")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    args.device = init_distributed(args.device)
-    if args.ask is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            args.out = args.out or Path(scratch)
-            evaluate(args)
-    elif rank() == 0:
-        objects = read_objects(args.pointed, data.media_info(args.video))
-        model, processor = load(args.model, args.device)
-        if args.track:
-            sam, region_frames = load_tracker(args.track, args.device), processor.settings.region_frames
-            objects = track(args.video, objects, sam, region_frames)
-        if args.save_masks:
-            with data.atomic_write(args.save_masks) as temporary, open(temporary, "w") as file:
-                json.dump({"video": args.video, "annotation": to_annotation(objects)}, file)
-        print(ask(model, processor, args.video, args.ask, objects, args.max_new_tokens, args.preview))
+    if args.command == "judge":
+        return judge(args)
+    if args.command == "score":
+        return score_file(args)
+    args.device = train.init_distributed(args.device)
+    if args.command != "ask":
+        return evaluate(args)
+    info = data.open_media(args.video).info
+    objects = [read_object(words, info) for words in args.object]
+    clicks = [mask for masks in objects for mask in masks.values() if isinstance(mask, tuple)]
+    data.expect(args.track or not clicks, "--track for a click", clicks)
+    model, processor = load(args.model, args.device)
+    if args.track:
+        sam = load_tracker(args.track, args.device)
+        objects = track(args.video, objects, sam, processor.settings.region_frames)
+    if args.save_masks:
+        train.write_jsonl(args.save_masks, [{"video": args.video, "annotation": to_annotation(objects)}])
+    print(ask(model, processor, args.video, args.question, objects, args.max_new_tokens, args.preview))
 
 
 if __name__ == "__main__":
-    try:
+    with train.errors_in_one_line():
         main()
-    except (data.DataError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None

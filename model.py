@@ -1,5 +1,7 @@
 """The model: a pretrained video LLM, unchanged, that reads region tokens in place of `<region>` placeholders.
 
+    text, frames --Processor--> token ids, patches, positions (in the workers that load data: data.py)
+
     video patches --vision tower--> cells ---------------------------------> the video's tokens --.
     still patches --vision tower--> cells --masked_average_pool--> one vector for each region frame |
                                         |      `--temporal_merge--> at most u for each object       |--> LLM
@@ -21,15 +23,21 @@ and samples of any lengths go together. `pack` teaches a backbone of transformer
     answers = model.generate(batch, model.end_token_ids(processor.tokenizer))
 """
 
+import copy
 import json
+import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from jinja2 import TemplateError
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -39,25 +47,259 @@ from tokenizers.trainers import BpeTrainer
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     DynamicCache,
     PreTrainedTokenizerFast,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    vision_utils,
 )
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.utils import cached_file
 
 import data
 from kernels import masked_average_pool
 
+REGION_TOKEN = "<|region_pad|>"  # the placeholder token whose embedding the model replaces by a region token
 SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
 REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
-LORA_WEIGHTS = "lora.safetensors"  # beside them, too, in a checkpoint of a run that trains adapters
+CHECKPOINT = "training.pt"  # of a run that may go on: what it has learned so far, and no frozen weights
 LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
+
+
+# ---- Text and pictures as the backbone reads them ----
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+# All families chat in ChatML. They differ in what a conversation begins with, what stands before an answer,
+# and whether each pair of frames has its time in front of it (in Qwen2.5-VL, position ids tell the time).
+FAMILIES = {
+    "qwen2_5_vl": (SYSTEM, "", False),
+    "qwen3_vl": ("", "", True),
+    "qwen3_vl_moe": ("", "", True),
+    "qwen3_5": ("", NO_THOUGHTS, True),
+    "qwen3_5_moe": ("", NO_THOUGHTS, True),
+}
+
+
+class Processor:
+    """Turns a conversation and its frames into a checkpoint's token ids and patches.
+
+    It stands in for transformers' AutoProcessor, whose video half needs torchvision. settings: data.Settings.
+    """
+
+    def __init__(self, tokenizer, image_processor, config, settings):
+        family = config.model_type
+        data.expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
+        self.system, self.thoughts, self.timestamps = FAMILIES[family]
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.settings = settings
+        self.patch_size = config.vision_config.patch_size
+        self.temporal_patch_size = config.vision_config.temporal_patch_size
+        self.merge_size = config.vision_config.spatial_merge_size
+        self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
+        # Limits of a still's area, read from the settings once. Despite their names, both edges are areas.
+        self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
+        self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
+        names = ("image", "video", "vision_start", "vision_end")
+        ids = [getattr(config, f"{name}_token_id") for name in names]
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        # Where its file is missing, transformers makes an empty tokenizer for some families.
+        data.expect(None not in tokens, f"a tokenizer that knows the ids {ids} of config.json", tokens)
+        self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokens
+        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
+        self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+        # What no text may contain: control tokens and, where a prompt ends with empty ones, thoughts.
+        refused = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.refused = re.compile("|".join(map(re.escape, refused + self.thoughts.split())))
+        # The backbone without layers, and without memory for weights, because it knows how positions count.
+        config = copy.deepcopy(config)
+        config.text_config.num_hidden_layers = config.vision_config.depth = 0
+        with torch.device("meta"):
+            self.empty_backbone = AutoModel.from_config(config)
+        self._check_template()
+
+    @classmethod
+    def from_pretrained(cls, path, settings):
+        """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Older checkpoints keep the chat template for images and videos in a separate file.
+        template = find_file(path, "chat_template.json")
+        if template:
+            with open(template) as file:
+                tokenizer.chat_template = json.load(file)["chat_template"]
+        # All families use this class; AutoImageProcessor may choose one that needs torchvision.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        return cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
+
+    def save_pretrained(self, folder):
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def still_size(self, height, width):
+        """The (height, width) that a whole image or frame is resized to, by the family's own rule."""
+        return self._smart_resize(height, width, self.min_pixels, self.max_pixels)
+
+    def frame_size(self, height, width):
+        """The (height, width) that a video's sampled frames are resized to."""
+        return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
+
+    def _smart_resize(self, height, width, min_pixels, max_pixels):
+        # Beyond this ratio, transformers' smart_resize raises a plain ValueError.
+        fits = max(height, width) <= 200 * min(height, width)
+        data.expect(fits, "a picture at most 200 times as long as wide", (height, width))
+        return smart_resize(height, width, self.factor, min_pixels, max_pixels)
+
+    def window_size(self, height, width):
+        """The (height, width) that a window is resized to: as large as a still may be.
+
+        That is what the families' own rule gives to large pictures, but for its rounding: where a square of
+        96 x 96 pixels fits exactly, it gives 80 x 80 to some.
+        """
+        rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
+        columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
+        return max(1, rows) * self.factor, max(1, columns) * self.factor
+
+    def still_patches(self, picture):
+        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
+        return self._patches(picture[None], 1)
+
+    def video_patches(self, frames):
+        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch), an odd last frame being repeated."""
+        missing = -len(frames) % self.temporal_patch_size
+        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+        return self._patches(frames, self.temporal_patch_size)
+
+    def _patches(self, frames, temporal_patch_size):
+        """The patches of a cell stand side by side, as the vision tower's patch merger expects them."""
+        sizes = dict(a=temporal_patch_size, m=self.merge_size, n=self.merge_size)
+        pattern = "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)"
+        return rearrange(frames, pattern, ph=self.patch_size, pw=self.patch_size, **sizes)
+
+    def image_prompt(self, cells):
+        """The text that stands for an image of this many cells."""
+        return self.vision_start + self.image_pad * cells + self.vision_end
+
+    def video_prompt(self, times, cells):
+        """The text that stands for a video.
+
+        times: seconds of the sampled frames. cells: how many one pair of frames has. With timestamps,
+        vision_start and vision_end enclose each pair of frames but not the whole video, as in transformers
+        4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published (5.10 encloses the whole video, too).
+        """
+        pair = self.temporal_patch_size
+        # Of each pair; an odd last frame is its own partner.
+        firsts, lasts = times[::pair], [*times[pair - 1 :: pair], times[-1]]
+        if not self.timestamps:
+            return self.vision_start + self.video_pad * (cells * len(firsts)) + self.vision_end
+        text = ""
+        for first, last in zip(firsts, lasts):
+            text += f"<{(first + last) / 2:.1f} seconds>"
+            text += self.vision_start + self.video_pad * cells + self.vision_end
+        return text
+
+    def chat(self, turns, media_prompt):
+        """A conversation in pieces: a prompt and an answer (with its end token) for each turn, and what
+        stands behind the last answer. media_prompt takes the place of the media tag and its line breaks.
+
+        Each prompt is the one that generation begins from, without thinking. Qwen3.5's own template takes the
+        empty thoughts out again when another question follows. Here they stay, as in trl's template for
+        training Qwen3.5, so that training shows each turn as it is asked.
+        """
+        pieces, before = [], self.system
+        for question, answer in turns:
+            question = data.MEDIA_TAG.sub(lambda _: media_prompt, question)
+            prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{self.thoughts}"
+            pieces += [before + prompt, answer + "<|im_end|>"]
+            before = "\n"
+        return [*pieces, before]
+
+    def _check_template(self):
+        """Raises DataError unless the checkpoint's own template writes a conversation as chat does."""
+        pieces = self.chat([("<image>\nA?", "B."), ("C?", "")], self.image_prompt(1))
+        ours, first = "".join(pieces[:3]), [{"type": "image"}, {"type": "text", "text": "A?"}]
+        messages = [("user", first), ("assistant", "B."), ("user", "C?")]
+        messages = [{"role": role, "content": content} for role, content in messages]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        try:
+            theirs = self.tokenizer.apply_chat_template(messages, **options)
+        except (TemplateError, ValueError) as error:  # ValueError: there is none
+            raise data.DataError(f"expected a chat template, found: {error}") from None
+        if theirs not in (ours, ours.replace(self.thoughts, "", 1)):  # the second is Qwen3.5's
+            raise data.DataError(f"expected a chat template that writes {ours!r}, found {theirs!r}")
+
+    def encode(self, turns, media_prompt, region_tokens, for_generation=False):
+        """Encodes a conversation as (input_ids, labels), int64 (L,) each.
+
+        labels are IGNORE_INDEX except for the answers and their end tokens. media_prompt: the text that
+        stands for image or video. region_tokens: for each `<region>` tag, how many placeholder tokens it
+        becomes. for_generation: stop where the last answer would begin.
+        """
+        for text in chain.from_iterable(turns):
+            found = self.refused.search(text)
+            data.expect(not found, "text without the tokenizer's control tokens", found and found.group())
+        pieces, token_counts = self.chat(turns, media_prompt), iter(region_tokens)
+        if for_generation:
+            pieces = pieces[:-2]
+        input_ids, labels = [], []
+        for i, text in enumerate(pieces):
+            is_answer = i % 2 == 1
+            if not is_answer:
+                text = re.sub(data.REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), text)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            input_ids += ids
+            labels += ids if is_answer else [data.IGNORE_INDEX] * len(ids)
+        if len(input_ids) > self.settings.max_length:
+            visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
+            expected = f"expected at most {self.settings.max_length} tokens (max_length)"
+            raise data.DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
+        return np.array(input_ids), np.array(labels)
+
+    def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
+        """The position ids of a sample's tokens, int64 (3, L): time, row and column, as the backbone counts.
+
+        prompt_grid: (time, rows, columns) of the image or video in the prompt, in patches.
+        """
+        ids = torch.from_numpy(input_ids)[None]
+        is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
+        positions, _ = self.empty_backbone.get_rope_index(
+            ids,
+            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
+            image_grid_thw=torch.tensor([prompt_grid]) if kind == "image" else None,
+            video_grid_thw=torch.tensor([prompt_grid]) if kind == "video" else None,
+            second_per_grid_ts=torch.tensor([seconds_per_pair]),  # where the prompt has no timestamps
+        )
+        return positions[:, 0].numpy()
+
+    def tower_indices(self, grids):
+        """What the vision tower looks up for its patches, as its keyword arguments.
+
+        grids: (time, rows, columns) in patches of each still and video. Left to itself, the tower makes the
+        same in each forward pass, on the GPU, and waits for it.
+        """
+        tower, grids, merge = self.empty_backbone.visual, torch.tensor(grids), self.merge_size
+        bounds = vision_utils.get_vision_cu_seqlens(grids)
+        indices = {
+            "grid_thw": grids,
+            "position_ids": vision_utils.get_vision_position_ids(grids, merge),
+            "cu_seqlens": bounds,  # attention stays within a frame
+            "max_seqlen": int(bounds.diff().max()),
+        }
+        if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
+            sizes = merge, tower.window_size, self.patch_size
+            windows, bounds = vision_utils.get_vision_window_index(grids, *sizes)
+            indices |= {"window_index": windows, "cu_window_seqlens": bounds}
+            return indices | {"max_window_seqlen": int(bounds.diff().max())}
+        # The others have learned positions, which are interpolated to the size of the grid.
+        how = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
+        rows, weights = vision_utils.get_vision_interpolation_indices_and_weights(grids, *how, merge)
+        return indices | {"interp_indices": rows, "interp_weights": weights}
 
 
 # ---- The video LLM with regions ----
@@ -72,7 +314,6 @@ class ReferringVideoLLM(nn.Module):
     def __init__(self, backbone, processor):
         super().__init__()
         self.backbone = backbone
-        self.lora_rank = None
         self.region_token_id = processor.region_token_id
         # Published checkpoints have more embedding rows than tokens, so most of them need not grow.
         if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
@@ -102,31 +343,25 @@ class ReferringVideoLLM(nn.Module):
 
     def _hidden(self, batch):
         """Returns what the LLM makes of a batch, (rows, L, D), from which lm_head makes logits."""
-        embeddings, deepstack = self._inputs(batch)
-        output = self.backbone.model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=batch["position_ids"],
-            use_cache=False,
-            **batch["attention"],
-            **deepstack,
-        )
-        return output.last_hidden_state
+        llm, inputs = self.backbone.model.language_model, self._inputs(batch)
+        positions = batch["position_ids"]
+        return llm(**inputs, **batch["attention"], position_ids=positions, use_cache=False).last_hidden_state
 
     def _inputs(self, batch):
-        """Returns what the LLM reads: embeddings (rows, L, D), and Qwen3-VL's deepstack features as keyword
-        arguments.
+        """Returns what the LLM reads, as its keyword arguments: embeddings (rows, L, D), and Qwen3-VL's
+        deepstack features, which each of its first layers adds to the visual tokens.
         """
+        vision = self.backbone.model.visual(self._pixels(batch), **batch["tower"])
+        cells = vision.pooler_output  # (C, D)
         embeddings = self._embed(batch["input_ids"])
-        vision = self._encode_media(batch)
-        cells = vision.pooler_output
-        embeddings = place(embeddings, batch["visual_index"], self._in_prompt(cells, batch))
+        embeddings = place(embeddings, batch["visual_index"], in_prompt(cells, batch))
         # Without regions it makes no tokens, but the empty gradients that DDP waits for.
         tokens = self.region_encoder(cells, **batch["regions"])
-        embeddings = place(embeddings, batch["region_index"], tokens)
-        # What each of the LLM's first layers adds to the visual tokens; only Qwen3-VL has such features.
-        added = [self._in_prompt(features, batch) for features in getattr(vision, "deepstack_features", [])]
-        deepstack = {"visual_pos_masks": batch["visual_index"], "deepstack_visual_embeds": added}
-        return embeddings, deepstack if added else {}
+        inputs = {"inputs_embeds": place(embeddings, batch["region_index"], tokens)}
+        if hasattr(vision, "deepstack_features"):
+            inputs["visual_pos_masks"] = batch["visual_index"]
+            inputs["deepstack_visual_embeds"] = [in_prompt(x, batch) for x in vision.deepstack_features]
+        return inputs
 
     def _embed(self, ids):
         """Returns the embeddings of tokens, (rows, L, D). Each layer adds to them, which needs float32, also
@@ -134,67 +369,44 @@ class ReferringVideoLLM(nn.Module):
         """
         return self.backbone.get_input_embeddings()(ids).float()
 
-    def _in_prompt(self, rows, batch):
-        """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
-        images, _, videos = rows.split(batch["cell_counts"])
-        return torch.cat([images, videos])
-
-    def _encode_media(self, batch):
-        """Returns the vision tower's output for all stills, then all videos."""
-        stills, videos = batch["still_patches"], batch["video_patches"]
-        pixels = []
-        if len(stills):
-            pixels.append(self._pixels(stills, repeat=True))
-        if len(videos):
-            pixels.append(self._pixels(videos))
-        return self.backbone.model.visual(torch.cat(pixels), **batch["tower"])
-
-    def _pixels(self, patches, repeat=False):
-        """Normalises patches, uint8 (P, 3 * n), as the checkpoint's image processor does.
-
-        repeat: fills the temporal patch with copies of a still.
+    def _pixels(self, batch):
+        """Normalises the patches of all stills, then all videos, as the checkpoint's image processor does. A
+        still fills its temporal patch with copies.
         """
-        pixels = (patches.view(len(patches), 3, -1).float() / 255 - self.image_mean) / self.image_std
-        if repeat:
-            pixels = pixels.repeat(1, 1, self.backbone.config.vision_config.temporal_patch_size)
-        return pixels.flatten(1).to(self.backbone.model.visual.dtype)
+        copies, pixels = self.backbone.config.vision_config.temporal_patch_size, []
+        for patches, repeats in ((batch["still_patches"], copies), (batch["video_patches"], 1)):
+            if len(patches):
+                values = patches.view(len(patches), 3, -1).float() / 255  # (P, 3, n)
+                values = (values - self.image_mean) / self.image_std
+                pixels.append(values.repeat(1, 1, repeats).flatten(1))
+        return torch.cat(pixels).to(self.backbone.model.visual.dtype)
 
     @torch.no_grad()
-    def generate(self, batch, end_token_ids, max_new_tokens=128, any_rank=bool):
+    def generate(self, batch, end_token_ids, max_new_tokens=128):
         """Answers a batch that was collated for generation, greedily. Returns B lists of token ids, each up
         to the first of end_token_ids.
-
-        any_rank: a function that tells whether something is true on any rank. A sharded model needs it,
-        because its ranks gather the weights together, for each token.
         """
+        llm, mask = self.backbone.model.language_model, batch["attention"]["attention_mask"]
+        positions, cache = batch["position_ids"], DynamicCache(config=self.backbone.config.text_config)
+        end_tokens = torch.tensor(end_token_ids, device=mask.device)
+        unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: tokens, -1 in finished rows
         with self._mixed_precision():
-            embeddings, deepstack = self._inputs(batch)
-            positions, mask = batch["position_ids"], batch["attention"]["attention_mask"]
-            cache = DynamicCache(config=self.backbone.config.text_config)
-            end_tokens = torch.tensor(end_token_ids, device=mask.device)
-            unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-            columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: tokens, -1 in finished rows
+            inputs = self._inputs(batch)
             for step in range(max_new_tokens):
-                output = self.backbone.model.language_model(
-                    inputs_embeds=embeddings,
-                    position_ids=positions,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **deepstack,
-                )
-                scores = self.backbone.lm_head(output.last_hidden_state[:, -1])
+                inputs |= {"attention_mask": mask, "position_ids": positions}
+                hidden = llm(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+                scores = self.backbone.lm_head(hidden[:, -1])
                 scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
                 token = scores.argmax(-1)
                 unfinished = unfinished & ~torch.isin(token, end_tokens)
-                if not any_rank(unfinished.any()):
+                if not unfinished.any():
                     break
                 columns.append(torch.where(unfinished, token, -1)[:, None])
                 # From here on, the LLM reads only the new token; the cache holds what came before.
-                embeddings = self._embed(token[:, None])
+                inputs = {"inputs_embeds": self._embed(token[:, None])}
                 positions = (batch["next_position"] + step).expand(3, -1, -1)
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                deepstack = {}
         rows = torch.cat(columns, dim=1).tolist()
         return [[token for token in row if token >= 0] for row in rows]
 
@@ -205,17 +417,17 @@ class ReferringVideoLLM(nn.Module):
         return sorted({*ids, tokenizer.eos_token_id} - {None})
 
     def add_lora(self, rank):
-        """Adds adapters of peft to the matrices of the LLM's layers, or keeps those that a checkpoint had.
+        """Adds adapters of peft to the matrices of the LLM's layers.
 
         A matrix W then computes W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685). A is random, (rank,
         in), and B zero, (out, rank), so initially nothing changes. Experts have none: they are no nn.Linear.
-        Raises data.DataError if there are adapters of another rank.
         """
-        if self.lora_rank is None:
-            settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
-            inject_adapter_in_model(settings, self.backbone.model.language_model)
-            self.lora_rank = rank
-        data.expect(self.lora_rank == rank, f"--lora-rank {self.lora_rank}, as in {LORA_WEIGHTS}", rank)
+        has_adapters = any(".lora_" in name for name, _ in self.named_parameters())
+        data.expect(
+            not has_adapters, "--train lora: a model without adapters (such as OUT/final)", "adapters"
+        )
+        settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
+        inject_adapter_in_model(settings, self.backbone.model.language_model)
 
     def layers(self):
         """Returns the layers of tower and LLM: FSDP gathers, and checkpointing recomputes, one at a time."""
@@ -223,45 +435,63 @@ class ReferringVideoLLM(nn.Module):
 
     def parameter_groups(self):
         """Returns {"region", "projector", "llm", "vision", "lora": list of parameters}, each once."""
-        visual = self.backbone.model.visual
-        projector = list(visual.merger.parameters())
-        for merger in getattr(visual, "deepstack_merger_list", []):
-            projector += merger.parameters()
-        lora = [p for name, p in self.named_parameters() if ".lora_" in name]
-        llm = [*self.backbone.model.language_model.parameters(), *self.backbone.lm_head.parameters()]
-        elsewhere = {id(p) for p in [*projector, *lora]}
-        return {
-            "region": list(self.region_encoder.parameters()),
-            "projector": projector,
-            # lm_head may share the weights of the embeddings.
-            "llm": [p for p in dict.fromkeys(llm) if id(p) not in elsewhere],
-            "vision": [p for p in visual.parameters() if id(p) not in elsewhere],
-            "lora": lora,
-        }
+        groups = {part: [] for part in ("region", "projector", "llm", "vision", "lora")}
+        for name, p in self.named_parameters():  # lm_head may share the embeddings, which come once
+            if ".lora_" in name:
+                part = "lora"
+            elif name.startswith("region_encoder."):
+                part = "region"
+            elif ".visual." in name:
+                part = "projector" if "merger" in name else "vision"
+            else:
+                part = "llm"
+            groups[part].append(p)
+        return groups
 
-    def save_pretrained(self, folder, settings, weights=None, merge=True):
+    def save_pretrained(self, folder, settings, weights=None):
         """Writes the backbone so that it loads with transformers alone, and the rest beside it.
 
         settings: dict, for nanorefer.json. weights: {name: tensor} to save in place of the parameters.
-        merge: whether adapters are added to the matrices that they adapt, or get a file of their own.
+        Adapters are added to the matrices that they adapt: W + 2 B A, in float32. (peft's own way adds to W
+        in place, which would round where W is frozen in bfloat16.)
         """
-        weights = weights or dict(self.named_parameters())
-        parts = {"backbone": {}, "region_encoder": {}, "lora": {}}
-        for name, weight in (merge_lora(weights) if merge else weights).items():
-            part, _, name_in_part = name.partition(".")
+        weights = weights or self.state_dict()
+        backbone, region_encoder = {}, {}
+        for name, _ in self.named_parameters():  # each once, also where lm_head shares the embeddings
             if ".lora_" in name:
-                part, name_in_part = "lora", name
-            # peft holds a matrix that it adapts as base_layer, which transformers does not know.
-            parts[part][name_in_part.replace(".base_layer.", ".")] = weight.detach().float()
-        self.backbone.save_pretrained(folder, state_dict=parts["backbone"])
+                continue
+            weight = weights[name].detach().float()
+            if ".base_layer.weight" in name:  # what peft calls a matrix that it adapts
+                layer = name.removesuffix(".base_layer.weight")
+                a, b = (weights[f"{layer}.lora_{letter}.default.weight"] for letter in "AB")
+                weight = weight + LORA_SCALE * (b @ a)
+            part, _, name_in_part = name.replace(".base_layer.", ".").partition(".")
+            (backbone if part == "backbone" else region_encoder)[name_in_part] = weight
+        self.backbone.save_pretrained(folder, state_dict=backbone)
+        save_file(region_encoder, os.path.join(folder, REGION_WEIGHTS))
+        self.save_settings(folder, settings)
+
+    def save_settings(self, folder, settings):
+        """Writes config.json and nanorefer.json."""
         # transformers would write the dtype of one weight, and load all in it. Frozen ones may be bfloat16.
         self.backbone.config.dtype = torch.float32
         self.backbone.config.save_pretrained(folder)
-        save_file(parts["region_encoder"], os.path.join(folder, REGION_WEIGHTS))
-        if parts["lora"]:
-            save_file(parts["lora"], os.path.join(folder, LORA_WEIGHTS))
         with open(os.path.join(folder, SETTINGS_FILE), "w") as file:
             json.dump(settings, file, indent=2)
+
+
+def place(embeddings, index, rows):
+    """Returns embeddings (B, L, D), but with rows (T, D) in place of the tokens at index (T,). Token i of
+    sample b has the index b * L + i.
+    """
+    rows = rows.to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, index, rows).view_as(embeddings)
+
+
+def in_prompt(rows, batch):
+    """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
+    images, _, videos = rows.split(batch["cell_counts"])
+    return torch.cat([images, videos])
 
 
 # ---- The region encoder ----
@@ -284,20 +514,10 @@ class RegionEncoder(nn.Module):
             nn.init.zeros_(last_layer.weight)
             nn.init.zeros_(last_layer.bias)
 
-    def forward(
-        self,
-        cells,
-        coverage,
-        coverage_start,
-        frame_start,
-        boxes,
-        object_frames,
-        region_tokens,
-        num_region_tokens,
-    ):
+    def forward(self, cells, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens):
         """Returns the region tokens, (T, D). cells: (C, D). The others: see data.collate."""
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
-        share = temporal_merge(pooled, object_frames, region_tokens, num_region_tokens)  # (T, R)
+        share = temporal_merge(pooled, object_frames, region_tokens, sum(region_tokens))  # (T, R)
         with torch.autocast(cells.device.type, enabled=False):
             merged = (share @ pooled.float()).to(pooled.dtype)  # (T, D)
             boxes = share @ boxes  # (T, 5)
@@ -329,33 +549,22 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     the choice of pairs.
 
     pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames and
-    region_tokens: int64 (O,), each object's n, and its u from 1 to n. num_tokens: int, T, the sum of u.
+    region_tokens: ints, each object's n, and its u from 1 to n. num_tokens: int, T, the sum of u.
     Returns float32 (T, R), the share that each row has in each token.
     """
-    row = torch.arange(len(pooled), device=pooled.device)
-    objects = torch.arange(len(object_frames), device=pooled.device)
-    object_of_row = objects.repeat_interleave(object_frames, output_size=len(row))
-    # Pair i is rows i and i + 1. The one that would reach into the next object is less similar than any.
-    similarity = F.cosine_similarity(pooled.float(), pooled.float().roll(-1, 0), dim=-1)
-    similarity = similarity.index_fill(0, object_frames.cumsum(0) - 1, -2)
-    # [i, j]: pair j is of the same object as pair i and goes before it. A matrix of all pairs needs no loop,
-    # and so no answer from the GPU.
-    own, other = similarity[:, None], similarity[None]
-    goes_before = (other > own) | (other == own) & (row[None] < row[:, None])
-    goes_before &= object_of_row[None] == object_of_row[:, None]
-    is_joined = goes_before.sum(1) < (object_frames - region_tokens)[object_of_row]
-    ends_token = ~is_joined
-    token_of_row = ends_token.cumsum(0) - ends_token.long()
-    share = (token_of_row == torch.arange(num_tokens, device=row.device)[:, None]).float()
-    return share / share.sum(1, keepdim=True)
-
-
-def place(embeddings, index, rows):
-    """Returns embeddings (B, L, D), but with rows (T, D) in place of the tokens at index (T,). Token i of
-    sample b has the index b * L + i.
-    """
-    rows = rows.to(embeddings.dtype)
-    return embeddings.flatten(0, 1).index_copy(0, index, rows).view_as(embeddings)
+    share = torch.zeros(num_tokens, len(pooled), device=pooled.device)
+    row = token = 0  # where the object begins
+    for n, u in zip(object_frames, region_tokens):
+        own = pooled[row : row + n].float()
+        similarity = F.cosine_similarity(own[:-1], own[1:], dim=-1)  # (n - 1,), of each pair
+        most_similar = similarity.sort(descending=True, stable=True).indices[: n - u]
+        begins_token = torch.ones(n, dtype=torch.long, device=pooled.device)
+        begins_token[most_similar + 1] = 0
+        token_of_row = begins_token.cumsum(0) - 1  # (n,)
+        belongs = token_of_row == torch.arange(u, device=pooled.device)[:, None]  # (u, n)
+        share[token : token + u, row : row + n] = belongs / belongs.sum(1, keepdim=True)
+        row, token = row + n, token + u
+    return share
 
 
 # ---- Attention within a sample ----
@@ -365,51 +574,30 @@ def place(embeddings, index, rows):
 ATTENTION = "flash_within_samples"
 
 
-def attention_within_samples(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling,
-    dropout=0.0,
-    cu_seq_lens_q=None,
-    max_length_q=None,
-    **options,
-):
+def attention_within_samples(module, query, key, value, attention_mask, scaling, dropout=0.0, **options):
     """Attention of a row of tokens within each sample (in the vision tower: within each frame or window).
 
-    query, key, value: (1, heads, L, size of a head); key and value may have fewer heads. cu_seq_lens_q:
-    int32, 0 and the end of each sample. max_length_q: int, the longest sample. Returns (1, L, heads, size)
-    and None. Padded batches (generation) come without bounds, and get transformers' own attention.
+    query, key, value: (1, heads, L, size of a head); key and value may have fewer heads. Of the options,
+    cu_seq_lens_q is int32, 0 and the end of each sample, and max_length_q the longest sample. Returns (1, L,
+    heads, size) and None. Padded batches (generation) have no bounds, and get transformers' own attention.
     """
-    if cu_seq_lens_q is None:
+    bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
+    if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     assert not options.get("sliding_window"), "expected attention to the whole sample, found a sliding window"
     is_causal = options.get("is_causal", module.is_causal)  # the tower gives it, the LLM does not
-    dtype = query.dtype
-    if query.is_cuda:
-        assert not dropout, f"varlen_attn has no dropout, found {dropout}"
-        # Autocast does not know varlen_attn, and q_norm leaves query and key in float32.
-        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     # torch 2.11 knows no groups of query heads that share a key.
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
-    if query.is_cuda:
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0) if is_causal else (-1, -1),
-        )
-        return out.to(dtype)[None], None
-    out = attention_in_turn(query, key, value, cu_seq_lens_q, scaling, dropout, is_causal)
-    return out[None], None
+    if not query.is_cuda:
+        out = attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal)
+        return out[None], None
+    assert not dropout, f"varlen_attn has no dropout, found {dropout}"
+    # Autocast does not know varlen_attn, and q_norm leaves query and key in float32.
+    q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    seen = (-1, 0) if is_causal else (-1, -1)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=seen)
+    return out.to(query.dtype)[None], None
 
 
 @torch.compiler.disable  # because each row has other lengths, for which it would compile the loop anew
@@ -473,8 +661,13 @@ def add_at(hidden, index, rows):
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
 
 
+def find_file(path, name):
+    """Returns the path of a file that not every model has, or None. path: Hugging Face name or folder."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+
+
 def load_processor(path, texts=(), **settings):
-    """Returns the data.Processor of "tiny", a Hugging Face name, or a folder (also one that train.py wrote).
+    """Returns the Processor of "tiny", a Hugging Face name, or a folder (also one that train.py wrote).
 
     settings: fields of data.Settings. Those that are None or not given are the ones with which the folder's
     model was trained, else defaults. texts: what the tiny model's tokenizer learns its words from. Raises
@@ -483,44 +676,45 @@ def load_processor(path, texts=(), **settings):
     given = {name: value for name, value in settings.items() if value is not None}
     if path == "tiny":
         config, tokenizer, image_processor = build_tiny(texts)
-        return data.Processor(tokenizer, image_processor, config, data.Settings(**given))
+        return Processor(tokenizer, image_processor, config, data.Settings(**given))
     with model_errors_in_one_line(path):
         if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
-        settings_file = data.find_file(path, SETTINGS_FILE)
+        settings_file = find_file(path, SETTINGS_FILE)
         if settings_file:
             with open(settings_file) as file:
                 saved = json.load(file)
             # Without a default for those that are missing: it may not be what the model was trained with.
-            names = [f.name for f in fields(data.Settings)]
-            data.expect(isinstance(saved, dict), f"{SETTINGS_FILE} with a JSON object", saved)
-            missing, unknown = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
-            problems = ", ".join([f"no {name}" for name in missing] + [f"unknown {name}" for name in unknown])
-            if problems:
-                raise data.DataError(f"expected {SETTINGS_FILE} with all settings, found {problems}")
-        return data.Processor.from_pretrained(path, data.Settings(**saved | given))
+            names = sorted(f.name for f in fields(data.Settings))
+            fits = isinstance(saved, dict) and sorted(saved) == names
+            data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
+        return Processor.from_pretrained(path, data.Settings(**saved | given))
 
 
 def load_model(path, processor):
     """Returns the ReferringVideoLLM of a path as for load_processor, in float32, on the CPU.
 
     The tiny one has random weights, from torch's global seed. For others, raises data.DataError when weights
-    are missing, left over, or of another shape.
+    are missing, left over, or of another shape. A checkpoint of a run (OUT/step-NNNNNN) holds what learned;
+    the rest comes from the model that the run began with.
     """
     if path == "tiny":
         return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
     with model_errors_in_one_line(path):
+        ckpt_file = find_file(path, CHECKPOINT)
+        if ckpt_file:
+            ckpt = torch.load(ckpt_file, map_location="cpu", weights_only=True, mmap=True)
+            torch.manual_seed(ckpt["config"]["seed"])  # as in the run, for what is random at its beginning
+            model = load_model(ckpt["config"]["model"], processor)
+            if ckpt["config"]["lora_rank"]:
+                model.add_lora(ckpt["config"]["lora_rank"])
+            model.load_state_dict(model.state_dict() | ckpt["model"])  # raises RuntimeError
+            return model
         model = ReferringVideoLLM(load_weights(AutoModelForImageTextToText, path), processor)
-        if data.find_file(path, SETTINGS_FILE):  # train.py wrote this model
+        if find_file(path, SETTINGS_FILE):  # train.py wrote this model
             weights = load_file(cached_file(path, REGION_WEIGHTS))
-            lora_file = data.find_file(path, LORA_WEIGHTS)
-            try:
-                model.region_encoder.load_state_dict(weights)
-                if lora_file:
-                    load_lora(model, load_file(lora_file))
-            except RuntimeError as error:  # names or shapes that do not fit
-                raise ValueError(error) from None
+            model.region_encoder.load_state_dict(weights)
     return model
 
 
@@ -537,30 +731,6 @@ def load_weights(model_class, path):
     return model
 
 
-@torch.no_grad()
-def merge_lora(weights):
-    """weights: {name: tensor}. Returns them without adapters: W + 2 B A, float32 on the CPU, in place of W.
-
-    It is not merged in peft's own way, which adds to W in place: W may be in bfloat16, which would round.
-    """
-    merged = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-    for name, a in weights.items():
-        layer, is_lora, _ = name.partition(".lora_A.")
-        if is_lora:
-            w, b = weights[f"{layer}.base_layer.weight"], weights[f"{layer}.lora_B.default.weight"]
-            merged[f"{layer}.base_layer.weight"] = (w + LORA_SCALE * (b @ a)).cpu()
-    return merged
-
-
-def load_lora(model, weights):
-    """Gives a model the adapters that save_pretrained wrote. Raises an error if they do not fit exactly."""
-    model.add_lora(max((len(a) for name, a in weights.items() if ".lora_A." in name), default=1))
-    report = model.load_state_dict(weights, strict=False)
-    missing = [name for name in report.missing_keys if ".lora_" in name]
-    problems = {"missing": missing, "left over": report.unexpected_keys}
-    data.expect(not any(problems.values()), f"{LORA_WEIGHTS} with exactly this model's adapters", problems)
-
-
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
 
 
@@ -572,7 +742,8 @@ def model_errors_in_one_line(path, option="--model", expected=MODEL_FILES):
             yield
     except data.DataError:  # is a ValueError, so it must pass before the next line
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    # RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         found = " ".join(str(error).split())[:300]
         raise data.DataError(f"expected {expected}, found: {found}", f"{option} {path}") from error
 
