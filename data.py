@@ -569,6 +569,14 @@ def _concatenate(arrays, dtype):
 # ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----
 
 
+def sample_texts(samples, limit=10_000):
+    """The texts of the first samples, from which the tiny model's tokenizer learns its words."""
+    for i in range(min(limit, len(samples))):
+        with suppress(DataError):  # it is reported when the sample is used
+            for turn in samples[i].turns:
+                yield from turn
+
+
 # ---- the index of a data file ----
 
 FILE_CHANGED = "expected the file as it was when it was opened, found that it has changed"

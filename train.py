@@ -408,21 +408,10 @@ def train(config):
 def build_processor(config, samples):
     """Returns the model.Processor, and fills in the options of config that are None."""
     settings = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
-    texts = sample_texts(samples) if config.model == "tiny" else ()
+    texts = data.sample_texts(samples) if config.model == "tiny" else ()
     processor = models.load_processor(config.model, texts, **settings)
     fill_in_defaults(config, processor, len(samples))
     return processor
-
-
-def sample_texts(samples, limit=10_000):
-    """The texts of the first samples, from which the tiny model's tokenizer learns its words."""
-    for i in range(min(limit, len(samples))):
-        try:
-            turns = samples[i].turns
-        except data.DataError:  # it is reported when the sample is used
-            continue
-        for turn in turns:
-            yield from turn
 
 
 def fill_in_defaults(config, processor, num_samples):
