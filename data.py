@@ -18,7 +18,6 @@ a DataError, which names file, sample and field, what was expected and what was 
     python train.py --data data.json --check --preview preview.png   # reads all samples, lists what is wrong
 """
 
-import codecs
 import hashlib
 import json
 import math
@@ -27,7 +26,6 @@ import re
 import shutil
 import signal
 import struct
-import textwrap
 import threading
 import uuid
 from bisect import bisect_right
@@ -112,19 +110,29 @@ def read_samples(paths, media=None, outside_paths=False):
 def decode_mask(segmentation, height, width):
     """Decodes COCO RLE (compressed or a list of runs), or one or more polygons, to uint8 (H, W) of 0 and 1.
 
-    height, width: the frame, in pixels, on which polygons are drawn. RLE carries its own size, which may be
-    another resolution of the same shape; the mask comes back at that size. Raises DataError for a malformed
-    mask or one of another shape.
+    height, width: the frame, in pixels, on which polygons are drawn. RLE may have another resolution of the
+    same shape, which the mask then has, too. Everything is checked first, because pycocotools decodes runs
+    that fall short of h * w into stale memory, and hangs on a polygon with NaN or 1e30. Raises DataError.
     """
     if isinstance(segmentation, dict):
-        check_rle(segmentation, height, width)
-        if isinstance(segmentation["counts"], list):
-            segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-        return coco_mask.decode(segmentation)
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        expect(isinstance(size, list) and is_size(size), f"size: [height, width], {MAX_PIXELS} at most", size)
+        check_same_shape(size, (height, width), "mask")
+        runs = rle_runs(counts) if isinstance(counts, str) else counts
+        valid = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+        expect(valid, "counts: a string, or a list of run lengths, whole numbers from 0", counts)
+        h, w = size
+        expect(sum(runs) == h * w, f"run lengths that sum to {h} * {w} = {h * w}", sum(runs))
+        return coco_mask.decode(coco_mask.frPyObjects({"size": size, "counts": runs}, h, w))
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
     for polygon in polygons:
-        check_polygon(polygon, height, width)
+        valid = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        expect(valid, "[x1, y1, x2, y2, ...]: at least 3 points, an even count of numbers", polygon)
+        near = all(type(number) in (int, float) for number in polygon)
+        near = near and all(-width <= x <= 2 * width for x in polygon[0::2])  # False for NaN
+        near = near and all(-height <= y <= 2 * height for y in polygon[1::2])
+        expect(near, f"polygon points (x, y) in pixels, near the {width}x{height} frame", polygon)
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
 
 
@@ -190,8 +198,7 @@ def mask_bounds(mask):
 
 def mask_box(mask):
     """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture's sides."""
-    height, width = mask.shape
-    top, bottom, left, right = mask_bounds(mask)
+    (height, width), (top, bottom, left, right) = mask.shape, mask_bounds(mask)
     center = (left + right) / 2 / width, (top + bottom) / 2 / height
     return *center, (right - left) / width, (bottom - top) / height
 
@@ -211,15 +218,8 @@ class Settings:
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
 
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            least = 0 if name == "window" else 1
-            valid = type(value) is int and value >= least
-            expect(valid, f"--{name.replace('_', '-')}: a whole number from {least}", value)
 
-
-# The pixels for a pretrained backbone, in place of those for the tiny model above. The other
-# settings are the same for both.
+# For a pretrained backbone, in place of the pixels for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
 # The fields of an encoded sample. With these values it is what a batch holds if none of its samples can be
@@ -351,22 +351,21 @@ class ReferringDataset(Dataset):
         """An empty mask says that the object is hidden there. If one is found, all masks are decoded, and
         frames are chosen anew among those where it is visible.
         """
-        is_single = rng.random() < self.single_frame
-        annotated = sorted(sample.objects[object_index])
-        chosen = self._choose_frames(annotated, is_single, rng)
-        masks = {frame: mask_on(frame, sample, object_index, info) for frame in chosen}
-        if all(mask.any() for mask in masks.values()):
-            return masks
-        masks = {frame: mask_on(frame, sample, object_index, info) for frame in annotated}
-        visible = [frame for frame, mask in masks.items() if mask.any()]
-        with within(f"object {object_index}"):
-            expect(visible, "a mask that is not empty on at least one frame", annotated)
-        return {frame: masks[frame] for frame in self._choose_frames(visible, is_single, rng)}
 
-    def _choose_frames(self, frames, is_single, rng):
-        if is_single:
-            return [frames[rng.integers(len(frames))]]
-        return evenly(frames, self.settings.region_frames)
+        def choose(frames):
+            if is_single:
+                return [frames[rng.integers(len(frames))]]
+            return evenly(frames, self.settings.region_frames)
+
+        is_single, annotated = rng.random() < self.single_frame, sorted(sample.objects[object_index])
+        masks = {frame: mask_on(frame, sample, object_index, info) for frame in choose(annotated)}
+        if not all(mask.any() for mask in masks.values()):
+            masks = {frame: mask_on(frame, sample, object_index, info) for frame in annotated}
+            visible = [frame for frame in annotated if masks[frame].any()]
+            with within(f"object {object_index}"):
+                expect(visible, "a mask that is not empty on at least one frame", annotated)
+            masks = {frame: masks[frame] for frame in choose(visible)}
+        return masks
 
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
@@ -408,8 +407,8 @@ class ReferringDataset(Dataset):
         return pictures
 
     def _keep(self, key, value):
-        """Keeps opened media and resized frames, so that a small data set is decoded once. (Of a large one in
-        random order, little would be found again: when the memory is full, everything is forgotten.)
+        """Caches opened media and resized frames, so that a small data set is decoded once. When the memory
+        is full, all is forgotten: of a large data set in random order, little would be found again.
         """
         self.used_bytes += value.nbytes + 200  # 200: about what the key and the entry weigh
         if self.used_bytes > self.cache_bytes:
@@ -474,18 +473,49 @@ def collate(samples, processor, for_generation=False):
     samples = [sample for sample in samples if not isinstance(sample, DataError)] or [EMPTY_SAMPLE]
     batch = {"errors": errors, "ids": [sample["id"] for sample in samples]}
     batch |= _join_tokens(samples, processor, for_generation)
-    media, still_start = _join_media(samples, processor)
-    batch |= media
-    batch["regions"] = _join_regions(samples, still_start)
+
+    # The tower encodes the images that stand in prompts, then the views of regions, then the videos.
+    images = [(row, 0) for row, sample in enumerate(samples) if sample["kind"] == "image"]
+    views = [(row, i) for row, sample in enumerate(samples) for i in range(len(sample["still_patches"]))]
+    order = list(dict.fromkeys(images + views))  # (row, number of the still), each once
+    stills = [samples[row]["still_patches"][i] for row, i in order]
+    videos = [sample for sample in samples if sample["kind"] == "video"]
+    grids = [(1, *samples[row]["still_grids"][i]) for row, i in order]
+    grids += [video["prompt_grid"] for video in videos]
+    cell = processor.merge_size**2  # patches
+    if not grids:
+        # The tower runs even without media, then for one black cell: in training the ranks wait for each
+        # other's gradients of every parameter, and under FSDP also for its weights.
+        stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
+        grids = [(1, processor.merge_size, processor.merge_size)]
+    batch["still_patches"] = _concatenate(stills, np.uint8)
+    batch["video_patches"] = _concatenate([video["video_patches"] for video in videos], np.uint8)
+    batch["tower"] = processor.tower_indices(grids)
+    starts = [0, *accumulate(len(patches) // cell for patches in stills)]  # of stills, in cells
+    image_cells, video_cells = starts[len(images)], len(batch["video_patches"]) // cell
+    batch["cell_counts"] = [image_cells, starts[-1] - image_cells, video_cells]
+
+    start_of = dict(zip(order, starts))
+    region_stills = [(row, i) for row, sample in enumerate(samples) for i in sample["region_still"]]
+    coverages = [cells for sample in samples for cells in sample["coverage"]]
+    boxes = [box for sample in samples for box in sample["boxes"]]
+    batch["regions"] = {
+        "coverage": _concatenate(coverages, np.float32),
+        "coverage_start": torch.tensor([0, *accumulate(map(len, coverages))]),
+        "frame_start": torch.tensor([start_of[still] for still in region_stills], dtype=torch.long),
+        "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 5),
+        "object_frames": [frames for sample in samples for frames in sample["object_frames"]],
+        "region_tokens": [tokens for sample in samples for tokens in sample["region_tokens"]],
+    }
 
     # Which tokens, all rows counted in one go, are placeholders of images, of videos, and of regions.
-    tokens = batch["input_ids"].flatten()
-    ids = processor.config.image_token_id, processor.config.video_token_id, processor.region_token_id
-    images, videos, regions = (tokens.eq(token_id).nonzero()[:, 0] for token_id in ids)
-    found = len(images), len(videos), len(regions)
-    expected = *batch["cell_counts"][::2], sum(batch["regions"]["region_tokens"])
+    tokens, config = batch["input_ids"].flatten(), processor.config
+    token_ids = config.image_token_id, config.video_token_id, processor.region_token_id
+    in_images, in_videos, in_regions = (tokens.eq(token_id).nonzero()[:, 0] for token_id in token_ids)
+    found = len(in_images), len(in_videos), len(in_regions)
+    expected = image_cells, video_cells, sum(batch["regions"]["region_tokens"])
     assert found == expected, f"{found} placeholders of images, videos and regions for {expected} tokens"
-    return batch | {"visual_index": torch.cat([images, videos]), "region_index": regions}
+    return batch | {"visual_index": torch.cat([in_images, in_videos]), "region_index": in_regions}
 
 
 def _join_tokens(samples, processor, for_generation):
@@ -506,58 +536,13 @@ def _join_tokens(samples, processor, for_generation):
     labels = torch.cat([torch.from_numpy(sample["labels"]) for sample in samples])
     # The token before a supervised one predicts it. A sample never begins with a supervised token.
     target_index = labels[1:].ne(IGNORE_INDEX).nonzero()[:, 0]
-    joined["input_ids"] = torch.cat(ids)[None]
-    joined["position_ids"] = torch.cat(positions, dim=1)[:, None]
-    joined["attention"] = {
-        "cu_seq_lens_q": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        "max_length_q": max(lengths),
-        "sample_lengths": lengths,
-    }
-    return joined | {"target_index": target_index, "targets": labels[target_index + 1]}
-
-
-def _join_media(samples, processor):
-    """Returns (part of the batch, {(row, still): the cell where it begins})."""
-    # (row, still): first the images that stand in prompts, then the views of regions.
-    images = [(row, 0) for row, sample in enumerate(samples) if sample["kind"] == "image"]
-    views = []
-    for row, sample in enumerate(samples):
-        first_view = 1 if sample["kind"] == "image" else 0
-        views += [(row, i) for i in range(first_view, len(sample["still_patches"]))]
-    stills = [samples[row]["still_patches"][i] for row, i in images + views]
-    grids = [(1, *samples[row]["still_grids"][i]) for row, i in images + views]
-    videos = [sample for sample in samples if sample["kind"] == "video"]
-    grids += [video["prompt_grid"] for video in videos]
-    cell = processor.merge_size**2  # patches
-    if not grids:
-        # The tower runs even without media, then for one black cell: in training the ranks wait for each
-        # other's gradients of every parameter, and under FSDP also for its weights.
-        stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
-        grids = [(1, processor.merge_size, processor.merge_size)]
-    starts = [0, *accumulate(len(patches) // cell for patches in stills)]  # in cells
-    video_patches = _concatenate([video["video_patches"] for video in videos], np.uint8)
-    image_cells, still_cells = starts[len(images)], starts[-1]
-    media = {
-        "still_patches": _concatenate(stills, np.uint8),
-        "video_patches": video_patches,
-        "tower": processor.tower_indices(grids),
-        "cell_counts": [image_cells, still_cells - image_cells, len(video_patches) // cell],
-    }
-    return media, dict(zip(images + views, starts))
-
-
-def _join_regions(samples, still_start):
-    """Returns the part of the batch that the region encoder reads."""
-    coverages = [cells for sample in samples for cells in sample["coverage"]]
-    boxes = [box for sample in samples for box in sample["boxes"]]
-    stills = [still_start[row, i] for row, sample in enumerate(samples) for i in sample["region_still"]]
-    return {
-        "coverage": _concatenate(coverages, np.float32),
-        "coverage_start": torch.tensor([0, *accumulate(map(len, coverages))]),
-        "frame_start": torch.tensor(stills, dtype=torch.long),
-        "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 5),
-        "object_frames": [frames for sample in samples for frames in sample["object_frames"]],
-        "region_tokens": [tokens for sample in samples for tokens in sample["region_tokens"]],
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return joined | {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat(positions, dim=1)[:, None],
+        "attention": {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sample_lengths": lengths},
+        "target_index": target_index,
+        "targets": labels[target_index + 1],
     }
 
 
@@ -623,6 +608,7 @@ class Samples:
                 raise DataError(FILE_CHANGED)
             file.seek(start)
             entry = json.loads(file.read(end - start), object_pairs_hook=_to_dict)
+            json.dumps(entry, ensure_ascii=False).encode()  # raises a ValueError for half a surrogate pair
         if isinstance(entry, dict) and "id" in entry:
             name += f" (id {shorten(entry['id'])})"
         media = os.path.dirname(path) if self.media is None else self.media
@@ -637,7 +623,7 @@ def _to_dict(pairs):
 
 
 def file_version(file):
-    """What changes when an open file is written to: its size in bytes, and its time of modification in ns."""
+    """What changes when an open file is written to."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
@@ -673,27 +659,22 @@ def _find_samples(file):
     are left to Samples.read, whose errors name the sample.
     """
     decoder = json.JSONDecoder(parse_int=float)
-    file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
-    first = _next_visible(file)
-    # A value, some white space, and one of the marks: those between two values, or those that may come last.
-    gap, between, last = re.compile(r"[ \t\r]*(\n?)[ \t\r\n]*"), ["\n"], ["\n", ""]
-    if first == b"[":
-        gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
-        first = _next_visible(file)
-    if first in (b"", b"]"):
-        raise DataError("expected at least one sample, found none")
-    offset, size = file.tell() - 1, WINDOW
+    head = re.match(rb"(?:\xef\xbb\xbf)?\s*(\[?)\s*", file.read(4096))  # UTF-8 may begin with a mark
+    between, last = (",", "]") if head[1] else ("", "")
+    gap = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*")
+    offset, size = head.end(), WINDOW
     while True:
         file.seek(offset)
         window = file.read(size)
         text, is_rest, begin = window.decode("latin-1"), len(window) < size, 0
+        expect(text[:1] not in ("", "]"), "at least one sample", "none")
         try:
             while True:
                 _, end = decoder.raw_decode(text, begin)
                 window[begin:end].decode()  # raises a UnicodeDecodeError
                 after = gap.match(text, end)
                 is_last = after.end() == len(text)
-                if after[1] not in (last if is_last else between) or (is_last and not is_rest):
+                if after[1] != (last if is_last else between) or (is_last and not is_rest):
                     raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
                 yield offset + begin, offset + end
                 if is_last:
@@ -708,14 +689,6 @@ def _find_samples(file):
         offset, size = offset + begin, WINDOW if begin else 2 * size
 
 
-def _next_visible(file):
-    """Reads up to the next byte that is not white space, and returns it; b"" at the end of the file."""
-    byte = file.read(1)
-    while byte and byte in b" \t\r\n":
-        byte = file.read(1)
-    return byte
-
-
 def _syntax_error(file, offset, reason):
     line, rest = 1, offset
     file.seek(0)
@@ -727,8 +700,7 @@ def _syntax_error(file, offset, reason):
 
 # ---- checks of a sample and its masks ----
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one; tokenizers and file systems refuse it
-MAX_MASK_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
+MAX_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Keys of other formats, which say that frames or masks are others than they look like.
 UNKNOWN_KEYS = ("mask_ids", "masked_video", "timestamps")
@@ -756,41 +728,37 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
         turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
     objects = _parse_objects(entry, media)
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
-    expected_tags = f"as many {REGION_TAG} tags in the human turns as annotated objects ({len(objects)})"
-    expect(tags == len(objects), expected_tags, tags)
+    expect(tags == len(objects), f"as many {REGION_TAG} tags in questions as objects ({len(objects)})", tags)
     expect(media or not objects, "a video or image for the annotated objects", "neither key")
-    size = entry.get("height"), entry.get("width")
+    size, row = (entry.get("height"), entry.get("width")), entry.get("type") or ""
     size = None if size == (None, None) else size
-    expect(size is None or _is_size(size), f"height and width of at most {MAX_MASK_PIXELS} pixels", size)
-    question_type = "" if entry.get("type") is None else entry["type"]
-    expect(isinstance(question_type, str), "type: a string", question_type)
-    return Sample(place, entry.get("id", position), media, turns, objects, size, question_type)
+    expect(size is None or is_size(size), f"height and width of at most {MAX_PIXELS} pixels", size)
+    expect(isinstance(row, str), "type: a string", row)
+    return Sample(place, entry.get("id", position), media, turns, objects, size, row)
 
 
 def _parse_media(entry, media_folder, outside_paths):
     given = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
     expect(len(given) <= 1, "a video or an image, not both", given)
-    if not given:
-        return None
-    ((key, name),) = given.items()
-    names = name if isinstance(name, list) else [name]  # the later published files write ["a.mp4"]
-    is_one = len(names) == 1
-    expected = "video: one path, or a list of frame files" if key == "video" else "image: one path"
-    expect(is_one or (names and key == "video"), expected, name)
-    # An image may stand under "video", as in the published format's own example, but not the other way round.
-    must_be_image = key == "image" or not is_one
-    for name in names:
-        valid = isinstance(name, str) and name and "\0" not in name and not LONE_SURROGATE.search(name)
-        expect(valid, f"{key}: one path", name)
-        valid = _is_image_path(name) or not must_be_image
-        expect(valid, f"{key}: a file in {' '.join(IMAGE_SUFFIXES)}", name)
-        inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
-        expect(inside or outside_paths, f"{key}: a path inside the media folder (or --outside-paths)", name)
-    paths = [os.path.join(media_folder, name) for name in names]
-    return paths[0] if is_one else tuple(paths)
+    for key, value in given.items():
+        names = value if isinstance(value, list) else [value]  # the later published files write ["a.mp4"]
+        is_list = len(names) > 1
+        expect(
+            names and not (is_list and key == "image"), f"{key}: one path (or of a video, frame files)", value
+        )
+        for name in names:
+            expect(isinstance(name, str) and name, f"{key}: one path", name)
+            # An image may stand under "video", as in the published example, but not the other way round.
+            valid = is_image_path(name) or (key == "video" and not is_list)
+            expect(valid, f"{key}: a file in {' '.join(IMAGE_SUFFIXES)}", name)
+            inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
+            expect(inside or outside_paths, f"{key}: a path in the media folder (or --outside-paths)", name)
+        paths = tuple(os.path.join(media_folder, name) for name in names)
+        return paths if is_list else paths[0]
+    return None
 
 
-def _is_image_path(path):
+def is_image_path(path):
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -813,7 +781,6 @@ def _parse_turns(conversations, has_media):
             speaker, text = turn.get("from"), turn.get("value")
             expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(text, str) and text.strip(), "value: a text that is not empty", text)
-            expect(not LONE_SURROGATE.search(text), "value: no halves of surrogate pairs", text)
             if speaker == "gpt" and not texts:
                 continue  # an answer without a question teaches nothing
             expected = ("human", "gpt")[len(texts) % 2]
@@ -834,10 +801,10 @@ def _parse_turns(conversations, has_media):
 def _parse_objects(entry, media):
     """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}].
 
-    In an image, an object under `masks` may also be its SEG itself. On a frame where the SEG is null or absent
-    the object is hidden.
+    In an image, an object under `masks` may also be its SEG itself. Where the SEG is null or absent, the
+    object is hidden.
     """
-    is_image = isinstance(media, str) and _is_image_path(media)
+    is_image = isinstance(media, str) and is_image_path(media)
     given = {key: entry[key] for key in ("annotation", "masks") if entry.get(key) is not None}
     expect(len(given) <= 1, "annotation or masks, not both", sorted(given))
     name, listed = next(iter(given.items()), ("", []))
@@ -863,41 +830,12 @@ def _parse_objects(entry, media):
     return objects
 
 
-def check_polygon(polygon, height, width):
-    """Raises DataError unless it is [x1, y1, x2, y2, ...] near the frame. (pycocotools hangs on 1e30.)"""
-    expect(isinstance(polygon, list), "a polygon [x1, y1, x2, y2, ...]", polygon)
-    is_even = len(polygon) >= 6 and len(polygon) % 2 == 0
-    expect(is_even, "at least 3 points, an even count of numbers", polygon)
-    is_near = all(type(number) in (int, float) for number in polygon)
-    is_near = is_near and all(-width <= x <= 2 * width for x in polygon[0::2])  # False for NaN
-    is_near = is_near and all(-height <= y <= 2 * height for y in polygon[1::2])
-    expect(is_near, f"polygon points (x, y) in pixels, near the {width}x{height} frame", polygon)
-
-
-def check_rle(rle, height, width):
-    """Raises DataError unless it is COCO RLE, and of the frame's shape.
-
-    pycocotools decodes an RLE whose runs fall short of h * w into stale memory, without an error.
-    """
-    size, counts = rle.get("size"), rle.get("counts")
-    valid = isinstance(size, list) and _is_size(size)
-    expect(valid, f"size: [height, width] of at most {MAX_MASK_PIXELS} pixels", size)
-    check_same_shape(size, (height, width), "mask")
-    expect(isinstance(counts, (str, list)), "counts: a string, or a list of run lengths", counts)
-    runs = _rle_runs(counts) if isinstance(counts, str) else counts
-    valid = all(type(run) is int and run >= 0 for run in runs)
-    expect(valid, "counts: run lengths, whole numbers from 0", counts)
-    area = math.prod(size)
-    expect(sum(runs) == area, f"run lengths that sum to {size[0]} * {size[1]} = {area}", sum(runs))
-
-
-def _rle_runs(counts):
+def rle_runs(counts):
     """The run lengths in a compressed RLE string (COCO's rleFrString).
 
-    A number is a sequence of characters, each of which holds 5 bits, the lowest first (offset 48; bit 0x20:
-    more characters follow; bit 0x10 of the last: the number is negative). From the fourth run on, it is the
-    difference to the run two before. Six characters are more than a mask of MAX_MASK_PIXELS needs; with
-    seven, pycocotools shifts bits out of a C int and reads another number.
+    A character holds 5 bits of a number, the lowest first (offset 48; bit 0x20: more characters follow; bit
+    0x10 of the last: the number is negative). From the fourth run on, it is the difference to the run two
+    before. With seven characters, pycocotools shifts bits out of a C int and reads another number.
     """
     runs, value, shift = [], 0, 0
     for char in counts:
@@ -914,10 +852,10 @@ def _rle_runs(counts):
     return runs
 
 
-def _is_size(size):
+def is_size(size):
     """Whether size is a pair of height and width that a mask may have."""
     is_pair = len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    return is_pair and math.prod(size) <= MAX_MASK_PIXELS
+    return is_pair and math.prod(size) <= MAX_PIXELS
 
 
 def check_same_shape(size, frame_size, name):
@@ -1029,12 +967,12 @@ def open_media(path):
     path = os.fspath(path)
     with readable("a media file or a folder of images", path):
         if os.path.isdir(path):
-            names = [name for name in os.listdir(path) if _is_image_path(name) and not name.startswith(".")]
+            names = [name for name in os.listdir(path) if is_image_path(name) and not name.startswith(".")]
             expect(names, "images in the folder", "none")
             names.sort(key=_natural_order)
             return Images([os.path.join(path, name) for name in names], is_image=False)
         expect(os.path.getsize(path), "a file that is not empty", 0)
-    return Images([path], is_image=True) if _is_image_path(path) else Video(path)
+    return Images([path], is_image=True) if is_image_path(path) else Video(path)
 
 
 def _natural_order(name):
@@ -1051,9 +989,9 @@ def _in_order(indices, info):
     return sorted({int(k) for k in indices})
 
 
-def _check_size(picture, info):
-    first = info.height, info.width
-    expect(picture.shape[:2] == first, f"the first frame's height and width {first}", picture.shape[:2])
+def _check_size(picture, info, name):
+    first, (height, width, _) = (info.height, info.width), picture.shape
+    expect((height, width) == first, f"{name} of the first frame's height and width {first}", (height, width))
 
 
 class Images:
@@ -1076,7 +1014,7 @@ class Images:
             with readable("an image that decodes", self.files[k]), Image.open(self.files[k]) as image:
                 # Turned as EXIF says (as Hugging Face's load_image does).
                 pictures[k] = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-                _check_size(pictures[k], self.info)
+                _check_size(pictures[k], self.info, "an image")
         return pictures
 
 
@@ -1097,81 +1035,69 @@ class Video:
         self.path = path
         with readable(A_VIDEO, path):
             with open_video(path) as (container, stream):
-                fps, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
+                rate, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
                 first, self.pts, self.keyframes = list_packets(container, stream)
-            shown = self.pts
+            times = self.pts
             if self.pts is None:
-                shown = []
                 with open_video(path) as (container, stream):
-                    for frame in shown_frames(container, stream):
-                        first = frame if not shown else first
-                        shown.append(frame.pts)
-            expect(shown, "at least one frame", "none that decodes")
-        self.times = [k / float(fps) for k in range(len(shown))]
-        # Times that fall or are missing (joined files) tell nothing. A rate from a header tells little, too:
-        # Matroska's claims a steady one for any video.
-        if None not in shown and all(a < b for a, b in zip(shown, shown[1:])):
-            self.times = [float((pts - shown[0]) * time_base) for pts in shown]
-            if len(shown) > 1:
-                fps = (len(shown) - 1) / ((shown[-1] - shown[0]) * time_base)
-        lies_down = round(first.rotation / 90) % 2
-        height, width = (first.width, first.height) if lies_down else (first.height, first.width)
-        self.info = MediaInfo(len(shown), float(fps), height, width, is_image=False)
-        self.nbytes = 100 * len(shown)  # about what times and pts take
+                    frames = shown_frames(container, stream)
+                    first = next(frames, None)
+                    expect(first, "at least one frame", "none that decodes")
+                    times = [first.pts, *(frame.pts for frame in frames)]
+        n = len(times)
+        self.times = [k / float(rate) for k in range(n)]
+        # Times that fall or are missing (joined files) tell nothing. Rising ones tell more than a rate:
+        # Matroska's header claims a steady one for any video.
+        if n > 1 and None not in times and all(a < b for a, b in zip(times, times[1:])):
+            self.times = [float((time - times[0]) * time_base) for time in times]
+            rate = (n - 1) / ((times[-1] - times[0]) * time_base)
+        height, width = first.height, first.width
+        if round(first.rotation / 90) % 2:
+            height, width = width, height
+        self.info = MediaInfo(n, float(rate), height, width, is_image=False)
+        self.nbytes = 100 * n  # about what times and pts take
 
     def read(self, indices):
         with readable(A_VIDEO, self.path):
             wanted, pictures = _in_order(indices, self.info), {}
-            if self.pts is not None:
-                with suppress(av.FFmpegError):  # some files refuse to be sought in
-                    pictures = self._seek(wanted)
+            with suppress(av.FFmpegError):  # some files refuse to be sought in
+                pictures = self._decode(wanted, may_seek=self.pts is not None)
             if len(pictures) < len(wanted):
-                pictures = self._decode_all(wanted)
+                pictures = self._decode(wanted, may_seek=False)
             missing = [k for k in wanted if k not in pictures]
             expect(not missing, f"{self.info.num_frames} frames that decode", f"that {missing} do not")
             for k, picture in pictures.items():
-                with within(f"frame {k}"):
-                    _check_size(picture, self.info)
+                _check_size(picture, self.info, f"frame {k}")
         return pictures
 
-    def _seek(self, wanted):
-        """Returns {frame index: picture}; fewer than the wanted frames if anything is odd."""
-        pictures, index, index_of = {}, -1, dict(zip(self.pts, count()))
+    def _decode(self, wanted, may_seek):
+        """Returns {frame index: picture}; with may_seek, fewer than are wanted if anything is odd."""
+        pictures, index, index_of = {}, -1, dict(zip(self.pts or [], count()))
         with open_video(self.path) as (container, stream):
-            # Frames that are not wanted and that no other frame refers to (most B-frames) are not decoded.
-            skips = stream.codec.canonical_name == "h264"
+            # H.264 frames that are not wanted and that no other frame refers to (most B-frames) are left out.
+            skips = may_seek and stream.codec.canonical_name == "h264"
             needed = {self.pts[k] for k in wanted} if skips else None
             frames, sought = shown_frames(container, stream, needed), None
             for k in wanted:
-                keyframe = self.keyframes[bisect_right(self.keyframes, k) - 1]
+                keyframe = self.keyframes[bisect_right(self.keyframes, k) - 1] if may_seek else 0
                 if keyframe > index + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
                     container.seek(self.pts[keyframe], stream=stream)
                     frames, sought = shown_frames(container, stream, needed), keyframe
-                for frame in frames:
-                    index = index_of.get(frame.pts, -1)
-                    # The file's own index may lead to an earlier keyframe. In H.264 with intra refresh, a
-                    # "keyframe" is where a gradual refresh begins, and other frames come out first.
-                    is_keyframe = sought is None or (index in self.keyframes and index <= sought)
-                    if index < 0 or frame.is_corrupt or not is_keyframe:
+                while index < k:
+                    frame = next(frames, None)
+                    if frame is None:
+                        return pictures
+                    index = index_of.get(frame.pts, -1) if self.pts else index + 1
+                    # A seek may lead to an earlier keyframe. In H.264 with intra refresh, a "keyframe" is
+                    # where a gradual refresh begins, and other frames come out first.
+                    is_begin = sought is None or (index in self.keyframes and index <= sought)
+                    if may_seek and (index < 0 or frame.is_corrupt or not is_begin):
                         return pictures
                     sought = None
-                    if index >= k:
-                        break
-                if index != k:
-                    return pictures
-                pictures[k] = as_displayed(frame)
-        return pictures
-
-    def _decode_all(self, wanted):
-        """Returns {frame index: picture}, decoded from the first packet on."""
-        pictures, index_of = {}, None if self.pts is None else dict(zip(self.pts, count()))
-        with open_video(self.path) as (container, stream):
-            for k, frame in enumerate(shown_frames(container, stream)):
-                k = k if index_of is None else index_of.get(frame.pts)
-                if k in wanted:
-                    pictures[k] = as_displayed(frame)
-                if len(pictures) == len(wanted):
-                    break
+                if index == k:
+                    # As displayed (both count counterclockwise). Pixels may not be square, as in masks.
+                    picture = frame.to_ndarray(format="rgb24", threads=1)
+                    pictures[k] = np.rot90(picture, round(frame.rotation / 90))
         return pictures
 
 
@@ -1199,32 +1125,31 @@ def list_packets(container, stream):
     pts occurs once; and who starts at a later keyframe knows all that the decoder must: the parameter sets do
     not change after the first packet (as they may where files were joined).
     """
+    counted = None, None, None
     codec, extradata = stream.codec.canonical_name, stream.codec_context.extradata or b""
-    stores_pts = container.format.name.startswith(("mov,", "matroska,"))
-    if not stores_pts or codec not in SEEKABLE_CODECS:
-        return None, None, None
-    first, known, packets = None, b"", []
+    if not container.format.name.startswith(("mov,", "matroska,")) or codec not in SEEKABLE_CODECS:
+        return counted
+    first, known, all_pts, shown, keyframe_pts = None, b"", [], [], []
     for packet in container.demux(stream):
         content = bytes(packet)
         known = known or extradata + content
         is_changed = any(part not in known for part in parameter_sets(content, codec, extradata))
-        if packet.is_corrupt or is_changed or packet.has_sidedata("new_extradata"):
-            return None, None, None
+        begins_late = not (all_pts or packet.is_keyframe)
+        if packet.is_corrupt or is_changed or begins_late or packet.has_sidedata("new_extradata"):
+            return counted
         if first is None:
             first = next(iter(packet.decode()), None)
         if content:  # the last packet is empty: it flushes the decoder
-            packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
-    pts = [pts for pts, _, _ in packets]
-    shown = sorted(
-        pts for pts, _, is_hidden in packets if not is_hidden and pts is not None
-    )  # by an edit list
-    has_times = None not in pts and len(set(pts)) == len(pts)
-    if first is None or not has_times or pts[0] != min(pts) or first.pts != shown[0] or not packets[0][1]:
-        return None, None, None
-    keyframes = [
-        bisect_right(shown, pts) - 1 for pts, is_key, is_hidden in packets if is_key and not is_hidden
-    ]
-    return first, shown, sorted({0, *keyframes})
+            all_pts.append(packet.pts)
+            if not packet.is_discard:  # an edit list hides these
+                shown.append(packet.pts)
+                keyframe_pts += [packet.pts] if packet.is_keyframe else []
+    if first is None or None in all_pts or len(set(all_pts)) < len(all_pts):
+        return counted
+    shown.sort()
+    if all_pts[0] != min(all_pts) or first.pts != shown[0]:
+        return counted
+    return first, shown, sorted({0, *(bisect_right(shown, pts) - 1 for pts in keyframe_pts)})
 
 
 def parameter_sets(content, codec, extradata):
@@ -1257,79 +1182,6 @@ def shown_frames(container, stream, needed=None):
             with suppress(av.error.InvalidDataError):
                 frames = packet.decode()
             yield from frames
-
-
-def as_displayed(frame):
-    """uint8 (H, W, 3) RGB, turned as the file says. Pixels that are not square stay so, as in masks."""
-    picture = frame.to_ndarray(format="rgb24", threads=1)
-    return np.rot90(picture, round(frame.rotation / 90))  # both count counterclockwise
-
-
-# ---- the picture of samples ----
-
-
-def preview(dataset, sample_indices, path, frames_shown=3):
-    """Draws a row for each of the samples to a PNG file: some annotated frames with the objects outlined and
-    numbered, below each what is encoded of it, with its cells as bright as they are covered, and the
-    conversation, its `<region>` tags numbered as the outlines are.
-    """
-    from matplotlib.figure import Figure  # takes a second, which each worker and each run would wait for
-
-    figure = Figure((3 * frames_shown + 5, 5 * len(sample_indices)), layout="constrained")
-    for row, i in zip(figure.subfigures(len(sample_indices), squeeze=False)[:, 0], sample_indices):
-        sample, numbers = dataset.samples[i], count(1)
-        pictures_side, text_side = row.subfigures(1, 2, width_ratios=(3 * frames_shown, 5))
-        lines = [*sample.place, media_name(sample.media or "text only"), ""]
-        for question, answer in sample.turns:
-            parts = question.split(REGION_TAG)
-            question = parts[0] + "".join(f"<region {next(numbers)}>{part}" for part in parts[1:])
-            lines += [f"Q: {question}", f"A: {answer}"]
-        text = "\n".join(textwrap.fill(line, 60) for line in lines)
-        text_side.text(0, 0.95, text, va="top", parse_math=False)
-        if not sample.media:
-            continue
-        with within(*sample.place):
-            media = dataset.media_of(sample)
-            objects = dataset.choose_objects(sample, media.info, np.random.default_rng(0))
-            frames = evenly(sorted(set().union(*objects)) or [0], frames_shown)
-            pictures = media.read(frames)
-        for column, frame in zip(pictures_side.subfigures(1, len(frames), squeeze=False)[0], frames):
-            masks = {k: masks[frame] for k, masks in enumerate(objects) if frame in masks}
-            _draw_frame(column, dataset, frame, pictures[frame], masks, media.info)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-
-
-def _draw_frame(figure, dataset, frame, picture, masks, info):
-    """Draws a frame with the outlines of its objects {number: mask (H, W)}, and below it their views."""
-    frame_part, views_part = figure.subfigures(2, 1)
-    ax = frame_part.subplots()
-    extent = (0, info.width, info.height, 0)
-    is_dark = np.full((info.height, info.width), bool(masks))
-    views = {}  # View -> its objects' numbers, and their coverage
-    for k, mask in masks.items():
-        inside, colour = coverage(mask, info.height, info.width), f"C{k % 10}"
-        half = min(0.5, inside.max() / 2)  # an object may be smaller than a pixel
-        is_dark &= inside < half  # the pixels of objects stay as they are
-        ax.contour(inside, [half], colors=colour, linewidths=1.5, extent=extent, origin="upper")
-        top, _, left, _ = mask_bounds(inside > 0)
-        ax.text(left, top, k + 1, color=colour, weight="bold", va="bottom")
-        view, cells = dataset.region_view(frame, mask, info)
-        numbers, others = views.get(view, ("", 0))  # several objects may share a view
-        views[view] = f"{numbers} {k + 1}", np.maximum(cells, others)
-    ax.imshow(np.where(is_dark[:, :, None], picture // 2, picture), extent=extent)
-    ax.set_title(f"frame {frame}")
-    side = max(1, math.ceil(len(views) ** 0.5))
-    for ax, (view, (numbers, cells)) in zip(
-        views_part.subplots(side, side, squeeze=False).flat, views.items()
-    ):
-        top, bottom, left, right = view.part
-        part = Image.fromarray(picture[top:bottom, left:right]).resize(view.size[::-1])
-        light = np.kron(0.15 + 0.85 * cells, np.ones((dataset.processor.factor,) * 2))
-        ax.imshow(np.uint8(part * light[:, :, None]))
-        ax.set_title(f"encoded:{numbers}", fontsize=8)
-    for ax in (*frame_part.axes, *views_part.axes):
-        ax.set_axis_off()
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ import argparse
 import json
 import os
 import re
-from bisect import bisect_right
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, cycle
 from pathlib import Path
@@ -98,21 +98,20 @@ class Questions(data.ReferringDataset):
     def _others_masks(self, sample, rng):
         """The masks of a random object of a random sample on other media."""
         for i in rng.permutation(len(self)).tolist():
-            try:
+            with suppress(data.DataError):  # a bad sample cannot lend its masks; it has its own report
                 donor = self.samples[i]
-                if donor.objects and not files_of(donor.media) & files_of(sample.media):
+                if donor.objects and not files_of(donor) & files_of(sample):
                     k = int(rng.integers(len(donor.objects)))
                     donor = replace(donor, objects=[donor.objects[k]])
                     [masks] = super().choose_objects(donor, self.media_of(donor).info, rng)
                     return masks.values()
-            except data.DataError:  # it cannot lend its masks; it has its own report
-                continue
         raise data.DataError("expected a sample with regions on other media to take masks from, found none")
 
 
-def files_of(media):
-    """The normalised paths of a sample's media, as a set: media that share a frame file are the same."""
-    return {os.path.normpath(path) for path in ([media] if isinstance(media, str) else media)}
+def files_of(sample):
+    """The paths of a sample's media, as a set: media that share a frame file are the same."""
+    media = [sample.media] if isinstance(sample.media, str) else sample.media
+    return {os.path.normpath(path) for path in media}
 
 
 def fill_box(mask):
@@ -133,7 +132,7 @@ def without_media(sample):
 
 
 def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0):
-    """Yields for each key of Questions, in order, the model's reply as text, or the DataError of a bad sample."""
+    """Yields for each key of Questions, in order, the reply as text, or the DataError of a bad sample."""
     tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
     end_token_ids = model.end_token_ids(tokenizer)
     batches = train.read_batches(dataset, batches_of_keys, device, workers, for_generation=True)
@@ -175,7 +174,7 @@ def read_questions(samples, strict):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
             asked = {"turn": turn, "question": text, "answer": answer, "regions": about_regions}
-            questions.append(common | asked | (size_of(sample, turn) if sample else {}))
+            questions.append(common | asked)
     if all("error" in q for q in questions):
         raise data.DataError(f"{questions[0]['error']} (and no other entry is right)")
     return questions
@@ -253,10 +252,8 @@ def ask_all(model, dataset, questions, args):
     asked = [i for i in asked if i not in replies and "error" not in questions[i]]
     batches = train.shared_out(asked, args.batch_size)
     keys = [[(questions[i]["sample"], questions[i]["turn"]) for i in batch] for batch in batches]
-    new = {}
-    for i, reply in zip(
-        chain(*batches), generate_replies(model, dataset, keys, args.max_new_tokens, args.workers)
-    ):
+    new, generated = {}, generate_replies(model, dataset, keys, args.max_new_tokens, args.workers)
+    for i, reply in zip(chain(*batches), generated):
         new[i] = reply
         if isinstance(reply, str):  # an error is not kept: the video may be there in the next run
             train.append_jsonl(path, (i, reply))
@@ -267,38 +264,14 @@ def ask_all(model, dataset, questions, args):
 
 # ---- scores ----
 
-# COCO's sizes of objects: below 32 * 32 pixels, below 96 * 96, and above.
-SIZES, SIZE_LIMITS = ("small", "medium", "large"), (32**2, 96**2)
-
-
-def size_of(sample, turn):
-    """Returns {"size": one of SIZES} of the smallest object that the turn, or the latest before it, points at.
-
-    An object's area is its mean over the frames where it is visible, in pixels of its masks; polygons need
-    height and width in the data file. Returns {} where there is no object, or no such area.
-    """
-    tags = [question.count(data.REGION_TAG) for question, _ in sample.turns[: turn + 1]]
-    latest, areas = [count for count in tags if count][-1:], []
-    for masks in sample.objects[sum(tags) - sum(latest) : sum(tags)]:
-        try:
-            found = [data.decode_mask(mask, *(sample.size or mask["size"])) for mask in masks.values()]
-        except (
-            data.DataError,
-            TypeError,
-            LookupError,
-        ):  # a bad mask, or a polygon on a frame of unknown size
-            return {}
-        areas.append(np.mean([mask.sum() for mask in found if mask.any()] or [0]))
-    return {"size": SIZES[bisect_right(SIZE_LIMITS, min(areas))]} if areas else {}
-
 
 def score(questions, columns, suffix=""):
     """Prints a table, and returns it as {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
     A question that was asked for a column has the key column + suffix, and is right if that equals its answer.
-    The rows are the types of questions, the sizes of objects (unless all have one size), "about regions" (if
-    only some are), and "all". The column "constant" is added: always the most frequent answer to questions of
-    this type, with or without regions, so that it can be compared with the controls.
+    The rows are the types of questions, "about regions" (if only some are), and "all". The column "constant"
+    is added: always the most frequent answer to questions of this type, with or without regions, so that it
+    can be compared with the controls.
     """
     frequent, rows = defaultdict(Counter), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["type"]):
@@ -306,10 +279,9 @@ def score(questions, columns, suffix=""):
         rows[q["type"]].append(q)
     for q in questions:
         q["constant" + suffix] = frequent[q["type"], q["regions"]].most_common(1)[0][0]
-    groups = {size: [q for q in questions if q.get("size") == size] for size in SIZES}
-    groups = groups if sum(map(bool, groups.values())) > 1 else {}
-    groups["about regions"] = [q for q in questions if q["regions"]]
-    rows |= {name: group for name, group in groups.items() if 0 < len(group) < len(questions)}
+    about_regions = [q for q in questions if q["regions"]]
+    if 0 < len(about_regions) < len(questions):
+        rows["about regions"] = about_regions
     rows["all"] = questions
     scores, width = {}, max(map(len, rows)) + 3
     print(" " * width + "".join(f"{column:>18}" for column in (*columns, "constant")))
@@ -470,7 +442,7 @@ def read_marks(reply):
 
 
 def judge(args):
-    """Has descriptions judged by a server of chat completions, and prints the mean marks of each column.
+    """Has the descriptions of one column judged by a server of chat completions, and prints the mean marks.
 
     Each reply becomes a line of judged.jsonl, beside the predictions, as it comes, and is not paid for again.
     """
@@ -481,42 +453,33 @@ def judge(args):
     client = openai.OpenAI(base_url=args.url, api_key=key, max_retries=8, timeout=120)
     judged = {json.dumps(line["request"]): line for line in train.read_jsonl(path)}
     train.write_jsonl(path, judged.values())  # without the half line that a kill may have left
-    lines, marks = data.read_samples(args.predictions), defaultdict(list)
-    entries = [lines.read(i) for i in range(len(lines))]
-    columns = [name for name in ("pred", *CONTROLS) if any(name in entry[0] for entry in entries)]
-    for column in columns:
-        for line, place, *_ in tqdm(entries, column, unit="reply", leave=False):
-            with data.within(*place):
-                valid = isinstance(line, dict) and {"caption", column} <= line.keys()
-                data.expect(valid, f'an object with "caption" and "{column}"', line)
-            if line[column] is None:
-                continue  # a bad entry
-            user = f"##Correct answer: {line['caption']}\n##Predicted answer: {line[column]}\n"
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-            request = {"model": args.judge, "messages": messages, "temperature": 0}
-            if json.dumps(request) not in judged:
-                try:
-                    answer = client.chat.completions.create(**request)
-                    reply = answer.choices[0].message.content or ""  # None: withheld by a filter
-                except (openai.OpenAIError, AttributeError, LookupError, TypeError) as error:
-                    raise data.DataError(
-                        f"{error}. The same command goes on from here", f"--url {args.url}"
-                    ) from None
-                found = {"id": line.get("id"), "request": request, "reply": reply, "model": answer.model}
-                judged[json.dumps(request)] = found
-                train.append_jsonl(path, found)
-            marks[column].append(read_marks(judged[json.dumps(request)]["reply"]))
-    print(" " * 26 + "".join(f"{column:>9}" for column in columns))
-    read = {column: np.array([four for four in marks[column] if four]) for column in columns}
-    for i, aspect in enumerate((*ASPECTS, "Average")):
-        means = [
-            four[:, [i] if i < 4 else slice(4)].mean() if len(four) else np.nan for four in read.values()
-        ]
-        print(f"{aspect:26}" + "".join(f"{mean:9.2f}" for mean in means))
-    for column in columns:
-        print(
-            f"{column}: {len(marks[column])} replies, {len(marks[column]) - len(read[column])} without four marks"
-        )
+    lines, marks = data.read_samples(args.predictions), []
+    for i in tqdm(range(len(lines)), "judge", unit="reply", leave=False):
+        line, place, *_ = lines.read(i)
+        with data.within(*place):
+            valid = isinstance(line, dict) and {"caption", args.column} <= line.keys()
+            data.expect(valid, f'an object with "caption" and "{args.column}"', line)
+        if line[args.column] is None:
+            continue  # a bad entry
+        user = f"##Correct answer: {line['caption']}\n##Predicted answer: {line[args.column]}\n"
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        request = {"model": args.judge, "messages": messages, "temperature": 0}
+        key = json.dumps(request)
+        if key not in judged:
+            try:
+                answer = client.chat.completions.create(**request)
+                reply = answer.choices[0].message.content or ""  # None: withheld by a filter
+            except (openai.OpenAIError, AttributeError, LookupError, TypeError) as error:  # or no completion
+                raise data.DataError(
+                    f"{error}. The same command goes on from here", f"--url {args.url}"
+                ) from None
+            judged[key] = {"id": line.get("id"), "request": request, "reply": reply, "model": answer.model}
+            train.append_jsonl(path, judged[key])
+        marks.append(read_marks(judged[key]["reply"]))
+    read = [four for four in marks if four]
+    for aspect, mean in zip((*ASPECTS, "Average"), [*np.mean(read, axis=0), np.mean(read)] if read else []):
+        print(f"{aspect:26}{mean:9.2f}")
+    print(f"{args.column}: {len(marks)} replies, {len(marks) - len(read)} without four marks, left out")
 
 
 # ---- A first reading may end here. Below: a question of your own, SAM 2, and the command line. ----
@@ -536,7 +499,7 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     sample = data.parse_sample(entry, (data.media_name(media),), "", 0, outside_paths=True)
     dataset = Questions([sample], processor)
     if preview:
-        data.preview(dataset, [0], preview, frames_shown=max(1, len(set().union(*objects))))
+        train.preview(dataset, [0], preview, frames_shown=max(1, len(set().union(*objects))))
     [reply] = generate_replies(model, dataset, [[(0, 0)]], max_new_tokens)
     if isinstance(reply, data.DataError):
         raise reply
@@ -568,7 +531,7 @@ def box(x, y, w, h):
 
 
 def read_object(words, info):
-    """Returns an object of the command line, ["FRAME:MASK", ...], as track takes it. info: a data.MediaInfo."""
+    """Returns an object of the command line, ["FRAME:MASK", ...], as track takes it. info: data.MediaInfo."""
     masks = {}
     for word in words:
         frame, mask = re.fullmatch(r"(?:(\d+):)?(.*)", word).groups()
@@ -686,6 +649,7 @@ def parse(argv=None):
             add("--prompt", required=True, help="the judge's system prompt: the published system.txt")
             add("--url", default="https://api.openai.com/v1", help="a server; its key is in OPENAI_API_KEY")
             add("--judge", default="gpt-4o", help="the server's model (default: gpt-4o)")
+            add("--column", choices=("pred", *CONTROLS), default="pred", help="(default: pred)")
             continue
         if name == "score":
             add("file", help="VideoRefer-Bench-Q.json")

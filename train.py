@@ -11,8 +11,8 @@
         of the loss summed over all micro-batches of all ranks, divided once by the step's supervised tokens
 
 It writes OUT/config.json (all options), OUT/metrics.jsonl (a line for each step, and one for each measurement
-on --val data), OUT/bad_samples.jsonl (which samples could not be used, and why), OUT/step-NNNNNN (checkpoints,
-with --save-every or on SIGTERM) and OUT/final (the model). eval.py --model takes each of these folders.
+on --val data), OUT/bad_samples.jsonl (which samples could not be used, and why), OUT/step-NNNNNN (with
+--save-every or on SIGTERM: what has been learned so far) and OUT/final (the model, for eval.py).
 
 A step sees the same samples and, but for dropout, takes the same gradient whatever the number of ranks and
 the size of the micro-batches. Everything random in it is a function of (seed, step, rank) or (seed, epoch,
@@ -35,21 +35,24 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 
-# While torch's threads wait for each other they spin, and beside one busy neighbour a step then takes twice as
-# long. Passive threads sleep, which costs nothing on quiet cores. To be set before torch is imported.
+# While torch's threads wait for each other they spin, and beside one busy neighbour a step takes twice as long.
+# Passive threads sleep, which costs nothing on quiet cores. To be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -66,24 +69,18 @@ FRAME_CACHE = 128 << 20  # bytes of decoded frames that the workers of a rank ke
 HANGING = 3600  # seconds after which a batch will not come any more: some call of a library hangs
 
 
-def option(default, help, group=None, may_change=False, **others):
-    """A field of Config. others: the default with a pretrained model, or with lora, where that is another.
-    group: the heading of this option and of those below it. may_change: a resumed run may have another value.
+def option(default, help, group=None, **others):
+    """A field of Config. others: defaults with a `pretrained` model, or with `lora`, where they are others.
+    group: the heading of this option and of those below it.
     """
-    metadata = {
-        "help": help,
-        "group": group,
-        "may_change": may_change,
-        "defaults": {"tiny": default} | others,
-    }
+    metadata = {"help": help, "group": group, "defaults": {"tiny": default} | others}
     return field(default=None if others else default, metadata=metadata)
 
 
-def setting(name, help, **more):
-    """A field of Config that is one of data.Settings, whose default may be saved with the model."""
-    pixels = data.PRETRAINED_PIXELS.get(name)
+def setting(name, help, group=None):
+    """A field of Config that is one of data.Settings. It may be saved with the model."""
     default = getattr(data.Settings, name)
-    return option(default, help, pretrained=pixels or default, **more)
+    return option(default, help, group, pretrained=data.PRETRAINED_PIXELS.get(name, default))
 
 
 @dataclass
@@ -91,33 +88,20 @@ class Config:
     """The command line: each field is an option. fill_in_defaults replaces None."""
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL", "data")
-    media: str = option(
-        None, "folder that media paths are relative to (default: each file's own)", may_change=True
-    )
-    outside_paths: bool = option(False, "accept media paths that leave that folder", may_change=True)
+    media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
+    outside_paths: bool = option(False, "accept media paths that are absolute or leave that folder")
     val: list[str] = option(None, "held-out data files, whose loss is measured; a bad sample ends the run")
-    val_every: int = option(
-        None, "steps between two measurements (default: at start and end)", may_change=True
-    )
-    max_bad: float = option(0.01, "stop when a larger share of the samples cannot be used", may_change=True)
-    check: bool = option(False, "read all samples, say what is wrong with them, and end", may_change=True)
-    problems: str = option(None, "with --check: a JSONL file for all problems", may_change=True)
-    preview: str = option(None, "with --check: a PNG file, some samples drawn", may_change=True)
+    val_every: int = option(None, "steps between two measurements (default: at the start and the end)")
+    max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
+    check: bool = option(False, "read all samples as the run would, say what is wrong with them, and end")
+    problems: str = option(None, "with --check: a JSONL file for all problems")
+    preview: str = option(None, "with --check: a PNG file in which some samples are drawn")
 
-    model: str = option(
-        "tiny", "tiny (random weights), or name or folder of a Qwen3.5, Qwen3-VL, Qwen2.5-VL", "model"
-    )
-    train: str = option(
-        "region,projector,llm,vision",
-        "what learns: some of these, or lora in place of llm",
-        pretrained="region",
-    )
+    model: str = option("tiny", "tiny (random weights), or a Qwen3.5, Qwen3-VL, Qwen2.5-VL", "model")
+    train: str = option("region,projector,llm,vision", "what learns; lora: adapters", pretrained="region")
     lora_rank: int = option(None, "rank of the adapters that lora adds to the LLM", lora=16)
-    out: str = option("out", "a new folder for all output, or with --resume that of a run", may_change=True)
 
-    num_frames: int = setting(
-        "num_frames", "frames sampled evenly from a video", group="how media become tokens"
-    )
+    num_frames: int = setting("num_frames", "frames sampled evenly from a video", "how media become tokens")
     frame_pixels: int = setting("frame_pixels", "pixels of such a frame at most")
     region_pixels: int = setting("region_pixels", "pixels of an image, or of what shows an object, at most")
     window: int = setting("window", "encode a square so many times an object's box; 0: the whole frame")
@@ -136,23 +120,31 @@ class Config:
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
     seed: int = option(0, "of the weights, the order and every random choice")
 
-    save_every: int = option(
-        None, "steps between checkpoints (default: only on SIGTERM)", "run", may_change=True
-    )
-    keep: int = option(2, "how many checkpoints stay, the latest ones", may_change=True)
-    resume: bool = option(False, "go on with the run in --out, or begin if there is none", may_change=True)
-    micro_batch: int = option(8, "samples per forward pass of a rank at most", may_change=True)
-    workers: int = option(
-        None, "processes per rank that read data (default: its cores, at most 16)", may_change=True
-    )
-    fsdp: bool = option(
-        False, "shard weights, gradients and optimizer over the ranks (FSDP2)", may_change=True
-    )
-    grad_checkpoint: bool = option(
-        False, "compute layers again in the backward pass, to save memory", may_change=True
-    )
-    compile: bool = option(False, "compile the layers: slower at first, then faster", may_change=True)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", may_change=True)
+    out: str = option("out", "a new folder for all output, or with --resume that of the run", "run")
+    save_every: int = option(None, "steps between checkpoints OUT/step-NNNNNN (default: only on SIGTERM)")
+    keep: int = option(2, "how many checkpoints stay, the latest ones")
+    resume: bool = option(False, "go on with the run in --out, or begin it")
+    micro_batch: int = option(8, "samples per forward pass of a rank at most")
+    workers: int = option(None, "processes per rank that load data (default: its cores, at most 16)")
+    fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2, not DDP)")
+    grad_checkpoint: bool = option(False, "compute layers again in the backward pass rather than store them")
+    compile: bool = option(False, "compile the layers (torch.compile): slower at first, then faster")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+
+
+# The options that a resumed run may change. The metrics depend on all the others.
+MAY_CHANGE = {
+    "media",
+    "outside_paths",
+    "val_every",
+    "max_bad",
+    "check",
+    "problems",
+    "preview",
+    "out",
+    "save_every",
+}
+MAY_CHANGE |= {"keep", "resume", "micro_batch", "workers", "fsdp", "grad_checkpoint", "compile", "device"}
 
 
 # ---- the data of a step ----
@@ -193,8 +185,8 @@ def micro_batches_of(order, size):
 def read_batches(dataset, batches_of_keys, device, workers, **options):
     """Yields the batch (data.collate) of each list of the dataset's keys, on the device.
 
-    A bad sample (DataError) keeps its place in the list, so that all ranks have as many batches: they wait for
-    each other in each forward pass. A batch of bad samples alone holds a single token.
+    A bad sample (DataError) keeps its place in the list, so that all ranks have as many batches: they wait
+    for each other in each forward pass. A batch of bad samples alone holds a single token.
     """
     loader = DataLoader(
         dataset,
@@ -267,8 +259,8 @@ def backward(model, micro_batches):
     losses = []
     for micro_step, batch in enumerate(micro_batches):
         if isinstance(model, DistributedDataParallel):
-            # In DDP training we only need to exchange gradients after the last micro-batch. FSDP does so after
-            # each, because it is for models whose whole gradient, which it would have to keep, does not fit.
+            # In DDP training we only need to exchange gradients after the last micro-batch. FSDP does so
+            # after each, because it is for models whose whole gradient, which it would keep, does not fit.
             model.require_backward_grad_sync = micro_step == len(micro_batches) - 1
         loss = model(batch)
         # DDP and FSDP average the gradients of the ranks. We want their sum, hence the world size.
@@ -295,7 +287,7 @@ def train(config):
     val_samples = data.read_samples(config.val, config.media, config.outside_paths) if config.val else []
     processor = build_processor(config, samples)
     if config.check:
-        return check(config, samples, processor)
+        return check(config, samples, processor) if rank() == 0 else None
     ckpt = read_checkpoint(config, len(samples), len(val_samples))
     first_step = ckpt["step"] if ckpt else 0
     model, groups = build_model(config, processor, device)
@@ -315,7 +307,7 @@ def train(config):
     dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, cache)
     batches = read_batches(dataset, keys, device, config.workers)
     held_out = data.ReferringDataset(val_samples, processor, cache_bytes=cache)
-    bad_samples = BadSamples(config, len(samples))
+    bad = {tuple(line["places"][:2]) for line in read_jsonl(f"{config.out}/bad_samples.jsonl")}
     steps = f"{config.steps} steps of {config.batch_size} samples"
     print0(f"{config.model}: {steps} out of {len(samples)}, on {world_size()} x {device.type}")
 
@@ -342,11 +334,11 @@ def train(config):
         errors = [error for batch in micro_batches for error in batch["errors"] if error is not None]
         supervised_tokens = sum(len(batch["targets"]) for batch in micro_batches)
         tokens = sum(batch["num_tokens"] for batch in micro_batches)
-        counts = [loss_of_rank, supervised_tokens, tokens, len(errors), len(sigterms)]
-        counts = np.sum(gather_over_ranks(counts), axis=0).tolist()
-        loss_sum, supervised_tokens, tokens, num_bad, stop = counts
-        if num_bad:
-            bad_samples.add(errors, step)
+        counts = np.array([loss_of_rank, supervised_tokens, tokens, len(sigterms)])
+        counts, errors = zip(*gather_over_ranks((counts, errors)))
+        loss_sum, supervised_tokens, tokens, stop = sum(counts).tolist()
+        errors = sum(errors, [])
+        leave_out(errors, bad, step, config, len(samples))
 
         # From sums to means, clip the gradient, and take one step of the optimizer.
         loss, grad_norm = (x / max(supervised_tokens, 1) for x in (loss_sum, norm_of_sum))
@@ -374,7 +366,7 @@ def train(config):
             "grad_norm": grad_norm,
             "supervised_tokens": int(supervised_tokens),
             "tokens_per_s": tokens / seconds,
-            "samples_per_s": (config.batch_size - num_bad) / seconds,
+            "samples_per_s": (config.batch_size - len(errors)) / seconds,
         }
         log(config, "metrics.jsonl", line)
         progress.set_postfix(loss=loss)
@@ -482,9 +474,8 @@ def shard(model, device):
     outside of layers (embeddings, mergers, region encoder) throughout a step. Layers move to the device one
     by one, so that it never holds the whole model.
 
-    In CPU memory each rank loads a whole model first, 4 bytes a weight: 256 GB for 8 billion weights on the 8
-    GPUs of a machine. Saving gathers 12 bytes a trained weight there, on rank 0. Gradients are exchanged
-    after each micro-batch: few large ones, with --grad-checkpoint, mean little traffic.
+    In CPU memory each rank loads a whole model first, 4 bytes a weight, and saving gathers 12 bytes a trained
+    weight on rank 0. Gradients are exchanged after each micro-batch: have few large ones.
     """
     # The inputs are not cast, because autocast handles them, and positions in time need float32.
     dtype = torch.bfloat16 if device.type == "cuda" else None
@@ -562,26 +553,19 @@ def errors_in_one_line():
             worker.kill()
 
 
-class BadSamples:
-    """Writes each sample that could not be used to OUT/bad_samples.jsonl, once. Too many end the run."""
-
-    def __init__(self, config, num_samples):
-        self.config, self.limit = config, config.max_bad * num_samples
-        # A resumed run counts on. Places are (file, sample, ...); what follows can change with the epoch.
-        lines = read_jsonl(f"{config.out}/bad_samples.jsonl")
-        self.seen = {tuple(line["places"][:2]) for line in lines}
-
-    def add(self, errors, step):
-        """errors: the DataErrors of this rank. Every rank must call it, so that all ranks stop together."""
-        for error in sum(gather_over_ranks(errors), []):
-            reason, *places = error.args
-            if tuple(places[:2]) not in self.seen:
-                self.seen.add(tuple(places[:2]))
-                print0(f"left out: {error}")
-                log(self.config, "bad_samples.jsonl", {"step": step, "places": places, "reason": reason})
-        if len(self.seen) > self.limit:
-            found = f"{len(self.seen)} samples cannot be used, more than --max-bad allows ({self.limit:g})"
-            raise SystemExit(f"stopped: {found}; see {self.config.out}/bad_samples.jsonl")
+def leave_out(errors, bad, step, config, num_samples):
+    """Writes the errors of samples that are not in bad, a set of (file, sample), to OUT/bad_samples.jsonl, and
+    adds them to it. (A resumed run counts on.) Too many end the run. All ranks have the same errors.
+    """
+    for error in errors:
+        reason, *places = error.args  # what follows on file and sample can change with the epoch
+        if tuple(places[:2]) not in bad:
+            bad.add(tuple(places[:2]))
+            print0(f"left out: {error}")
+            log(config, "bad_samples.jsonl", {"step": step, "places": places, "reason": reason})
+    if len(bad) > config.max_bad * num_samples:
+        found = f"{len(bad)} of {num_samples} samples cannot be used, more than --max-bad {config.max_bad:g}"
+        raise SystemExit(f"stopped: {found}; see {config.out}/bad_samples.jsonl")
 
 
 # ---- held-out data ----
@@ -730,126 +714,173 @@ class CheckedDataset(data.ReferringDataset):
     """Reads a sample as training would, and all its masks, of which training chooses some at random."""
 
     def __getitem__(self, i):
-        """Returns {statistic: value or values}, or the sample's DataError."""
+        """Returns {statistic: value}, or the sample's DataError."""
         try:
-            return self.facts(self.samples[i])
+            sample = self.samples[i]
+            encoded = self.encode(sample, np.random.default_rng(0))
+            most_frames = max(map(len, sample.objects), default=0)
+            regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
+            facts = {"kinds": f"{encoded['kind'] or 'text only'}, {regions}"}
+            facts |= {"tokens": len(encoded["input_ids"]), "objects": len(sample.objects)}
+            if sample.media:
+                info = self.media_of(sample).info
+                facts |= {"sizes": f"{info.width}x{info.height}", "frames": info.num_frames}
+                with data.within(*sample.place):
+                    for k, masks in enumerate(sample.objects):
+                        for frame in masks:
+                            data.mask_on(frame, sample, k, info)
+            return facts
         except data.DataError as error:
             return error
-
-    def facts(self, sample):
-        encoded = self.encode(sample, np.random.default_rng(0))
-        most_frames = max(map(len, sample.objects), default=0)
-        regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
-        facts = {"kinds": f"{encoded['kind'] or 'text only'}, {regions}", "tokens": len(encoded["input_ids"])}
-        facts |= {"objects": len(sample.objects), "stills": len(encoded["still_patches"])}
-        if sample.media:
-            info = self.media_of(sample).info
-            facts |= {"sizes": f"{info.width}x{info.height}", "frames": info.num_frames}
-            with data.within(*sample.place):
-                for i, masks in enumerate(sample.objects):
-                    for frame in masks:
-                        data.mask_on(frame, sample, i, info)
-        return facts
 
 
 def check(config, samples, processor):
     """Reads all samples as the run with these options would, and prints what it finds. Raises SystemExit if a
     sample is bad.
     """
-    if rank() > 0:
-        return
     dataset, usable = CheckedDataset(samples, processor, cache_bytes=1 << 20), []
-    facts, problems, examples = {}, Counter(), {}
+    facts, problems = defaultdict(list), defaultdict(list)
     loader = DataLoader(dataset, None, num_workers=config.workers, timeout=HANGING if config.workers else 0)
     with open(config.problems or os.devnull, "w", buffering=1) as file:
         for i, found in enumerate(tqdm(loader, "check", unit="sample", leave=False)):
-            if not isinstance(found, data.DataError):
+            if isinstance(found, data.DataError):
+                reason, *places = found.args
+                kind = re.sub("[0-9]+", "#", reason.split(", found")[0])  # problems alike up to numbers
+                problems[kind].append(found)
+                file.write(json.dumps({"places": places, "reason": reason}) + "\n")
+            else:
                 usable.append(i)
                 for name, value in found.items():
-                    facts.setdefault(name, []).append(value)
-                continue
-            reason, *places = found.args
-            kind = re.sub("[0-9]+", "#", reason.split(", found")[0])  # problems that are alike up to numbers
-            problems[kind] += 1
-            examples.setdefault(kind, []).append(found)
-            file.write(json.dumps({"places": places, "reason": reason}) + "\n")
+                    facts[name].append(value)
     print(f"{len(samples)} samples, {len(usable)} of them right")
     for name, values in facts.items():
         if isinstance(values[0], str):
-            shown = Counter(values).most_common(8)
-            print(f"{name}: " + "; ".join(f"{value} {count}" for value, count in shown))
+            print(f"{name}: " + "; ".join(f"{value} {n}" for value, n in Counter(values).most_common(8)))
         else:
             print(f"{name}: min {min(values)}, median {sorted(values)[len(values) // 2]}, max {max(values)}")
-    for kind, count in problems.most_common():
-        print(f"\n{count} x {examples[kind][0].args[0]}")
-        for error in examples[kind][:3]:
+    for errors in sorted(problems.values(), key=len, reverse=True):
+        print(f"\n{len(errors)} x {errors[0].args[0]}")
+        for error in errors[:3]:
             print("    " + ": ".join(error.args[1:]))
     if config.preview and usable:
         with_objects = [i for i in data.evenly(usable, 200) if samples[i].objects]
-        data.preview(dataset, data.evenly(with_objects or usable, 5), config.preview)
+        preview(dataset, data.evenly(with_objects or usable, 5), config.preview)
         print(f"drawn: {config.preview}")
     if problems:
         raise SystemExit(1)
+
+
+def preview(dataset, sample_indices, path, frames_shown=3):
+    """Draws samples to a PNG file: the conversation, and some annotated frames, with the objects outlined and
+    numbered. Behind each frame stands what is encoded of it, its cells as bright as they are covered.
+    """
+    from matplotlib.figure import Figure  # takes a second, which each run would wait for
+
+    drawn = []  # (text, tiles) of each sample
+    for i in sample_indices:
+        sample, numbers = dataset.samples[i], count(1)
+        text = ", ".join([*sample.place, data.media_name(sample.media or "text only")])
+        for question, answer in sample.turns:
+            question = re.sub(data.REGION_TAG, lambda tag, n=numbers: f"<region {next(n)}>", question)
+            text += f"\nQ: {question}\nA: {answer}"
+        text = "\n".join(textwrap.fill(line, 150) for line in text.splitlines())
+        with data.within(*sample.place):
+            drawn.append((text, _tiles(dataset, sample, frames_shown) if sample.media else []))
+    heights = [
+        2.2 * max(1, math.ceil(len(tiles) / 6)) + 0.2 * text.count("\n") + 0.5 for text, tiles in drawn
+    ]
+    figure = Figure((14, sum(heights)), layout="constrained")
+    for (text, tiles), part in zip(
+        drawn, figure.subfigures(len(drawn), height_ratios=heights, squeeze=False)
+    ):
+        part[0].suptitle(text, x=0, ha="left", fontsize=9, parse_math=False)
+        axes = part[0].subplots(max(1, math.ceil(len(tiles) / 6)), 6, squeeze=False).ravel()
+        for ax in axes:
+            ax.set_axis_off()
+        for ax, (title, picture, outlines) in zip(axes, tiles):
+            ax.imshow(picture)
+            ax.set_title(title, fontsize=8)
+            for k, inside in outlines.items():
+                ax.contour(inside, [min(0.5, inside.max() / 2)], colors=f"C{k % 10}", linewidths=1.5)
+                top, _, left, _ = data.mask_bounds(inside > 0)
+                ax.text(
+                    left, max(top, len(picture) // 8), k + 1, color=f"C{k % 10}", weight="bold", va="bottom"
+                )
+    with data.atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _tiles(dataset, sample, frames_shown):
+    """Returns (title, picture, {object: its data.coverage of each pixel}) of frames and of what is encoded of them."""
+    media, tiles = dataset.media_of(sample), []
+    info = media.info
+    objects = dataset.choose_objects(sample, info, np.random.default_rng(0))
+    frames = data.evenly(sorted(set().union(*objects)) or [0], frames_shown)
+    for frame, picture in media.read(frames).items():
+        views, outlines = {}, {}  # views: View -> its objects' numbers, and their coverage
+        for k, masks in enumerate(objects):
+            if frame in masks:
+                outlines[k] = data.coverage(masks[frame], info.height, info.width)
+                view, cells = dataset.region_view(frame, masks[frame], info)
+                numbers, others = views.get(view, ("", 0))  # several objects may share a view
+                views[view] = f"{numbers} {k + 1}", np.maximum(cells, others)
+        tiles.append((f"frame {frame}", picture, outlines))
+        for view, (numbers, cells) in views.items():
+            top, bottom, left, right = view.part
+            part = np.asarray(Image.fromarray(picture[top:bottom, left:right]).resize(view.size[::-1]))
+            light = np.kron(0.15 + 0.85 * cells / cells.max(), np.ones((dataset.processor.factor,) * 2))
+            tiles.append((f"encoded for{numbers}", np.uint8(part * light[:, :, None]), {}))
+    return tiles
 
 
 # ---- command line ----
 
 
 def parse(argv=None):
-    """Returns the Config of a command line, or exits with a message on a wrong option.
-
-    With --resume, what is not given is as in the run that goes on, and most options must be.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Returns the Config of a command line, or exits with a message on a wrong option."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     for f in fields(Config):
         if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if f.type == list[str]:
-            kind = {"nargs": "+"}
-        defaults = [f"{v} with {k}" for k, v in f.metadata["defaults"].items() if v not in (None, False)]
-        shown = f" (default: {', '.join(defaults)})" if defaults else ""
-        if len(f.metadata["defaults"]) == 1:
-            shown = shown.replace(" with tiny", "")
-        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
+            add = parser.add_argument_group(f.metadata["group"]).add_argument
+        kind = {bool: {"action": argparse.BooleanOptionalAction}, list[str]: {"nargs": "+"}}
+        kind = kind.get(f.type, {"type": f.type}) | {"default": argparse.SUPPRESS}
+        defaults = {who: value for who, value in f.metadata["defaults"].items() if value not in (None, False)}
+        shown = ", ".join(f"{value} with {who}" for who, value in defaults.items())
+        if len(set(defaults.values())) == 1:
+            shown = str(f.metadata["defaults"].get("tiny") or shown)
+        help = f.metadata["help"] + (f" (default: {shown})" if shown else "")
+        add("--" + f.name.replace("_", "-"), help=help, **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
         least = 0 if f.type is float or f.name in ("warmup", "workers", "seed", "window") else 1
         most = 1 if f.name in ("single_frame", "max_bad") else math.inf
-        value = given.get(f.name)
-        if f.type in (int, float) and value is not None and not least <= value <= most:  # or NaN
+        value = given.get(f.name, least)
+        if f.type in (int, float) and not (least <= value <= most and value < math.inf):  # or NaN
             parser.error(f"--{f.name.replace('_', '-')}: expected a number from {least}, found {value}")
     return open_run(given)
 
 
 def open_run(given):
-    """Returns the Config of options that are given, {name: value}, and of OUT/config.json with --resume.
+    """Returns the Config of the given options, {name: value}, and with --resume of OUT/config.json.
 
     A folder holds one run, so that none is lost or mixed with another. Raises DataError otherwise.
     """
     config = Config(**given)
-    found = [
-        name for name in ("final", "config.json", "metrics.jsonl") if os.path.exists(f"{config.out}/{name}")
-    ]
-    remedy = "a new folder, or --resume for the run in it"
+    names = ("final", "config.json", "metrics.jsonl")
+    found = [name for name in names if os.path.exists(f"{config.out}/{name}")]
     if not config.check:
         data.expect("final" not in found, f"--out {config.out}: a folder without a finished run", found)
-        data.expect(config.resume or not found, f"--out {config.out}: {remedy}", found)
-    for saved in read_jsonl(f"{config.out}/config.json") if config.resume else []:  # one line
-        for f in fields(Config):
-            if f.name in given and not f.metadata["may_change"]:
-                same = f"--{f.name.replace('_', '-')} {saved[f.name]} as in the run that is resumed"
-                data.expect(given[f.name] == saved[f.name], same, given[f.name])
+        data.expect(config.resume or not found, f"--out {config.out}: a new folder, or --resume", found)
+    if config.resume and "config.json" in found:
+        [saved] = read_jsonl(f"{config.out}/config.json")
+        for name in given.keys() - MAY_CHANGE:
+            same = f"--{name.replace('_', '-')} {saved[name]}, as in the run that is resumed"
+            data.expect(given[name] == saved[name], same, given[name])
         config = Config(**saved | given)
     data.expect(config.data, "--data: files to learn from", config.data)
-    needed = {"val_every": config.val, "problems": config.check, "preview": config.check}
-    for name, condition in needed.items():
-        data.expect(
-            condition or name not in given, f"--{name.replace('_', '-')} only with its counterpart", given
-        )
+    data.expect(config.val or "val_every" not in given, "--val for --val-every", config.val)
+    data.expect(config.check or not (config.preview or config.problems), "--check for --preview", False)
     return config
 
 
