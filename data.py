@@ -14,8 +14,7 @@ inside the mask. The model never sees a mask at pixel resolution: it averages ce
 Coordinates are (x, y) in pixels in the data file; arrays are (height, width). A frame index is a 0-based
 position in the source video, in the order in which frames are shown. Every complaint about the user's data is
 a DataError, which names file, sample and field, what was expected and what was found.
-
-    python train.py --data data.json --check --preview preview.png   # reads all samples, lists what is wrong
+`python train.py --data data.json --check` reads all samples, and lists what is wrong with them.
 """
 
 import hashlib
@@ -96,9 +95,9 @@ class Sample:
 def read_samples(paths, media=None, outside_paths=False):
     """Returns a sequence of Sample, each parsed when it is accessed (see parse_sample for the checks).
 
-    paths: one path or several, each a JSON array or JSONL. media: the folder that media paths are relative to
-    (default: each file's own folder). outside_paths: also accept media paths that leave that folder.
-    Raises DataError here if a file as a whole cannot be read, and on access if a sample is wrong.
+    paths: one or several, each a JSON array or JSONL. media: the folder that media paths are relative to
+    (default: each file's own). outside_paths: also accept media paths that leave that folder. Raises
+    DataError here if a file as a whole cannot be read, and on access if a sample is wrong.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     return Samples([os.fspath(path) for path in paths], media and os.fspath(media), outside_paths)
@@ -198,7 +197,8 @@ def mask_bounds(mask):
 
 def mask_box(mask):
     """uint8 (H, W), not empty -> (cx, cy, w, h) of its bounding box, as fractions of the picture's sides."""
-    (height, width), (top, bottom, left, right) = mask.shape, mask_bounds(mask)
+    height, width = mask.shape
+    top, bottom, left, right = mask_bounds(mask)
     center = (left + right) / 2 / width, (top + bottom) / 2 / height
     return *center, (right - left) / width, (bottom - top) / height
 
@@ -290,13 +290,11 @@ class ReferringDataset(Dataset):
             encoded = EMPTY_SAMPLE | {"id": sample.id}
             if sample.media:
                 encoded |= self._encode_media(sample, rng)
-            encoded["input_ids"], encoded["labels"] = self.processor.encode(
-                sample.turns, encoded["media_prompt"], encoded["region_tokens"], for_generation
-            )
-            encoded["position_ids"] = self.processor.positions(
-                encoded["input_ids"], encoded["kind"], encoded["prompt_grid"], encoded["seconds_per_pair"]
-            )
-        return encoded
+            prompt = encoded["media_prompt"], encoded["region_tokens"]
+            ids, labels = self.processor.encode(sample.turns, *prompt, for_generation)
+            grid = encoded["kind"], encoded["prompt_grid"], encoded["seconds_per_pair"]
+            positions = self.processor.positions(ids, *grid)
+        return encoded | {"input_ids": ids, "labels": labels, "position_ids": positions}
 
     def _encode_media(self, sample, rng):
         """Returns the fields of an encoded sample that show its image or video, and its objects."""
@@ -315,9 +313,8 @@ class ReferringDataset(Dataset):
 
         # The image, or the frames of the video, that stand in the prompt.
         sampled = evenly(range(info.num_frames), self.settings.num_frames)
-        size = processor.frame_size(info.height, info.width)
-        if info.is_image:
-            size = processor.still_size(info.height, info.width)
+        size_of = processor.still_size if info.is_image else processor.frame_size
+        size = size_of(info.height, info.width)
         in_prompt = [View(frame, (0, info.height, 0, info.width), size) for frame in sampled]
 
         stills = list(dict.fromkeys(in_prompt + views if info.is_image else views))  # each once
@@ -369,14 +366,13 @@ class ReferringDataset(Dataset):
 
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
-        processor, size = self.processor, (info.height, info.width)
+        size, part = (info.height, info.width), (0, info.height, 0, info.width)
+        view = View(frame, part, self.processor.still_size(*size))
         if self.settings.window:
             part = top, bottom, left, right = window(mask, self.settings.window, *size)
-            view = View(frame, part, processor.window_size(bottom - top, right - left))
-        else:
-            view = View(frame, (0, info.height, 0, info.width), processor.still_size(*size))
-        gh, gw = (side // processor.factor for side in view.size)
-        return view, coverage(mask, gh, gw, view.part, size)
+            view = View(frame, part, self.processor.window_size(bottom - top, right - left))
+        gh, gw = (side // self.processor.factor for side in view.size)
+        return view, coverage(mask, gh, gw, part, size)
 
     def media_of(self, sample):
         """Returns the opened media of a sample (see open_media)."""
@@ -564,7 +560,6 @@ def sample_texts(samples, limit=10_000):
 
 # ---- the index of a data file ----
 
-FILE_CHANGED = "expected the file as it was when it was opened, found that it has changed"
 INDEX_FORMAT = 3  # to be raised when the content of an index file means something else
 WINDOW = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
 MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
@@ -576,16 +571,10 @@ class Samples:
     Each access opens a file and reads the few bytes where the index says that the sample is.
     """
 
-    def __init__(self, paths, media, outside_paths, versions=None):
+    def __init__(self, paths, media, outside_paths):
         self.paths, self.media, self.outside_paths = paths, media, outside_paths
         self.versions, self.spans = zip(*map(open_index, paths))
-        if versions and versions != self.versions:  # a file changed before a spawned process opened it
-            raise DataError(FILE_CHANGED, *paths)
         self.first = [0, *accumulate(map(len, self.spans))]  # the index of each file's first sample
-
-    def __reduce__(self):
-        # A spawned process opens the index itself, because a pickled memory map would become a copy.
-        return type(self), (self.paths, self.media, self.outside_paths, self.versions)
 
     def __len__(self):
         return self.first[-1]
@@ -604,8 +593,7 @@ class Samples:
         start, end = self.spans[k][position].tolist()
         name = f"sample {position}"
         with readable("a readable file with ordinary JSON", path, name), open(path, "rb") as file:
-            if file_version(file) != self.versions[k]:
-                raise DataError(FILE_CHANGED)
+            expect(file_version(file) == self.versions[k], "the file as it was when it was opened", "changes")
             file.seek(start)
             entry = json.loads(file.read(end - start), object_pairs_hook=_to_dict)
             json.dumps(entry, ensure_ascii=False).encode()  # raises a ValueError for half a surrogate pair
@@ -690,11 +678,8 @@ def _find_samples(file):
 
 
 def _syntax_error(file, offset, reason):
-    line, rest = 1, offset
     file.seek(0)
-    while rest:
-        text = file.read(min(WINDOW, rest))
-        line, rest = line + text.count(b"\n"), rest - len(text)
+    line = 1 + file.read(offset).count(b"\n")
     return DataError(f"line {line}, byte {offset} of the file: {reason}")
 
 
@@ -744,7 +729,7 @@ def _parse_media(entry, media_folder, outside_paths):
         names = value if isinstance(value, list) else [value]  # the later published files write ["a.mp4"]
         is_list = len(names) > 1
         expect(
-            names and not (is_list and key == "image"), f"{key}: one path (or of a video, frame files)", value
+            names and (key == "video" or not is_list), f"{key}: a path (or several frames of a video)", value
         )
         for name in names:
             expect(isinstance(name, str) and name, f"{key}: one path", name)
@@ -770,9 +755,7 @@ def media_name(media):
 
 
 def _parse_turns(conversations, has_media):
-    """The turns as (question, answer) pairs, without white space around them. The first question gets a media
-    tag if it has none.
-    """
+    """The turns as (question, answer) pairs, stripped. The first question gets a media tag if it has none."""
     expect(isinstance(conversations, list) and conversations, "a list of turns", conversations)
     texts = []  # a question, its answer, and so on
     for i, turn in enumerate(conversations):
@@ -956,10 +939,9 @@ def open_media(path):
     """Returns Video or Images, which have the same members: info, a MediaInfo; times, for each frame the
     seconds since the first; and read(indices), which gives {frame index: uint8 (H, W, 3) RGB}.
 
-    Frame k is the k-th shown, counted from 0, at the height and width that it is displayed with. It is never
-    another frame than the one asked for: what cannot be had is a DataError. The file does not stay open and
-    no pixels are held, so the object may live in a cache and be used in forked or spawned workers.
-    path: of a file, or of a folder of images, or a list of paths of images, which keep their order.
+    path: of a file, or of a folder of images, or a list of paths of images, which keep their order. Frame k
+    is the k-th shown, counted from 0, as it is displayed. What cannot be had is a DataError, never another
+    frame. The file does not stay open and no pixels are held, so the object may live in a cache.
     """
     if isinstance(path, (list, tuple)):
         expect(path, "at least one frame file", path)
@@ -990,8 +972,8 @@ def _in_order(indices, info):
 
 
 def _check_size(picture, info, name):
-    first, (height, width, _) = (info.height, info.width), picture.shape
-    expect((height, width) == first, f"{name} of the first frame's height and width {first}", (height, width))
+    first, size = (info.height, info.width), picture.shape[:2]
+    expect(size == first, f"{name} of the first frame's height and width {first}", size)
 
 
 class Images:
@@ -1022,11 +1004,11 @@ class Video:
     """A video file or GIF, read with PyAV.
 
     Decoding from the first packet and counting the frames that come out is always right. It is slow, so where
-    the packets tell that a seek leads to the same frames (list_packets), their pts (presentation times) are
-    listed once, without decoding: sorted, they are the times of frame 0, 1, 2, ... To read frame k, decoding
-    starts at the last keyframe that is shown at or before k, and continues until a frame with the pts of k
-    comes out. If anything about that is odd, everything is decoded from the first packet on. (decord 0.6.0
-    returns wrong frames without an error after many a seek, and its successor decord2 3.4.0 after some.)
+    a seek provably leads to the same frames (list_packets), their pts (presentation times) are listed without
+    decoding: sorted, they are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last
+    keyframe at or before k, and continues until a frame with the pts of k comes out. If anything about that is
+    odd, everything is decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error
+    after many a seek, and its successor decord2 3.4.0 after some.)
 
     pts: of each frame, rising; None where frames are counted. keyframes: frames where decoding may start.
     """

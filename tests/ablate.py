@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -42,7 +42,7 @@ class Arm:
 
     world: str  # "toy" or "small", folders in DIR
     options: str = ""  # of train.py, beside --data, --seed and --out
-    masks: str = "none"  # of the training data, as data.ReferringDataset's control has it
+    masks: str = "none"  # of the training data, as eval.Questions' control has them
     without: str = ""  # the part of the region encoder that stays zero: "mlp" or "position"
     asks: tuple = ("all masks",)  # the evaluations; with all masks, or each object's first alone
     controls: tuple = ()  # of the evaluation "all masks"
@@ -88,7 +88,7 @@ def run(name, seed, folder):
         if asked == "first mask":
             keep_first_mask(out / "final")
         scores = out / asked.replace(" ", "-")
-        options = ["--model", str(out / "final"), "--data", str(world / "test.json"), "--out", str(scores)]
+        options = ["data", str(world / "test.json"), "--model", str(out / "final"), "--out", str(scores)]
         if arm.controls and asked == "all masks":
             options += ["--control", *arm.controls]
         evaluation.main(options)
@@ -97,13 +97,22 @@ def run(name, seed, folder):
     return {"arm": name, "seed": seed, "evaluations": evaluations, "seconds": seconds}
 
 
+class ArmDataset(evaluation.Questions):
+    """What train.py trains on, but with the masks of a control. At top level, where workers may unpickle it."""
+
+    def __init__(self, *args, control, **options):
+        super(evaluation.Questions, self).__init__(*args, **options)
+        self.control = control
+
+    __getitem__ = data.ReferringDataset.__getitem__
+
+
 def train_arm(arm, options):
     """Trains as train.py does, but with the masks and without the part that the arm names."""
-    # Methods are replaced rather than classes, because workers may unpickle a class, by its name.
-    init = partialmethod(data.ReferringDataset.__init__, control=arm.masks)
+    dataset = partial(ArmDataset, control=arm.masks)
     groups = models.ReferringVideoLLM.parameter_groups
     without = partialmethod(groups_without, groups, arm.without)
-    with mock.patch.object(data.ReferringDataset, "__init__", init):
+    with mock.patch.object(data, "ReferringDataset", dataset):
         with mock.patch.object(models.ReferringVideoLLM, "parameter_groups", without):
             train.train(train.parse(options))
 
@@ -217,7 +226,8 @@ def main(argv=None):
     for world in ("toy", "small"):
         if not (args.folder / world / "bench_q.json").exists():  # the file that is written last
             shapes.write_world(args.folder / world, 600, 60, small=world == "small")
-    threads = max(1, train.cores_per_rank() // args.jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, cores // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = missing_runs(train.read_jsonl(results), args.seeds)
         codes = list(pool.map(lambda pair: run_in_process(*pair, args.folder, threads), runs))

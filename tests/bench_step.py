@@ -44,6 +44,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
@@ -145,19 +146,22 @@ class RandomPictures(data.ReferringDataset):
     """Samples whose media are noise, and whose masks are boxes."""
 
     def media_of(self, sample):
-        info = data.MediaInfo(240, 24.0, *sample.size, is_image=sample.media.endswith("png"))
-        return SimpleNamespace(info=info, read=lambda frames: self.read(sample, frames))
+        is_image = sample.media.endswith("png")
+        info = data.MediaInfo(1 if is_image else 240, 24.0, *sample.size, is_image)
+        times = [k / info.fps for k in range(info.num_frames)]
+        return SimpleNamespace(info=info, times=times, read=lambda frames: self.read(sample, frames))
 
     def read(self, sample, frames):
         picture = np.random.default_rng(sample.id).integers(0, 256, (*sample.size, 3), np.uint8)
         return dict.fromkeys(frames, picture)
 
-    def choose_masks(self, sample, object_index, info, rng):
-        masks = {}
-        for frame, (top, bottom, left, right) in sorted(sample.objects[object_index].items()):
-            masks[frame] = np.zeros(sample.size, np.uint8)
-            masks[frame][top:bottom, left:right] = 1
-        return masks
+    def choose_objects(self, sample, info, rng):
+        objects = []
+        for boxes in sample.objects:
+            objects.append({frame: np.zeros(sample.size, np.uint8) for frame in sorted(boxes)})
+            for frame, (top, bottom, left, right) in boxes.items():
+                objects[-1][frame][top:bottom, left:right] = 1
+        return objects
 
 
 def encode_steps(options, processor):
@@ -196,7 +200,7 @@ def build(size, parts, device):
         pixels = {"shortest_edge": 65536, "longest_edge": 16777216}
         images = Qwen2VLImageProcessorPil(size=pixels, image_mean=half, image_std=half, patch_size=16)
         settings = data.Settings(**data.PRETRAINED_PIXELS)
-    processor = data.Processor(tokenizer, images, config, settings)
+    processor = models.Processor(tokenizer, images, config, settings)
     torch.manual_seed(0)
     with torch.device(device):  # bfloat16, as published weights are, and then as load_model returns them
         backbone = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).float()
@@ -332,8 +336,13 @@ def plain_step(plain, encoder, parameters, optimizer, micro_batches, watch):
 # ---- our step ----
 
 
+def on_device(steps, device):
+    for micro_batches in steps:
+        yield [train.to_device(batch, device) for batch in micro_batches]
+
+
 def our_step(model, parameters, optimizer, micro_batches, watch):
-    """What train.train does with a step's micro-batches, which train.copy_ahead copied."""
+    """What train.train does with a step's micro-batches."""
     loss_sum = train.backward(model, micro_batches)
     watch.mark("vision")
     loss_sum, norm = torch.stack([loss_sum, train.gradient_norm(parameters)]).tolist()
@@ -504,13 +513,15 @@ def main(arguments=None):
     collated, padded = ([*DataLoader(steps, None, pin_memory=on_gpu)] for steps in (collated, padded))
 
     speed = matrix_product_speed(device)
-    operations = needed_operations(model, next(train.copy_ahead(collated, device)))
+    operations = needed_operations(model, next(on_device(collated, device)))
     plain = plain_twin(model)
     if options.grad_checkpoint:
-        train.recompute_activations(model)
+        for layer in model.layers():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         plain.gradient_checkpointing_enable()
     if options.compile:
-        train.compile_layers(model)
+        for layer in model.layers():
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     tokens = statistics.mean(sum(batch["num_tokens"] for batch in step) for step in collated)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -525,7 +536,7 @@ def main(arguments=None):
     our_way = partial(our_step, model, parameters, optimizer)
     plain_way = partial(plain_step, plain, model.region_encoder, parameters, optimizer)
     ways = {
-        "ours": (our_way, partial(train.copy_ahead, collated, device), model.backbone.model.language_model),
+        "ours": (our_way, partial(on_device, collated, device), model.backbone.model.language_model),
         "plain": (plain_way, lambda: padded, plain.model.language_model),
     }
     medians, memory = measure(ways, options.rounds, device)

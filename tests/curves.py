@@ -3,7 +3,7 @@
     python tests/curves.py RUN [RUN ...] --out curves.png
 
 RUN is the folder that train.py wrote (--out). A thin line is the loss in training, a thick one with dots that
-on held-out data (--val). Exact match (--val-answers) has axes of its own, if a run has measured it.
+on held-out data (--val).
 """
 
 import argparse
@@ -24,26 +24,20 @@ def draw(runs):
     logs = {str(run): train.read_jsonl(Path(run) / "metrics.jsonl") for run in runs}
     for run, lines in logs.items():
         data.expect(lines, f"{run}: the folder of a run, with metrics.jsonl", "none")
-    has_exact = any("val_exact" in line for lines in logs.values() for line in lines)
-    figure = Figure(figsize=(8, 7 if has_exact else 4.5), layout="constrained")
-    axes = figure.subplots(2 if has_exact else 1, sharex=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     for i, (run, lines) in enumerate(logs.items()):
         colour = f"C{i}"
-        axes[0].plot(*values(lines, "loss"), color=colour, linewidth=0.8, alpha=0.7, label=f"{run}: training")
-        for axis, name, label in zip(axes, ("val_loss", "val_exact"), ("held-out", None)):
-            steps, measured = values(lines, name)
-            if steps:
-                label = label and f"{run}: {label}"
-                axis.plot(steps, measured, color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    axes[0].set(ylabel="loss per supervised token", yscale="log")
-    axes[0].yaxis.set_major_formatter(LogFormatter())
-    axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes[0].legend()
-    if has_exact:
-        axes[1].set(ylabel="exact match", ylim=(-0.03, 1.03))
-    axes[-1].set(xlabel="step")
-    for axis in axes:
-        axis.grid(alpha=0.3)
+        axis.plot(*values(lines, "loss"), color=colour, linewidth=0.8, alpha=0.7, label=f"{run}: training")
+        steps, measured = values(lines, "val_loss")
+        if steps:
+            label = f"{run}: held-out"
+            axis.plot(steps, measured, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    axis.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.legend()
+    axis.grid(alpha=0.3)
     return figure
 
 

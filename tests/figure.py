@@ -63,7 +63,7 @@ def find_models(toy, run):
 
 def ask(model, toy, out, controls):
     """Has eval.py ask a model the questions of toy/test.json, unless OUT has its scores already."""
-    options = ["--model", model, "--data", str(toy / "test.json"), "--out", str(out)]
+    options = ["data", str(toy / "test.json"), "--model", str(model), "--out", str(out)]
     if controls:
         options += ["--control", *controls]
     evaluation.open_run(evaluation.parse(options))  # refuses scores of another model or test.json
@@ -202,7 +202,8 @@ def main(argv=None):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    data.save_picture(picture.quantize(128), args.out)  # with a palette, the file is a third as large
+    with data.atomic_write(args.out) as temporary:
+        picture.quantize(128).save(temporary, format="PNG")  # with a palette, the file is a third as large
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
 
 bench_q.json asks the questions of test.json in the form of VideoRefer-Bench-Q. The tiny model never saw
-options: with `--mode multi --no-options`, eval.py --bench-q gets the same answers as --data does.
+options: with `--mode multi --no-options`, eval.py bench-q gets the same answers as data does.
 
 --new-kind is for teaching a model something new, as with adapters. From new.json alone it would learn the new
 kind and forget others:
@@ -13,8 +13,8 @@ kind and forget others:
     python train.py --data DIR/train.json --out DIR/before
     python train.py --data DIR/new.json DIR/train.json --model DIR/before/final --train lora --lr 1e-3 \\
         --epochs 2 --out DIR/after
-    python eval.py --model DIR/before/final --data DIR/test.json
-    python eval.py --model DIR/after/final --data DIR/test.json
+    python eval.py data DIR/test.json --model DIR/before/final --out DIR/scores-before
+    python eval.py data DIR/test.json --model DIR/after/final --out DIR/scores-after
 
 Every clip shows four objects: each colour, each shape and each direction of motion occurs once, dealt at
 random. The picture as a whole therefore says nothing about any question, and a model that ignores the mask is

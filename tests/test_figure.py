@@ -82,7 +82,7 @@ def test_each_model_is_asked_once_and_the_last_with_controls(toy, run, asked, tm
     assert asked[3:] == [without[1]]
 
     (toy / "test.json").write_text((toy / "test.json").read_text() + "\n")
-    with pytest.raises(SystemExit, match="step-000020: holds no run of this command"):
+    with pytest.raises(SystemExit, match="step-000020: a new folder, or that of a run of this command"):
         figure.main(command(toy, run, tmp_path / "f.png"))
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 
 import bench_kernels
 import numpy as np
@@ -390,32 +389,24 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("choice", ["triton", "reference"])
 @pytest.mark.parametrize(
-    "name, wrong, message",
+    "name, wrong, found",
     [
-        (
-            "features",
-            torch.zeros(8, 4, dtype=torch.float64),
-            "features: expected one of .*, found torch.float64",
-        ),
-        ("features", torch.zeros(8), "features: expected 2 dimensions, found shape .8,.$"),
-        ("features", torch.zeros(4, 8).T, "features: expected contiguous memory, found strides .1, 8.$"),
-        ("weights", torch.ones(8).half(), "weights: expected torch.float32, found torch.float16$"),
-        ("weights", torch.ones(2, 4), "weights: expected 1 dimensions, found shape .2, 4.$"),
-        ("weights", torch.ones(16)[::2], "weights: expected contiguous memory, found strides .2,.$"),
-        ("weights", torch.ones(8, requires_grad=True), "weights: expected requires_grad False, found True$"),
-        ("weights", torch.ones(8, device="meta"), "weights: expected c.*, found meta$"),
-        ("frame_start", torch.zeros(2).int(), "frame_start: expected torch.int64, found torch.int32$"),
-        ("frame_start", torch.tensor(0), "frame_start: expected 1 dimensions, found shape ..$"),
-        ("weight_start", torch.zeros(3).int(), "weight_start: expected torch.int64, found torch.int32$"),
-        ("weight_start", torch.tensor([0, 8]), "weight_start: expected 3 entries, found 2$"),
-        (
-            "weight_start",
-            torch.tensor([0.0, 4, 8]),
-            "weight_start: expected torch.int64, found torch.float32$",
-        ),
+        ("features", torch.zeros(8, 4, dtype=torch.float64), "torch.float64, .*"),
+        ("features", torch.zeros(8), "torch.float32, shape .8,., .*"),
+        ("features", torch.zeros(4, 8).T, "torch.float32, shape .8, 4., strides .1, 8., .*"),
+        ("weights", torch.ones(8).half(), "torch.float16, .*"),
+        ("weights", torch.ones(2, 4), ".*, shape .2, 4., .*"),
+        ("weights", torch.ones(16)[::2], ".*, strides .2,., .*"),
+        ("weights", torch.ones(8, requires_grad=True), "True"),
+        ("weights", torch.ones(8, device="meta"), ".* meta"),
+        ("frame_start", torch.zeros(2).int(), "torch.int32, .*"),
+        ("frame_start", torch.tensor(0), "torch.int64, shape .., .*"),
+        ("weight_start", torch.zeros(3).int(), "torch.int32, .*"),
+        ("weight_start", torch.tensor([0, 8]), None),
+        ("weight_start", torch.tensor([0.0, 4, 8]), "torch.float32, .*"),
     ],
 )
-def test_wrong_arguments(name, wrong, message, choice, monkeypatch):
+def test_wrong_arguments(name, wrong, found, choice, monkeypatch):
     monkeypatch.setenv("NANOREFER_POOL", choice)
     arguments = dict(
         features=torch.zeros(8, 4),
@@ -431,7 +422,8 @@ def test_wrong_arguments(name, wrong, message, choice, monkeypatch):
             moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
             moved = moved.zero_().requires_grad_(tensor.requires_grad)
         arguments[key] = moved
-    with pytest.raises(AssertionError, match="^" + message):
+    message = f"^{name}: expected .*, found {found}$" if found else f"^{name}: expected one entry more"
+    with pytest.raises(AssertionError, match=message):
         masked_average_pool(**arguments)
 
 
@@ -441,21 +433,14 @@ def test_the_switch(monkeypatch):
     monkeypatch.setattr(FusedMaskedAveragePool, "apply", lambda *_: taken.append("triton"))
     monkeypatch.setattr(kernels, "masked_average_pool_reference", lambda *_: taken.append("reference"))
     arguments = (torch.zeros(4, 2, device=DEVICE), *tensors([0], [4], np.ones(4)))
-    for choice in ("triton", "reference", "auto"):
+    for choice in ("triton", "reference"):
         monkeypatch.setenv("NANOREFER_POOL", choice)
         masked_average_pool(*arguments)
     monkeypatch.delenv("NANOREFER_POOL")
     masked_average_pool(*arguments)
-    assert taken == ["triton", "reference"] + 2 * ["triton" if GPU else "reference"]
+    assert taken == ["triton", "reference", "triton" if GPU else "reference"]
     monkeypatch.setenv("NANOREFER_POOL", "cuda")
-    with pytest.raises(ValueError, match="NANOREFER_POOL to be auto, triton or reference, found 'cuda'"):
-        masked_average_pool(*arguments)
-    monkeypatch.setenv("NANOREFER_POOL", "triton")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(RuntimeError, match="expected Triton and a CUDA device, found cpu"):
-        masked_average_pool(*(x.cpu() for x in arguments))
-    monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(RuntimeError, match="expected Triton and a CUDA device, found no Triton"):
+    with pytest.raises(KeyError, match="cuda"):
         masked_average_pool(*arguments)
 
 
@@ -465,15 +450,11 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-def test_a_gpu_without_triton_is_told_once(monkeypatch):
-    monkeypatch.setenv("NANOREFER_POOL", "auto")
+def test_a_gpu_without_triton_takes_the_reference(monkeypatch):
+    monkeypatch.delenv("NANOREFER_POOL")
     monkeypatch.setattr(kernels, "triton", None)
     features = cells_of(4, 2).as_subclass(OnGPU)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            out = masked_average_pool(features, *tensors([0], [4], np.ones(4)))
-    assert [str(w.message).split(":")[0] for w in caught] == ["Triton cannot be imported"]
+    out = masked_average_pool(features, *tensors([0], [4], np.ones(4)))
     torch.testing.assert_close(out.as_subclass(torch.Tensor)[0], features.as_subclass(torch.Tensor).mean(0))
 
 
@@ -483,7 +464,8 @@ def test_kernels_import_without_triton():
         "out = kernels.masked_average_pool(torch.ones(2, 1), torch.ones(2), i([0]), i([0, 2])); "
         "print(kernels.triton, out.tolist())"
     )
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(kernels.__file__), "NANOREFER_POOL": "auto"}
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(kernels.__file__)}
+    del environment["NANOREFER_POOL"]
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout == "None [[1.0]]\n", result.stderr
 
@@ -516,8 +498,7 @@ def test_bytes_that_the_docstring_names():
     assert {name: [int(n) for n in numbers.split()] for name, numbers in named.items()} == expected
 
 
-def test_the_benchmark_and_the_check_of_the_command_run(capsys):
-    kernels.check(DEVICE)
+def test_the_benchmark_runs(capsys):
     bench_kernels.bench("small", DEVICE, torch.float32)
     printed = capsys.readouterr().out
-    assert "agree" in printed and len(re.findall("^small +bmm ", printed, re.M)) == 2
+    assert len(re.findall("^small +bmm ", printed, re.M)) == 2

@@ -1,13 +1,15 @@
 """The model against transformers itself: the same pixels, tokens and logits where there is no region; and
 what regions add."""
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.processing_utils import ProcessorMixin
 
 import data
+import eval as evaluation
 import model as models
 
 SETTINGS = data.Settings(
@@ -95,9 +98,12 @@ def dataset(world, processor, **options):
     return data.ReferringDataset(world[0], processor, **options)
 
 
-def batch_of(world, processor, numbers, control="none", **options):
-    encoded = [dataset(world, processor, control=control)[0, i] for i in numbers]
-    return data.collate(encoded, processor, **options)
+def batch_of(world, processor, numbers):
+    return data.collate([dataset(world, processor)[0, i] for i in numbers], processor)
+
+
+def question(world, processor, sample, turn):
+    return evaluation.Questions(world[0], processor)[sample, turn]
 
 
 # ---- transformers' own inputs
@@ -189,10 +195,10 @@ def test_pixels_tokens_and_logits_equal_those_of_transformers(checkpoint, loaded
     batch, expected = batch_of(world, processor, [number]), theirs(checkpoint, world, number)
     assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
     if number == 1:
-        assert torch.equal(model._pixels(batch["still_patches"], repeat=True), expected["pixel_values"])
+        assert torch.equal(model._pixels(batch | {"video_patches": []}), expected["pixel_values"])
         assert torch.equal(batch["tower"]["grid_thw"], expected["image_grid_thw"])
     if number == 2:
-        assert torch.equal(model._pixels(batch["video_patches"]), expected["pixel_values_videos"])
+        assert torch.equal(model._pixels(batch | {"still_patches": []}), expected["pixel_values_videos"])
         assert torch.equal(batch["tower"]["grid_thw"], expected["video_grid_thw"])
     plain = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -219,7 +225,8 @@ def test_timestamps_of_a_longer_video_are_those_of_transformers(tmp_path, indice
     expected = Qwen3VLProcessor.replace_video_token(
         namespace, {"video_grid_thw": grid, "video_metadata": [metadata]}, 0
     )
-    assert data.Processor.from_pretrained(folder, SETTINGS).video_prompt(indices, 29.97, 6) == expected
+    times = [index / 29.97 for index in indices]
+    assert models.Processor.from_pretrained(folder, SETTINGS).video_prompt(times, 6) == expected
 
 
 def test_a_row_of_all_kinds_equals_its_samples_one_by_one(loaded, world):
@@ -250,7 +257,7 @@ def test_the_prompt_of_a_question_is_the_beginning_of_the_conversation(loaded, w
     _, processor = loaded
     whole = dataset(world, processor)[0, 2]
     for turn in (0, 1):
-        prompt = dataset(world, processor).question(2, turn)["input_ids"]
+        prompt = question(world, processor, 2, turn)["input_ids"]
         assert prompt.tolist() == whole["input_ids"][: len(prompt)].tolist()
         assert whole["labels"][len(prompt)] != data.IGNORE_INDEX == whole["labels"][len(prompt) - 1]
 
@@ -264,71 +271,103 @@ def test_the_prompt_of_a_question_ends_as_the_template_begins_an_answer(loaded, 
         tokenize=False,
         enable_thinking=False,
     )
-    assert dataset(world, processor).question(0, 0)["input_ids"].tolist() == tokenizer.encode(
-        expected, add_special_tokens=False
-    )
+    found = question(world, processor, 0, 0)["input_ids"].tolist()
+    assert found == tokenizer.encode(expected, add_special_tokens=False)
 
 
 def test_a_conversation_is_what_the_template_makes_of_it(loaded):
-    """Qwen3.5's strips white space, the others' leave it."""
+    """Qwen3.5's strips white space, the others' leave it, as do we: data.py strips all texts."""
     _, processor = loaded
-    question, answer = " Say\n the other thing. \n", "\n Never. "
-    ids, labels = processor.encode([(question, answer)], None, None, [])
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question, answer = "Say\n  the other thing.\n\nPlease: ", "Never.\n\n(Or?)  No."
+    turns = [(question.strip(), answer), ("More?", answer)]
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn)]
     expected = processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    assert processor.tokenizer.decode(ids) == expected
-    assert expected.endswith(processor.tokenizer.decode(labels[labels != data.IGNORE_INDEX]) + "\n")
+    if processor.thoughts:  # taken out of all answers but the last
+        expected = expected.replace("assistant\nNever", f"assistant\n{processor.thoughts}Never", 1)
+    ids, labels = processor.encode(turns, "", [])
+    assert ids.tolist() == processor.tokenizer.encode(expected, add_special_tokens=False)
+    assert processor.tokenizer.decode(labels[labels != data.IGNORE_INDEX]) == 2 * f"{answer}<|im_end|>"
 
 
-@pytest.mark.parametrize("answer", ["Red</think>", "<think>It is a box.</think>A box."])
-def test_an_answer_with_thoughts_is_refused_where_the_template_would_take_them_out(loaded, answer):
+@pytest.mark.parametrize("text", ["Red</think>", "<think>It is a box.</think>A box."])
+def test_thoughts_in_a_text_are_refused_where_the_prompt_ends_with_empty_ones(loaded, text):
+    """Qwen3.5's template would take them out of an answer, or put them behind the empty ones."""
     _, processor = loaded
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
-    stays = answer + "<|im_end|>" in processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    if stays:
-        assert answer in processor.tokenizer.decode(processor.encode([("What?", answer)], None, None, [])[0])
-    else:
-        with pytest.raises(data.DataError, match=f"puts the answer '{answer}' behind its prompt"):
-            processor.encode([("What?", answer)], None, None, [])
-    assert stays == (processor.config.model_type not in ("qwen3_5", "qwen3_5_moe"))
+    for turns in ([("What?", text)], [(text, "Red.")], [("What?", text), ("And?", "Red.")]):
+        if processor.config.model_type in ("qwen3_5", "qwen3_5_moe"):
+            with pytest.raises(
+                data.DataError, match="without the tokenizer's control tokens, found '</?think>'"
+            ):
+                processor.encode(turns, "", [])
+        else:
+            assert text in processor.tokenizer.decode(processor.encode(turns, "", [])[0])
 
 
-@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
-def test_thoughts_in_the_last_answer_are_refused_too(loaded):
-    """They stay in the conversation, but not behind the empty thoughts that generation begins from."""
-    answer = "<think>\nabc\n</think>\n\nRed."
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
-    shown = loaded[1].tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
-    assert answer + "<|im_end|>" in shown
-    with pytest.raises(data.DataError, match="behind its prompt, then <|im_end|>"):
-        loaded[1].encode([("What?", answer)], None, None, [])
-
-
-@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
-def test_a_question_that_the_template_raises_at_is_a_bad_sample(loaded):
-    with pytest.raises(data.DataError, match="chat that the template accepts.*No user query found"):
-        loaded[1].encode([("<tool_response>Red.</tool_response>", "Yes.")], None, None, [])
+def refused_template(checkpoint, folder, change):
+    """Returns the error of a checkpoint whose chat template is changed, less its beginning."""
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    path = folder / "chat_template.jinja"
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    with pytest.raises(data.DataError, match=f"^--model {folder}: expected a chat template") as caught:
+        models.load_processor(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
     "old, new, message",
     [
         # As in the thinking variants of Qwen3-VL, thoughts that begin in the prompt do not end there.
-        ("{% if enable_thinking is false %}", "{% if false %}", "the answer 'answer' behind its prompt"),
-        ("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>", "the answer 'answer' behind its prompt"),
-        ("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>", "then <|im_end|>"),
-        ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>", "keeps each answer"),
-        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", "keeps each answer"),
-        ("{% if last.question < 0 %}", "{% if true %}", "No user query found"),
+        ("{% if enable_thinking is false %}", "{% if false %}", r"assistant\n<think>\n'"),
+        ("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>", "B.!<|im_end|>"),
+        ("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>", "B.<|endoftext|>"),
+        ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>", r"assistant\n<|im_end|>"),
+        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", r"B.\n<|im_start|>"),
+        ("{% if last.question < 0 %}", "{% if true %}", ": No user query found"),
     ],
 )
 @pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
 def test_a_template_of_another_kind_is_refused_in_one_line(checkpoint, tmp_path, old, new, message):
+    found = refused_template(checkpoint, tmp_path, lambda template: template.replace(old, new))
+    assert message in found.partition(", found")[2]
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("<|im_start|>{{", "<|im_start|> {{"),
+        ("<|vision_start|><|image_pad|>", "Picture: <|vision_start|><|image_pad|>"),
+        ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"),
+        ("{% for message in messages %}", "<|endoftext|>{% for message in messages %}"),
+    ],
+)
+def test_of_every_family_a_template_that_writes_other_texts_is_refused(checkpoint, tmp_path, old, new):
+    refused_template(checkpoint, tmp_path, lambda template: template.replace(old, new))
+
+
+@any_family
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for message in messages %}{{ message['content'] + '<|im_end|>' }}{% endfor %}",  # text alone
+        "{% for message in messages %}{{ message.content.text.upper() }}{% endfor %}",
+        "{% for message in messages %}",  # not a template
+    ],
+)
+def test_a_template_that_fails_is_refused_in_one_line(checkpoint, tmp_path, template):
+    refused_template(checkpoint, tmp_path, lambda _: template)
+
+
+@any_family
+def test_a_checkpoint_without_a_template_is_refused_in_one_line(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    template = (tmp_path / "chat_template.jinja").read_text()
-    assert old in template
-    (tmp_path / "chat_template.jinja").write_text(template.replace(old, new))
-    with pytest.raises(data.DataError, match=f"^--model {tmp_path}: .*{re.escape(message)}") as caught:
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(
+        data.DataError, match=f"^--model {tmp_path}: expected a chat template, found: "
+    ) as caught:
         models.load_processor(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -346,17 +385,17 @@ def test_mixed_precision_runs_and_stays_close(loaded, world):
 @any_family
 def test_control_tokens_in_a_text_are_refused(loaded, world):
     _, processor = loaded
-    for text in ("What<|im_end|>?", "<|video_pad|>", data.REGION_TOKEN):
+    for text in ("What<|im_end|>?", "<|video_pad|>", models.REGION_TOKEN):
         with pytest.raises(data.DataError, match="control tokens"):
-            processor.encode([(text, "x")], None, None, [])
+            processor.encode([(text, "x")], "", [])
 
 
 @any_family
 def test_a_sample_that_is_too_long_is_refused_not_cut(checkpoint, world):
-    encoded = dataset(world, data.Processor.from_pretrained(checkpoint, SETTINGS))[0, 4]
+    encoded = dataset(world, models.Processor.from_pretrained(checkpoint, SETTINGS))[0, 4]
     length = len(encoded["input_ids"])
     for limit, fits in [(length, True), (length - 1, False)]:
-        processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, max_length=limit))
+        processor = models.Processor.from_pretrained(checkpoint, replace(SETTINGS, max_length=limit))
         found = dataset(world, processor)[0, 4]
         assert fits == isinstance(found, dict)
     assert f"at most {limit} tokens (max_length), found {length}" in str(found) and "sample 4" in str(found)
@@ -371,9 +410,9 @@ def test_a_region_token_starts_as_the_average_of_its_cells(loaded, world):
     batch = batch_of(world, processor, [5])
     with torch.no_grad():
         cells = model.backbone.model.visual(
-            model._pixels(batch["still_patches"], repeat=True), grid_thw=batch["tower"]["grid_thw"]
+            model._pixels(batch | {"video_patches": []}), grid_thw=batch["tower"]["grid_thw"]
         ).pooler_output
-        embeddings = model._inputs(batch)[0]
+        embeddings = model._inputs(batch)["inputs_embeds"]
     mask = np.zeros((90, 130))
     mask[40:65, 50:80] = 1
     _, height, width = batch["tower"]["grid_thw"][0].tolist()
@@ -403,9 +442,8 @@ def test_the_position_code_is_pinned_to_numbers_worked_by_hand(autocast, weights
         encoder = encoder.to(torch.bfloat16)
     cells = torch.zeros(1, 50, dtype=torch.bfloat16 if autocast or weights_in_bfloat16 else torch.float32)
     box = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
-    one = torch.tensor([1])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = encoder(cells, torch.ones(1), torch.tensor([0, 1]), torch.tensor([0]), box, one, one, 1)
+        found = encoder(cells, torch.ones(1), torch.tensor([0, 1]), torch.tensor([0]), box, [1], [1])
     s = 0.5**0.5
     raw = [0, -0.5, -1, 1, 0.5]
     times_t = [0, -0.25, -0.5, 0.5, 0.25]
@@ -421,7 +459,7 @@ def test_each_placeholder_gets_its_own_object(loaded, world):
     model, processor = loaded
     ds = dataset(world, processor)
     sample = ds.samples[4]
-    swapped = data.replace(sample, objects=sample.objects[::-1])
+    swapped = replace(sample, objects=sample.objects[::-1])
     one, two = (ds.encode(s, np.random.default_rng(0)) for s in (sample, swapped))
     assert one["region_tokens"] == [2, 1] and two["region_tokens"] == [1, 2]
     region = processor.region_token_id
@@ -429,7 +467,7 @@ def test_each_placeholder_gets_its_own_object(loaded, world):
     for name, encoded in (("one", one), ("two", two)):
         batch = data.collate([encoded], processor)
         with torch.no_grad():
-            tokens[name] = model._inputs(batch)[0][0][batch["input_ids"][0] == region]
+            tokens[name] = model._inputs(batch)["inputs_embeds"][0][batch["input_ids"][0] == region]
     torch.testing.assert_close(tokens["one"][[2, 0, 1]], tokens["two"])
     assert not torch.allclose(tokens["one"][0], tokens["one"][2])
 
@@ -440,52 +478,62 @@ def test_a_faulty_neighbour_never_shifts_regions(loaded, world):
     batch."""
     model, processor = loaded
     ds = dataset(world, processor)
-    broken = data.replace(ds.samples[4], turns=[("<video>\nIs <region> left?", "Yes.")])
-    with pytest.raises(AssertionError, match="3 region placeholders for 4 rows"):
+    broken = replace(ds.samples[4], turns=[("<video>\nIs <region> left?", "Yes.")])
+    with pytest.raises(AssertionError, match=r"(\(0, \d+, )3\) placeholders .* for \1[4]\) tokens"):
         encoded = ds.encode(broken, np.random.default_rng(0))
         data.collate([encoded, ds[0, 3]], processor)
 
 
-def merged_by_hand(pooled, boxes, counts, keep):
-    """VideoRefer section 3.2.2 in plain Python and float64: join the n - u most similar adjacent pairs,
-    average each run."""
-    rows, merged_boxes, start = [], [], 0
-    for n, u in zip(counts, keep):
-        x, b = pooled[start : start + n].astype(np.float64), boxes[start : start + n].astype(np.float64)
-        start += n
-        cosine = [x[i] @ x[i + 1] / (np.linalg.norm(x[i]) * np.linalg.norm(x[i + 1])) for i in range(n - 1)]
-        joined = set(sorted(range(n - 1), key=lambda i: (-round(cosine[i], 6), i))[: n - u])
-        run = [0]
-        for i in range(1, n + 1):
-            if i < n and i - 1 in joined:
-                run.append(i)
-                continue
-            rows.append(x[run].mean(axis=0))
-            merged_boxes.append(b[run].mean(axis=0))
-            run = [i]
-    return np.array(rows), np.array(merged_boxes)
+def merged_by_hand(pooled, object_frames, region_tokens):
+    """VideoRefer section 3.2.2 in plain Python: joins the most similar neighbours, one pair after another.
+
+    Returns the share that each row has in each token, as lists (T, R).
+    """
+
+    def similarity(a, b):  # rounded, so that ties do not depend on the order of a sum
+        product = sum(x * y for x, y in zip(pooled[a], pooled[b]))
+        return round(product / (math.hypot(*pooled[a]) * math.hypot(*pooled[b]) or 1), 9)
+
+    tokens, row = [], 0
+    for n, u in zip(object_frames, region_tokens):
+        runs = [[i] for i in range(row, row + n)]
+        while len(runs) > u:
+            pairs = range(len(runs) - 1)
+            i = min(pairs, key=lambda i: (-similarity(runs[i][-1], runs[i + 1][0]), i))
+            runs[i : i + 2] = [runs[i] + runs[i + 1]]
+        tokens += runs
+        row += n
+    return [[1 / len(run) if i in run else 0.0 for i in range(row)] for run in tokens]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_temporal_merge_equals_the_rule_written_out(seed):
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(1, 9, size=rng.integers(1, 6))
-    keep = np.minimum(counts, rng.integers(1, 5))
-    pooled = rng.normal(size=(counts.sum(), 6)).astype(np.float32)
-    if seed % 2:  # ties: a few distinct vectors, so that many cosines are equal
-        pooled = np.eye(6, dtype=np.float32)[rng.integers(0, 2, size=counts.sum())]
-    boxes = rng.random((counts.sum(), 5)).astype(np.float32)
-    expected = merged_by_hand(pooled, boxes, counts, keep)
-    share = models.temporal_merge(*(torch.tensor(x) for x in (pooled, counts, keep)), int(keep.sum()))
-    np.testing.assert_allclose(share @ torch.tensor(pooled), expected[0], atol=1e-5)
-    np.testing.assert_allclose(share @ torch.tensor(boxes), expected[1], atol=1e-5)
+@pytest.mark.parametrize("ties", ["none", "many", "many, of vectors along axes", "all"])
+def test_temporal_merge_equals_a_merge_in_plain_python(ties):
+    """Vectors of one kind have few cosines, which float32 makes of equal numbers wherever they are equal."""
+    rng = np.random.default_rng(0)
+    square = [v for v in itertools.product((-1, 0, 1), repeat=4) if math.hypot(*v) == math.hypot(1, 1)]
+    axes = [scale * row for scale in (-4, -1, 0, 0.5, 1) for row in np.eye(4)]
+    for _ in range(300):
+        object_frames = rng.integers(1, 12, size=rng.integers(0, 6)).tolist()
+        region_tokens = [int(rng.integers(1, n + 1)) for n in object_frames]
+        R = sum(object_frames)
+        pooled = {
+            "none": rng.normal(size=(R, 4)),
+            "many": np.array(square)[rng.integers(0, len(square), R)],
+            "many, of vectors along axes": np.array(axes)[rng.integers(0, len(axes), R)],
+            "all": np.ones((R, 4)),
+        }[ties].astype(np.float32)
+        expected = merged_by_hand(pooled.tolist(), object_frames, region_tokens)
+        T = sum(region_tokens)
+        share = models.temporal_merge(torch.tensor(pooled), object_frames, region_tokens, T)
+        assert share.dtype == torch.float32 and share.shape == (T, R)
+        np.testing.assert_allclose(share, np.reshape(expected, (T, R)), rtol=1e-6)
 
 
 def test_the_gradient_of_merged_rows_is_shared_by_the_rows_that_were_joined():
     """Two objects: rows 0 and 1 are alike and joined, row 2 stays; of the other, all three rows become
     one."""
     pooled = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [5, 1], [1, 5], [0, 3]], requires_grad=True)
-    merged = models.temporal_merge(pooled, torch.tensor([3, 3]), torch.tensor([2, 1]), 3) @ pooled
+    merged = models.temporal_merge(pooled, [3, 3], [2, 1], 3) @ pooled
     torch.testing.assert_close(merged, torch.tensor([[1, 0.05], [0, 1], [2, 3]]))
     (merged * torch.tensor([[6.0], [7], [9]])).sum().backward()
     assert pooled.grad[:, 0].tolist() == [3, 3, 7, 3, 3, 3]
@@ -500,7 +548,7 @@ def test_frames_are_merged_in_order_of_time_whatever_the_order_in_the_file(loade
 
 @any_family
 def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
-    processor = data.Processor.from_pretrained(checkpoint, data.replace(SETTINGS, region_frames=3))
+    processor = models.Processor.from_pretrained(checkpoint, replace(SETTINGS, region_frames=3))
     assert dataset(world, processor)[0, 4]["object_frames"] == [3, 1]
     always = dataset(world, processor, single_frame=1.0)
     seen = {always[epoch, 4]["boxes"][0][4] for epoch in range(40)}
@@ -514,7 +562,9 @@ def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
 @any_family
 def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     _, processor = loaded
-    plain, full = dataset(world, processor)[0, 4], dataset(world, processor, control="full")[0, 4]
+    plain, full, shuffled = (
+        evaluation.Questions(world[0], processor, control)[4, 0] for control in ("none", "full", "shuffle")
+    )
     assert (
         full["input_ids"].tolist() == plain["input_ids"].tolist()
         and full["region_still"] == plain["region_still"]
@@ -522,7 +572,6 @@ def test_controls_replace_the_masks_and_nothing_else(loaded, world):
     assert all((grid == 1).all() for grid in full["coverage"]) and all(
         w[:4] == (0.5, 0.5, 1, 1) for w in full["boxes"]
     )
-    shuffled = dataset(world, processor, control="shuffle")[0, 4]
     other = dataset(world, processor)[0, 5]["boxes"][0][:4]  # the only object on other media
     assert all(w[:4] == pytest.approx(other) for w in shuffled["boxes"])
     assert [w[4] for w in shuffled["boxes"]] == [w[4] for w in plain["boxes"]]
@@ -549,25 +598,24 @@ def test_blind_is_a_conversation_without_media(loaded, world):
         turns = [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns)]
         entries.append({"conversations": turns})
     (world[1] / "texts.json").write_text(json.dumps(entries))
-    by_hand = data.ReferringDataset(data.read_samples(world[1] / "texts.json"), processor)
+    by_hand = data.read_samples(world[1] / "texts.json")
     shutil.rmtree(world[1] / "clip")
     (world[1] / "a.png").unlink()
     assert isinstance(dataset(world, processor)[0, 4], data.DataError)
 
-    blind = dataset(world, processor, control="blind")
-    pairs = [(blind[0, i], by_hand[0, i]) for i in range(len(texts))]
-    pairs += [(blind.question(i, 0), by_hand.question(i, 0)) for i in range(len(texts))]
-    pairs.append((blind.question(2, 1), by_hand.question(2, 1)))
-    for found, expected in pairs:
+    blind = evaluation.Questions(world[0], processor, "blind")
+    by_hand = evaluation.Questions(by_hand, processor)
+    encoded = []
+    for key in [*((i, 0) for i in range(len(texts))), (2, 1)]:
+        found, expected = blind[key], by_hand[key]
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert np.array_equal(found[name], value), name
-    batch = batch_of(world, processor, range(6), control="blind")
+        encoded.append(found)
+    batch = data.collate(encoded, processor, for_generation=True)
     assert not set(special) & set(batch["input_ids"].unique().tolist())
-    assert (
-        len(batch["visual_index"]) == len(batch["region_index"]) == batch["regions"]["num_region_tokens"] == 0
-    )
-    assert len(batch["targets"]) > 0
+    assert len(batch["visual_index"]) == len(batch["region_index"]) == len(batch["regions"]["boxes"]) == 0
+    assert batch["regions"]["region_tokens"] == []
 
 
 @any_family
@@ -582,12 +630,12 @@ def test_a_wrong_sample_lends_no_masks_and_is_not_blamed_on_the_one_that_is_aske
     }[fault]
     path = world[1] / "wrong.json"
     path.write_text(json.dumps([entries[4]] + [wrong] * 9 + [entries[5]]))
-    shuffled = data.ReferringDataset(data.read_samples(path), processor, control="shuffle")
+    shuffled = evaluation.Questions(data.read_samples(path), processor, "shuffle")
     right = dataset(world, processor)[0, 5]["boxes"][0][:4]
-    for epoch in range(3):
-        assert all(box[:4] == pytest.approx(right) for box in shuffled[epoch, 0]["boxes"])
+    for shuffled.seed in range(3):
+        assert all(box[:4] == pytest.approx(right) for box in shuffled[0, 0]["boxes"])
     path.write_text(json.dumps([entries[4]] + [wrong] * 3))
-    error = data.ReferringDataset(data.read_samples(path), processor, control="shuffle")[0, 0]
+    error = evaluation.Questions(data.read_samples(path), processor, "shuffle")[0, 0]
     assert "sample 0" in str(error) and "other media to take masks from" in str(error)
 
 
@@ -611,27 +659,26 @@ def test_generate_equals_argmax_step_by_step_without_a_cache(loaded, world):
     model.backbone.lm_head.register_forward_hook(
         lambda module, inputs, scores: scores.index_fill(-1, torch.tensor(vision_tokens), -torch.inf)
     )
-    ds = dataset(world, processor)
     turns = [(4, 0), (1, 0), (0, 0), (2, 1), (5, 0), (3, 0)]
-    questions = [ds.question(*turn) for turn in turns]
+    questions = [question(world, processor, *turn) for turn in turns]
     end = processor.tokenizer.eos_token_id
     together = model.generate(
         data.collate(questions, processor, for_generation=True), [end], max_new_tokens=12
     )
-    for question, found in zip(questions, together):
+    for asked, found in zip(questions, together):
         expected = []
         for _ in range(12):
             names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
-            question["position_ids"] = processor.positions(*(question[name] for name in names))
+            asked["position_ids"] = processor.positions(*(asked[name] for name in names))
             with torch.no_grad():
-                scores = model.logits(data.collate([question], processor))[0, -1]
+                scores = model.logits(data.collate([asked], processor))[0, -1]
             scores[processor.region_token_id] = -torch.inf
             token = int(scores.argmax())
             if token == end:
                 break
             expected.append(token)
             for name in ("input_ids", "labels"):
-                question[name] = np.append(question[name], token)
+                asked[name] = np.append(asked[name], token)
         assert found == expected
     assert any(together) and len({tuple(answer) for answer in together}) > 1
 
@@ -644,22 +691,22 @@ def test_answers_equal_those_of_generate_of_transformers(checkpoint, loaded, wor
     model.backbone.lm_head.register_forward_hook(
         lambda module, inputs, scores: scores.index_fill(-1, torch.tensor(barred), -torch.inf)
     )
-    ds, plain = dataset(world, processor), AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    questions = [ds.question(0, 0), ds.question(1, 0), ds.question(2, 1)]
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    questions = [question(world, processor, *turn) for turn in ((0, 0), (1, 0), (2, 1))]
     together = model.generate(
         data.collate(questions, processor, for_generation=True), [end], max_new_tokens=12
     )
-    for number, question, found in zip(range(3), questions, together):
+    for number, asked, found in zip(range(3), questions, together):
         inputs = theirs(checkpoint, world, number)
         for name in ("input_ids", "mm_token_type_ids"):  # without the answer
-            inputs[name] = inputs[name][:, : len(question["input_ids"])]
+            inputs[name] = inputs[name][:, : len(asked["input_ids"])]
         answer = plain.generate(
             **inputs,
             max_new_tokens=12,
             do_sample=False,
             eos_token_id=end,
             suppress_tokens=[*barred, processor.region_token_id],
-        )[0, len(question["input_ids"]) :].tolist()
+        )[0, len(asked["input_ids"]) :].tolist()
         assert found == (answer[: answer.index(end)] if end in answer else answer)
     assert len({tuple(answer) for answer in together}) > 1
 
@@ -668,8 +715,7 @@ def test_answers_equal_those_of_generate_of_transformers(checkpoint, loaded, wor
 def test_generate_stops_at_any_end_token(loaded, world):
     """Published checkpoints list several end tokens; only the tokenizer's was heeded."""
     model, processor = loaded
-    question = dataset(world, processor).question(0, 0)
-    batch = data.collate([question], processor, for_generation=True)
+    batch = data.collate([question(world, processor, 0, 0)], processor, for_generation=True)
     free = model.generate(batch, [-1], max_new_tokens=8)[0]
     assert len(free) == 8
     unused = next(token for token in range(1000) if token not in free)
@@ -714,7 +760,7 @@ def test_an_answer_ends_at_its_end_token_while_others_of_the_batch_go_on(loaded,
     """Slip: a row that had ended was taken up again when the model went on with text behind its end token."""
     model, processor = loaded
     end = processor.tokenizer.eos_token_id
-    questions = [dataset(world, processor).question(0, 0)] * 3
+    questions = [question(world, processor, 0, 0)] * 3
     script = [[[5], [end], [7], [8], [9]], [[5], [6], [7], [end], [9]], [[end], [6], [end], [8], [9]]]
     model.backbone.lm_head = ScriptedHead(script, model.backbone.lm_head.out_features)
     answers = model.generate(data.collate(questions, processor, for_generation=True), [end], max_new_tokens=5)
@@ -727,7 +773,7 @@ def test_a_region_placeholder_is_never_generated(loaded, world):
     end, region = processor.tokenizer.eos_token_id, processor.region_token_id
     script = [[[region, 5], [6, region], [region, end]]]
     model.backbone.lm_head = ScriptedHead(script, model.backbone.lm_head.out_features)
-    batch = data.collate([dataset(world, processor).question(0, 0)], processor, for_generation=True)
+    batch = data.collate([question(world, processor, 0, 0)], processor, for_generation=True)
     assert model.generate(batch, [end], max_new_tokens=3) == [[5, 6]]
 
 
@@ -834,7 +880,7 @@ def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
     processor.save_pretrained(tmp_path)
     assert models.load_processor(tmp_path).settings == SETTINGS
     changed = models.load_processor(tmp_path, num_frames=3, region_tokens=None)
-    assert changed.settings == data.replace(SETTINGS, num_frames=3)
+    assert changed.settings == replace(SETTINGS, num_frames=3)
     (tmp_path / "nanorefer.json").unlink()
     plain = models.load_processor(tmp_path, num_frames=3).settings
     assert plain == data.Settings(num_frames=3, **data.PRETRAINED_PIXELS)
@@ -869,15 +915,9 @@ print(json.dumps([dataclasses.asdict(processor.settings), bias.min().item()]))
 
 @any_family
 @pytest.mark.parametrize(
-    "change, complaint",
-    [
-        ([3], "expected nanorefer.json with a JSON object, found [3]"),
-        ({"u": 4}, "expected nanorefer.json with all settings, found unknown u"),
-        ({"window": None}, "expected nanorefer.json with all settings, found no window"),
-        ({"window": None, "windows": 2}, "with all settings, found no window, unknown windows"),
-    ],
+    "change", [[3], {"u": 4}, {"window": None}, {"window": None, "windows": 2}, "not JSON"]
 )
-def test_settings_that_are_unknown_or_missing_are_named_in_one_line(loaded, tmp_path, change, complaint):
+def test_settings_that_are_unknown_or_missing_are_refused_in_one_line(loaded, tmp_path, change):
     """They ended in a traceback of Settings' TypeError. What a model saved before there were windows lacked
     became the default, another one than it was trained with.
     """
@@ -888,9 +928,13 @@ def test_settings_that_are_unknown_or_missing_are_named_in_one_line(loaded, tmp_
     if isinstance(change, dict):
         changed = asdict(processor.settings) | change
         saved = {name: value for name, value in changed.items() if value is not None}
-    (tmp_path / "nanorefer.json").write_text(json.dumps(saved))
-    with pytest.raises(data.DataError, match=f"^--model {tmp_path}: .*{re.escape(complaint)}$"):
+    (tmp_path / "nanorefer.json").write_text(change if change == "not JSON" else json.dumps(saved))
+    with pytest.raises(data.DataError, match=f"^--model {tmp_path}: expected ") as caught:
         models.load_processor(tmp_path)
+    assert "\n" not in str(caught.value)
+    if change != "not JSON":
+        names = ", ".join(sorted(asdict(SETTINGS)))
+        assert f"nanorefer.json with the settings {names}, found {data.shorten(saved)}" in str(caught.value)
 
 
 @any_family
@@ -970,4 +1014,4 @@ def test_an_unknown_family_is_refused(checkpoint, tmp_path):
     config["model_type"] = "qwen2_vl"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="qwen2_5_vl.*qwen3_vl.*qwen2_vl"):
-        data.Processor.from_pretrained(tmp_path, SETTINGS)
+        models.Processor.from_pretrained(tmp_path, SETTINGS)

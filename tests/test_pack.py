@@ -3,6 +3,7 @@ has touched: its own attention, position ids, and division of the vision tower's
 
 import contextlib
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,9 +55,9 @@ def region_tokens(plain, encoder, encoded, processor):
         cells = plain.model.visual(still, grid_thw=grid).pooler_output
         weights = torch.from_numpy(weights).double()
         pooled.append((weights @ cells.double() / weights.sum()).float())
-    pooled, each_row = torch.stack(pooled), np.eye(len(pooled))
-    counts = encoded["object_frames"], encoded["region_tokens"]
-    share = torch.from_numpy(merged_by_hand(pooled.detach().numpy(), each_row, *counts)[1])
+    pooled = torch.stack(pooled)
+    share = merged_by_hand(pooled.tolist(), encoded["object_frames"], encoded["region_tokens"])
+    share = torch.tensor(share, dtype=torch.float64)
     boxes = torch.tensor(encoded["boxes"], dtype=torch.float64)
     merged, boxes = (share @ pooled.double()).float(), (share @ boxes).float()
     return merged + encoder.mlp(merged) + encoder._position(boxes)
@@ -82,7 +83,7 @@ def plain_loss(plain, encoder, encoded, processor):
 def test_a_row_learns_as_transformers_one_sample_at_a_time(checkpoint, loaded, world, window):  # noqa: F811
     model, processor = loaded
     give_regions_weight(model)
-    processor.settings = data.replace(processor.settings, window=window)
+    processor.settings = replace(processor.settings, window=window)
     ds = dataset(world, processor)
     samples = [ds[0, i] for i in KINDS]
     plain = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)

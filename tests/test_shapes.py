@@ -27,7 +27,7 @@ def test_all_kinds_of_sample_and_all_forms_of_mask_occur(world):
         if sample.media is None:
             media = "text"
         else:
-            media = "image" if data.media_info(sample.media).is_image else "video"
+            media = "image" if data.open_media(sample.media).info.is_image else "video"
         frames = max((len(o) for o in sample.objects), default=0)
         kinds.add((media, min(frames, 2)))
     assert {("video", 2), ("video", 1), ("image", 1)} <= kinds
@@ -95,7 +95,7 @@ def test_the_objects_of_the_small_world_are_of_5_percent_of_its_frames(tmp_path)
         for i in range(len(samples)):
             assert isinstance(dataset[0, i], dict)
             if samples[i].media:
-                info = data.media_info(samples[i].media)
+                info = data.open_media(samples[i].media).info
                 assert (info.height, info.width) == (384, 384) and samples[i].size in (None, (384, 384))
             for masks in samples[i].objects:
                 for segmentation in masks.values():

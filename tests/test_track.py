@@ -146,17 +146,17 @@ def test_frames_are_spread_over_the_video(pointed, num_frames, count, expected):
 def test_only_the_frames_that_are_tracked_are_read(sam, clip, monkeypatch):
     """Of ten minutes at 24 frames a second: as many as of a short clip."""
     loaded, held = [], []
-    load_image, session_of = data._load_image, evaluation.Sam2VideoInferenceSession
+    read, session_of = data.Images.read, evaluation.Sam2VideoInferenceSession
 
-    def session(video, **options):
+    def session(video, *size, **options):
         held.append(len(video))
-        return session_of(video, **options)
+        return session_of(video, *size, **options)
 
-    monkeypatch.setattr(data, "_load_image", lambda file: loaded.append(file.name) or load_image(file))
+    monkeypatch.setattr(data.Images, "read", lambda self, frames: loaded.extend(frames) or read(self, frames))
     monkeypatch.setattr(evaluation, "Sam2VideoInferenceSession", session)
     files = [clip / f"{k % 20}.png" for k in range(14_400)]
     [masks] = evaluation.track(files, [{7203: (40, 33)}], sam, region_frames=4)
-    assert list(masks) == [0, 4800, 7203, 14_399] and loaded == ["0.png", "0.png", "3.png", "19.png"]
+    assert list(masks) == loaded == [0, 4800, 7203, 14_399]
     assert held == [4]
 
 
@@ -207,7 +207,7 @@ def test_an_image_has_one_frame(sam, clip):
         ([{3: np.zeros((H, W))}], "object 0: frame 3: expected a mask that is not empty inside the picture"),
         ([{3: np.ones((W, H))}], "object 0: frame 3: expected a mask of the frame's shape, 90x60"),
         ([{3: [1, 2, 3]}], "object 0: frame 3: expected at least 3 points"),
-        ([{3: (1, 1)}, {}], "object 1: expected a mask or a point on at least one frame"),
+        ([{3: (1, 1)}, {}], "object 1: expected an object that SAM 2 sees on at least one frame"),
     ],
 )
 def test_what_is_wrong_with_an_object_gets_one_error(sam, clip, objects, complaint):
@@ -239,10 +239,20 @@ def test_weights_that_are_missing_get_one_line(sam_folder, tmp_path):
         assert str(error.value).startswith(f"--track {path}: ") and "\n" not in str(error.value)
 
 
-def test_large_pictures_are_made_smaller_as_pil_does():
+def test_large_pictures_are_made_smaller_as_pil_does(sam, tmp_path, monkeypatch):
     """Antialiased, and rounded to uint8 as by Sam2VideoVideoProcessor; PIL rounds a few pixels otherwise."""
     pictures = np.random.default_rng(0).integers(0, 255, (2, 300, 410, 3), dtype=np.uint8)
-    pixels = evaluation.to_pixels(iter(pictures), 128)
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{k}.png")
+    shown, session_of = [], evaluation.Sam2VideoInferenceSession
+
+    def session(video, *size, **options):
+        shown.append(video)
+        return session_of(video, *size, **options)
+
+    monkeypatch.setattr(evaluation, "Sam2VideoInferenceSession", session)
+    evaluation.track(tmp_path, [{0: (205.0, 150.0)}], sam)
+    [pixels] = shown
     assert pixels.shape == (2, 3, 128, 128) and pixels.dtype == torch.float32
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     levels = (pixels.permute(0, 2, 3, 1).double().numpy() * std + mean) * 255
@@ -267,9 +277,9 @@ def test_a_click_is_tracked_shown_saved_and_asked_about(
 ):
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
     saved, preview = tmp_path / "masks.json", tmp_path / "p.png"
-    arguments = ["--model", "m", "--video", clip, "--track", sam_folder, "--save-masks", saved]
-    arguments += ["--frame", 7, "--point", "40,33", "--object", "--box", "20,10,40,40", "--preview", preview]
-    arguments += ["--ask", "Is <region> on <region>?", "--max-new-tokens", 4, "--device", "cpu"]
+    arguments = ["ask", "Is <region> on <region>?", "--model", "m", "--video", clip, "--track", sam_folder]
+    arguments += ["--object", "7:40,33", "--object", "7:20,10,40,40", "--save-masks", saved]
+    arguments += ["--preview", preview, "--max-new-tokens", 4, "--device", "cpu"]
     evaluation.main([str(a) for a in arguments])
     reply = capsys.readouterr().out.rstrip("\n")
 
@@ -301,46 +311,39 @@ def test_a_question_about_a_list_of_frame_files(clip, loaded):
 def test_masks_are_saved_without_a_tracker_too(clip, loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
     Image.fromarray(ell() * 255).save(tmp_path / "m.png")
-    arguments = ["--model", "m", "--video", clip, "--frame", 7, "--mask", tmp_path / "m.png"]
-    arguments += ["--ask", "What is <region>?", "--save-masks", tmp_path / "masks.json", "--device", "cpu"]
+    arguments = ["ask", "What is <region>?", "--model", "m", "--video", clip, "--device", "cpu"]
+    arguments += ["--object", f"7:{tmp_path / 'm.png'}", "--save-masks", tmp_path / "masks.json"]
     evaluation.main([str(a) for a in arguments])
     [masks] = json.loads((tmp_path / "masks.json").read_text())["annotation"]
     assert list(masks) == ["7"] and (data.decode_mask(masks["7"]["segmentation"], H, W) == ell()).all()
 
 
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
-        (["--frame", "3", "--point", "1,2"], "--point needs --track"),
-        (["--track", "sam"], "--track, --save-masks needs an object"),
-        (["--track", "sam", "--frame", "3", "--object"], "--track, --save-masks needs an object"),
-        (["--save-masks", "m.json"], "--track, --save-masks needs an object"),
-        (["--track", "sam", "--frame", "3", "--point", "1"], "--point: invalid x_y value"),
-        (["--track", "sam", "--frame", "3", "--point", "1,2,3"], "--point: invalid x_y value"),
-    ],
-)
-def test_options_that_would_do_nothing(capsys, arguments, complaint):
-    with pytest.raises(SystemExit):
-        evaluation.main(["--model", "m", "--video", "v", "--ask", "What is <region>?", *arguments])
-    assert complaint in capsys.readouterr().err
+def test_a_click_needs_a_tracker(clip, monkeypatch):
+    with pytest.raises(data.DataError, match=r"expected --track for a click, found \[\(40.0, 33.0\)\]"):
+        main_ask(clip, "--object", "7:20,10,40,40", "--object", "3:40,33")
 
 
 def test_tracking_without_a_question_is_refused(capsys):
     with pytest.raises(SystemExit):
-        evaluation.main(["--model", "m", "--data", "d.json", "--track", "sam"])
-    assert "--track, --save-masks needs an object" in capsys.readouterr().err
+        evaluation.main(["data", "d.json", "--model", "m", "--out", "o", "--track", "sam"])
+    assert "unrecognized arguments: --track" in capsys.readouterr().err
+
+
+def main_ask(clip, *options):
+    arguments = ("ask", "What is <region>?", "--model", "m", "--video", clip, "--device", "cpu", *options)
+    evaluation.main([str(a) for a in arguments])
 
 
 def test_a_point_outside_the_picture_is_refused(clip, sam_folder, loaded, monkeypatch):
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
-    arguments = ["--model", "m", "--video", clip, "--track", sam_folder, "--device", "cpu", "--frame"]
     for pointed, complaint in (
-        ((3, "--point", "1,60"), "object 0: frame 3: expected a point x,y inside the picture, 90x60"),
-        ((20, "--point", "1,2"), "expected a frame index from 0 to 19, found 20"),
-        ((3, "--box", "80,5,20,20"), "inside the picture, 90x60 (width x height)"),
+        ("3:1,61", "expected --object inside the picture, 90x60 (width x height), found '3:1,61'"),
+        ("3:1,60", "object 0: frame 3: expected a point x,y inside the picture, 90x60"),
+        ("20:1,2", "expected a frame index from 0 to 19, found 20"),
+        ("3:80,5,20,20", "expected --object inside the picture, 90x60 (width x height)"),
     ):
         with pytest.raises(data.DataError) as error:
-            evaluation.main([str(a) for a in (*arguments, *pointed, "--ask", "What is <region>?")])
+            main_ask(clip, "--track", sam_folder, "--object", pointed)
         assert complaint in str(error.value)
 
 
