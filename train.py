@@ -45,8 +45,8 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-# While torch's threads wait for each other they spin, and beside one busy neighbour a step takes twice as long.
-# Passive threads sleep, which costs nothing on quiet cores. To be set before torch is imported.
+# While torch's threads wait for each other they spin, so that a step takes twice as long beside one busy
+# neighbour. Passive threads sleep, which costs nothing on quiet cores. To be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -133,18 +133,8 @@ class Config:
 
 
 # The options that a resumed run may change. The metrics depend on all the others.
-MAY_CHANGE = {
-    "media",
-    "outside_paths",
-    "val_every",
-    "max_bad",
-    "check",
-    "problems",
-    "preview",
-    "out",
-    "save_every",
-}
-MAY_CHANGE |= {"keep", "resume", "micro_batch", "workers", "fsdp", "grad_checkpoint", "compile", "device"}
+MAY_CHANGE = set("media outside_paths val_every max_bad check problems preview out save_every keep".split())
+MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint compile device".split())
 
 
 # ---- the data of a step ----
@@ -269,23 +259,18 @@ def backward(model, micro_batches):
     return torch.stack(losses).sum()
 
 
-def gradient_norm(parameters):
-    """Returns the norm of the gradient of all ranks, a scalar tensor."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 # ---- the loop ----
 
 
 def train(config):
     device = init_distributed(config.device)
-    data.expect(
-        dist.is_initialized() or not config.fsdp, "torchrun for --fsdp, which shards over ranks", None
-    )
+    data.expect(dist.is_initialized() or not config.fsdp, "torchrun with --fsdp, which shards", "one process")
     samples = data.read_samples(config.data, config.media, config.outside_paths)
     val_samples = data.read_samples(config.val, config.media, config.outside_paths) if config.val else []
-    processor = build_processor(config, samples)
+    settings = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
+    texts = data.sample_texts(samples) if config.model == "tiny" else ()
+    processor = models.load_processor(config.model, texts, **settings)
+    fill_in_defaults(config, processor, len(samples))
     if config.check:
         return check(config, samples, processor) if rank() == 0 else None
     ckpt = read_checkpoint(config, len(samples), len(val_samples))
@@ -327,8 +312,10 @@ def train(config):
         micro_batches = [next(batches) for _ in range(micro_steps)]
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
         loss_sum = backward(ddp_model, micro_batches)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Here the CPU waits for the GPU, once a step.
-        loss_of_rank, norm_of_sum = torch.stack([loss_sum, gradient_norm(parameters)]).tolist()
+        loss_of_rank, norm_of_sum = torch.stack([loss_sum, norm]).tolist()
 
         # Sum what the ranks counted. SIGTERMs are among it, so that all ranks stop after the same step.
         errors = [error for batch in micro_batches for error in batch["errors"] if error is not None]
@@ -397,35 +384,24 @@ def train(config):
 # ---- A first reading may end here. Below: building, ranks, held-out data, files, the check, options. ----
 
 
-def build_processor(config, samples):
-    """Returns the model.Processor, and fills in the options of config that are None."""
-    settings = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
-    texts = data.sample_texts(samples) if config.model == "tiny" else ()
-    processor = models.load_processor(config.model, texts, **settings)
-    fill_in_defaults(config, processor, len(samples))
-    return processor
-
-
 def fill_in_defaults(config, processor, num_samples):
     """Sets the options that are None. Raises DataError for those that do not fit."""
     for name, value in asdict(processor.settings).items():
         setattr(config, name, value)
-    kind = "tiny" if config.model == "tiny" else "pretrained"
-    config.train = config.train or Config.__dataclass_fields__["train"].metadata["defaults"][kind]
+    which = ["tiny"] if config.model == "tiny" else ["pretrained", "tiny"]
+    defaults = {f.name: f.metadata["defaults"] for f in fields(config)}
+    config.train = config.train or defaults["train"][which[0]]
     parts, names = set(config.train.split(",")), ("region", "projector", "llm", "vision", "lora")
     fits = parts <= set(names) and not {"llm", "lora"} <= parts  # matrices that learn need no adapters
     data.expect(fits, f"--train: names out of {','.join(names)}, not both llm and lora", config.train)
     is_used = {"lr": parts != {"region"}, "region_lr": "region" in parts, "lora_rank": "lora" in parts}
-    for name, used in is_used.items():
-        given = getattr(config, name) is not None
-        data.expect(
-            used or not given, f"a part in --train that uses --{name.replace('_', '-')}", config.train
-        )
-    names = ["lora"] * ("lora" in parts) + [kind, "tiny"]
-    for f in fields(config):
-        defaults = f.metadata["defaults"]
-        if getattr(config, f.name) is None:
-            setattr(config, f.name, next(defaults[name] for name in names if name in defaults))
+    for name, value in defaults.items():
+        if getattr(config, name) is not None:
+            used = is_used.get(name, True)
+            data.expect(used, f"a part in --train that uses --{name.replace('_', '-')}", config.train)
+        elif is_used.get(name, True):
+            order = ["lora", *which] if "lora" in parts else which
+            setattr(config, name, next(value[key] for key in order if key in value))
     largest_batch = min(16, num_samples)
     config.batch_size = config.batch_size or largest_batch - largest_batch % world_size()
     fits = config.batch_size > 0 and config.batch_size % world_size() == 0
@@ -502,7 +478,7 @@ def print0(text):
 
 
 def init_distributed(name):
-    """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device. name: cuda or cpu."""
+    """Joins the ranks that torchrun started, if it did. Returns this rank's torch.device."""
     exists = name == "cpu" or (name == "cuda" and torch.cuda.is_available())
     data.expect(exists, "--device: cpu, or cuda where there is one", name)
     # Each tensor that a worker hands over is an open file, of which often only 1024 are allowed.
@@ -538,7 +514,7 @@ def shared_out(keys, batch_size):
 
 @contextmanager
 def errors_in_one_line():
-    """Ends the program with one line for an error that the user can mend, and never leaves a worker behind."""
+    """Ends the program with one line for an error that the user can mend, and leaves no worker behind."""
     try:
         yield
     except (data.DataError, OSError) as error:
@@ -667,8 +643,8 @@ def save_final(model, processor, config):
 
 
 def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done):
-    """Writes OUT/step-NNNNNN: what has been learned, and the optimizer's state. Frozen weights stay where the
-    run has them from. The files do not depend on the number of ranks, nor on --fsdp. Every rank must call it.
+    """Writes OUT/step-NNNNNN: what has been learned, and the optimizer's state, but no frozen weights. The files
+    do not depend on the number of ranks, nor on --fsdp. Every rank must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
@@ -771,57 +747,52 @@ def check(config, samples, processor):
 
 
 def preview(dataset, sample_indices, path, frames_shown=3):
-    """Draws samples to a PNG file: the conversation, and some annotated frames, with the objects outlined and
+    """Draws samples to a PNG file: the conversation, and some annotated frames with the objects outlined and
     numbered. Behind each frame stands what is encoded of it, its cells as bright as they are covered.
     """
     from matplotlib.figure import Figure  # takes a second, which each run would wait for
 
-    drawn = []  # (text, tiles) of each sample
+    rows = []  # (text above it, tiles)
     for i in sample_indices:
         sample, numbers = dataset.samples[i], count(1)
-        text = ", ".join([*sample.place, data.media_name(sample.media or "text only")])
+        lines = [", ".join([*sample.place, data.media_name(sample.media or "text only")])]
         for question, answer in sample.turns:
             question = re.sub(data.REGION_TAG, lambda tag, n=numbers: f"<region {next(n)}>", question)
-            text += f"\nQ: {question}\nA: {answer}"
-        text = "\n".join(textwrap.fill(line, 150) for line in text.splitlines())
+            lines += [f"Q: {question}", f"A: {answer}"]
+        text = "\n".join(textwrap.fill(" ".join(line.split()), 150) for line in lines)
         with data.within(*sample.place):
-            drawn.append((text, _tiles(dataset, sample, frames_shown) if sample.media else []))
-    heights = [
-        2.2 * max(1, math.ceil(len(tiles) / 6)) + 0.2 * text.count("\n") + 0.5 for text, tiles in drawn
-    ]
-    figure = Figure((14, sum(heights)), layout="constrained")
-    for (text, tiles), part in zip(
-        drawn, figure.subfigures(len(drawn), height_ratios=heights, squeeze=False)
-    ):
-        part[0].suptitle(text, x=0, ha="left", fontsize=9, parse_math=False)
-        axes = part[0].subplots(max(1, math.ceil(len(tiles) / 6)), 6, squeeze=False).ravel()
-        for ax in axes:
-            ax.set_axis_off()
+            tiles = _tiles(dataset, sample, frames_shown) if sample.media else []
+        rows.append((text, tiles[:6]))
+        rows += [("", tiles[k : k + 6]) for k in range(6, len(tiles), 6)]
+    figure = Figure((14, 2.7 * len(rows)), layout="constrained")
+    for (text, tiles), part in zip(rows, figure.subfigures(len(rows), squeeze=False)[:, 0]):
+        part.suptitle(text, x=0, ha="left", fontsize=9, parse_math=False)
+        axes = part.subplots(1, 6)
         for ax, (title, picture, outlines) in zip(axes, tiles):
             ax.imshow(picture)
             ax.set_title(title, fontsize=8)
             for k, inside in outlines.items():
-                ax.contour(inside, [min(0.5, inside.max() / 2)], colors=f"C{k % 10}", linewidths=1.5)
-                top, _, left, _ = data.mask_bounds(inside > 0)
-                ax.text(
-                    left, max(top, len(picture) // 8), k + 1, color=f"C{k % 10}", weight="bold", va="bottom"
-                )
+                colour, (top, _, left, _) = f"C{k % 10}", data.mask_bounds(inside > 0)
+                ax.contour(inside, [min(0.5, inside.max() / 2)], colors=colour, linewidths=1.5)
+                place = left, max(top, len(picture) // 8)
+                ax.text(*place, k + 1, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
+        for ax in axes:
+            ax.set_axis_off()
     with data.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
 def _tiles(dataset, sample, frames_shown):
-    """Returns (title, picture, {object: its data.coverage of each pixel}) of frames and of what is encoded of them."""
+    """Returns (title, picture, {object: coverage of each pixel}) of frames, and of what is encoded of them."""
     media, tiles = dataset.media_of(sample), []
-    info = media.info
-    objects = dataset.choose_objects(sample, info, np.random.default_rng(0))
+    objects = dataset.choose_objects(sample, media.info, np.random.default_rng(0))
     frames = data.evenly(sorted(set().union(*objects)) or [0], frames_shown)
     for frame, picture in media.read(frames).items():
-        views, outlines = {}, {}  # views: View -> its objects' numbers, and their coverage
+        outlines, views = {}, {}  # views: View -> its objects' numbers, and their coverage
         for k, masks in enumerate(objects):
             if frame in masks:
-                outlines[k] = data.coverage(masks[frame], info.height, info.width)
-                view, cells = dataset.region_view(frame, masks[frame], info)
+                outlines[k] = data.coverage(masks[frame], *picture.shape[:2])
+                view, cells = dataset.region_view(frame, masks[frame], media.info)
                 numbers, others = views.get(view, ("", 0))  # several objects may share a view
                 views[view] = f"{numbers} {k + 1}", np.maximum(cells, others)
         tiles.append((f"frame {frame}", picture, outlines))
