@@ -1006,8 +1006,8 @@ class Video:
     Decoding from the first packet and counting the frames that come out is always right. It is slow, so where
     a seek provably leads to the same frames (list_packets), their pts (presentation times) are listed without
     decoding: sorted, they are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last
-    keyframe at or before k, and continues until a frame with the pts of k comes out. If anything about that is
-    odd, everything is decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error
+    keyframe at or before k, and continues until a frame with the pts of k comes out. If anything about that
+    is odd, everything is decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error
     after many a seek, and its successor decord2 3.4.0 after some.)
 
     pts: of each frame, rising; None where frames are counted. keyframes: frames where decoding may start.

@@ -224,10 +224,8 @@ def open_run(args):
     """Says in OUT/run.json what is asked. Raises DataError if OUT holds replies to anything else."""
     names = ("command", "model", "media", "mode", "no_options", "max_new_tokens")
     run = {name: getattr(args, name, None) for name in names} | {"files": []}
-    for path in [
-        *args.files,
-        *sorted(Path(args.model).glob("[!.]*.*")),
-    ]:  # in order, as questions are numbered
+    paths = [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]  # in order, as questions are numbered
+    for path in paths:
         run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
     runs = train.read_jsonl(args.out / "run.json")
     is_same = runs == [run] or not (runs or args.out.exists() and os.listdir(args.out))
@@ -268,7 +266,7 @@ def ask_all(model, dataset, questions, args):
 def score(questions, columns, suffix=""):
     """Prints a table, and returns it as {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
-    A question that was asked for a column has the key column + suffix, and is right if that equals its answer.
+    A question that was asked for a column has the key column + suffix. It is right if that equals its answer.
     The rows are the types of questions, "about regions" (if only some are), and "all". The column "constant"
     is added: always the most frequent answer to questions of this type, with or without regions, so that it
     can be compared with the controls.

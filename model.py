@@ -75,7 +75,8 @@ LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 
 # ---- Text and pictures as the backbone reads them ----
 
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+END_OF_TURN = "<|im_end|>"
+SYSTEM = f"<|im_start|>system\nYou are a helpful assistant.{END_OF_TURN}\n"
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 # All families chat in ChatML. They differ in what a conversation begins with, what stands before an answer,
 # and whether each pair of frames has its time in front of it (in Qwen2.5-VL, position ids tell the time).
@@ -215,8 +216,8 @@ class Processor:
         pieces, before = [], self.system
         for question, answer in turns:
             question = data.MEDIA_TAG.sub(lambda _: media_prompt, question)
-            prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{self.thoughts}"
-            pieces += [before + prompt, answer + "<|im_end|>"]
+            prompt = f"<|im_start|>user\n{question}{END_OF_TURN}\n<|im_start|>assistant\n{self.thoughts}"
+            pieces += [before + prompt, answer + END_OF_TURN]
             before = "\n"
         return [*pieces, before]
 
@@ -411,10 +412,10 @@ class ReferringVideoLLM(nn.Module):
         return [[token for token in row if token >= 0] for row in rows]
 
     def end_token_ids(self, tokenizer):
-        """Returns a list: the tokenizer's end token, and those of the checkpoint's generation_config.json."""
+        """Returns a list: the end of a turn, and what tokenizer and generation_config.json name as ends."""
         ids = self.backbone.generation_config.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
-        return sorted({*ids, tokenizer.eos_token_id} - {None})
+        return sorted({*ids, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None})
 
     def add_lora(self, rank):
         """Adds adapters of peft to the matrices of the LLM's layers.
@@ -422,10 +423,8 @@ class ReferringVideoLLM(nn.Module):
         A matrix W then computes W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685). A is random, (rank,
         in), and B zero, (out, rank), so initially nothing changes. Experts have none: they are no nn.Linear.
         """
-        has_adapters = any(".lora_" in name for name, _ in self.named_parameters())
-        data.expect(
-            not has_adapters, "--train lora: a model without adapters (such as OUT/final)", "adapters"
-        )
+        adapters = [name for name, _ in self.named_parameters() if ".lora_" in name]
+        data.expect(not adapters, "--train lora: a model without adapters, as OUT/final is", adapters)
         settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
         inject_adapter_in_model(settings, self.backbone.model.language_model)
 

@@ -530,8 +530,8 @@ def errors_in_one_line():
 
 
 def leave_out(errors, bad, step, config, num_samples):
-    """Writes the errors of samples that are not in bad, a set of (file, sample), to OUT/bad_samples.jsonl, and
-    adds them to it. (A resumed run counts on.) Too many end the run. All ranks have the same errors.
+    """Writes the errors of samples that are not in bad, a set of (file, sample), to OUT/bad_samples.jsonl,
+    and adds them to it. (A resumed run counts on.) Too many end the run. All ranks have the same errors.
     """
     for error in errors:
         reason, *places = error.args  # what follows on file and sample can change with the epoch
@@ -643,8 +643,8 @@ def save_final(model, processor, config):
 
 
 def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done):
-    """Writes OUT/step-NNNNNN: what has been learned, and the optimizer's state, but no frozen weights. The files
-    do not depend on the number of ranks, nor on --fsdp. Every rank must call it.
+    """Writes OUT/step-NNNNNN: what has been learned, and the optimizer's state, but no frozen weights. The
+    files do not depend on the number of ranks, nor on --fsdp. Every rank must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
@@ -783,7 +783,7 @@ def preview(dataset, sample_indices, path, frames_shown=3):
 
 
 def _tiles(dataset, sample, frames_shown):
-    """Returns (title, picture, {object: coverage of each pixel}) of frames, and of what is encoded of them."""
+    """Returns (title, picture, {object: coverage of pixels}) of frames, and of what is encoded of them."""
     media, tiles = dataset.media_of(sample), []
     objects = dataset.choose_objects(sample, media.info, np.random.default_rng(0))
     frames = data.evenly(sorted(set().union(*objects)) or [0], frames_shown)
