@@ -74,8 +74,6 @@ def expect(condition, expected, found):
 
 
 # ---- samples ----
-
-
 @dataclass(frozen=True)
 class Sample:
     """One checked entry of a data file."""
@@ -89,23 +87,20 @@ class Sample:
     # {frame index: segmentation} for each `<region>` tag of all questions, in order.
     objects: list[dict[int, object]]
     size: tuple[int, int] | None  # (height, width) that polygons are drawn on; None: the frame's own
-    type: str  # the row of eval.py's table
 
 
-def read_samples(paths, media=None, outside_paths=False):
+def read_samples(paths, media=None):
     """Returns a sequence of Sample, each parsed when it is accessed (see parse_sample for the checks).
 
     paths: one or several, each a JSON array or JSONL. media: the folder that media paths are relative to
-    (default: each file's own). outside_paths: also accept media paths that leave that folder. Raises
-    DataError here if a file as a whole cannot be read, and on access if a sample is wrong.
+    (default: each file's own). Raises DataError here if a file as a whole cannot be read, and on access if a
+    sample is wrong.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    return Samples([os.fspath(path) for path in paths], media and os.fspath(media), outside_paths)
+    return Samples([os.fspath(path) for path in paths], media and os.fspath(media))
 
 
 # ---- masks ----
-
-
 def decode_mask(segmentation, height, width):
     """Decodes COCO RLE (compressed or a list of runs), or one or more polygons, to uint8 (H, W) of 0 and 1.
 
@@ -204,8 +199,6 @@ def mask_box(mask):
 
 
 # ---- encoded samples ----
-
-
 @dataclass(frozen=True)
 class Settings:
     """How media become tokens. Saved beside a trained model, so that evaluation sees what training saw."""
@@ -416,8 +409,8 @@ class ReferringDataset(Dataset):
 def mask_on(frame, sample, object_index, info):
     """The mask of one of a sample's objects on an annotated frame: uint8 (H, W), at its own resolution."""
     with within(f"object {object_index}", f"frame {frame}"):
-        in_video = frame < info.num_frames
-        expect(in_video, f"a frame index below {info.num_frames}, the number of frames", frame)
+        last = max(sample.objects[object_index])  # an error whichever frames are drawn in an epoch
+        expect(last < info.num_frames, f"frame indices below {info.num_frames}, the number of frames", last)
         size = sample.size or (info.height, info.width)
         return decode_mask(sample.objects[object_index][frame], *size)
 
@@ -428,8 +421,6 @@ def evenly(items, count):
 
 
 # ---- batches ----
-
-
 def collate(samples, processor, for_generation=False):
     """Joins encoded samples to one batch (a dict). Samples that are DataErrors are left out of it.
 
@@ -548,8 +539,6 @@ def _concatenate(arrays, dtype):
 
 
 # ---- A first reading may end here. What follows makes the above right on real data, and shows it. ----
-
-
 def sample_texts(samples, limit=10_000):
     """The texts of the first samples, from which the tiny model's tokenizer learns its words."""
     for i in range(min(limit, len(samples))):
@@ -561,7 +550,7 @@ def sample_texts(samples, limit=10_000):
 # ---- the index of a data file ----
 
 INDEX_FORMAT = 3  # to be raised when the content of an index file means something else
-WINDOW = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
+CHUNK = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
 MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
 
 
@@ -571,8 +560,8 @@ class Samples:
     Each access opens a file and reads the few bytes where the index says that the sample is.
     """
 
-    def __init__(self, paths, media, outside_paths):
-        self.paths, self.media, self.outside_paths = paths, media, outside_paths
+    def __init__(self, paths, media):
+        self.paths, self.media = paths, media
         self.versions, self.spans = zip(*map(open_index, paths))
         self.first = [0, *accumulate(map(len, self.spans))]  # the index of each file's first sample
 
@@ -582,7 +571,7 @@ class Samples:
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
         with within(*place):
-            return parse_sample(entry, place, media, position, self.outside_paths)
+            return parse_sample(entry, place, media, position)
 
     def read(self, i):
         """Returns the i-th JSON value, place (file, sample name), media folder and position in the file."""
@@ -650,19 +639,19 @@ def _find_samples(file):
     head = re.match(rb"(?:\xef\xbb\xbf)?\s*(\[?)\s*", file.read(4096))  # UTF-8 may begin with a mark
     between, last = (",", "]") if head[1] else ("", "")
     gap = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*")
-    offset, size = head.end(), WINDOW
+    offset, size = head.end(), CHUNK
     while True:
         file.seek(offset)
-        window = file.read(size)
-        text, is_rest, begin = window.decode("latin-1"), len(window) < size, 0
+        chunk = file.read(size)
+        text, is_end, begin = chunk.decode("latin-1"), len(chunk) < size, 0
         expect(text[:1] not in ("", "]"), "at least one sample", "none")
         try:
             while True:
                 _, end = decoder.raw_decode(text, begin)
-                window[begin:end].decode()  # raises a UnicodeDecodeError
+                chunk[begin:end].decode()  # raises a UnicodeDecodeError
                 after = gap.match(text, end)
                 is_last = after.end() == len(text)
-                if after[1] != (last if is_last else between) or (is_last and not is_rest):
+                if after[1] != (last if is_last else between) or (is_last and not is_end):
                     raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
                 yield offset + begin, offset + end
                 if is_last:
@@ -671,10 +660,10 @@ def _find_samples(file):
         except UnicodeDecodeError as error:
             raise _syntax_error(file, offset + begin + error.start, "not UTF-8") from None
         except json.JSONDecodeError as error:
-            if is_rest or (begin == 0 and size >= MAX_SAMPLE):
+            if is_end or (begin == 0 and size >= MAX_SAMPLE):
                 raise _syntax_error(file, offset + error.pos, f"not valid JSON: {error.msg}") from None
-        # The window may end within this sample: continue with one that begins there, longer if it did before.
-        offset, size = offset + begin, WINDOW if begin else 2 * size
+        # The chunk may end within this sample: continue with one that begins there, longer if it did before.
+        offset, size = offset + begin, CHUNK if begin else 2 * size
 
 
 def _syntax_error(file, offset, reason):
@@ -700,7 +689,7 @@ def shorten(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def parse_sample(entry, place, media_folder, position, outside_paths=False):
+def parse_sample(entry, place, media_folder, position):
     """Checks one JSON value and returns its Sample, or raises DataError.
 
     place: (file, sample name). position: the sample's id if the entry has no "id".
@@ -708,21 +697,21 @@ def parse_sample(entry, place, media_folder, position, outside_paths=False):
     expect(isinstance(entry, dict), "a JSON object", entry)
     for key in UNKNOWN_KEYS:
         expect(entry.get(key) is None, f"no {key}, a key that is not read and would change the meaning", key)
-    media = _parse_media(entry, media_folder, outside_paths)
+    media = _parse_media(entry, media_folder)
     with within("conversations"):
         turns = _parse_turns(entry.get("conversations"), has_media=media is not None)
     objects = _parse_objects(entry, media)
     tags = sum(question.count(REGION_TAG) for question, _ in turns)
     expect(tags == len(objects), f"as many {REGION_TAG} tags in questions as objects ({len(objects)})", tags)
     expect(media or not objects, "a video or image for the annotated objects", "neither key")
-    size, row = (entry.get("height"), entry.get("width")), entry.get("type") or ""
+    size = entry.get("height"), entry.get("width")
     size = None if size == (None, None) else size
-    expect(size is None or is_size(size), f"height and width of at most {MAX_PIXELS} pixels", size)
-    expect(isinstance(row, str), "type: a string", row)
-    return Sample(place, entry.get("id", position), media, turns, objects, size, row)
+    whole = "height and width: whole numbers, whose product is at most"
+    expect(size is None or is_size(size), f"{whole} {MAX_PIXELS}", size)
+    return Sample(place, entry.get("id", position), media, turns, objects, size)
 
 
-def _parse_media(entry, media_folder, outside_paths):
+def _parse_media(entry, media_folder):
     given = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
     expect(len(given) <= 1, "a video or an image, not both", given)
     for key, value in given.items():
@@ -736,8 +725,6 @@ def _parse_media(entry, media_folder, outside_paths):
             # An image may stand under "video", as in the published example, but not the other way round.
             valid = is_image_path(name) or (key == "video" and not is_list)
             expect(valid, f"{key}: a file in {' '.join(IMAGE_SUFFIXES)}", name)
-            inside = not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != os.pardir
-            expect(inside or outside_paths, f"{key}: a path in the media folder (or --outside-paths)", name)
         paths = tuple(os.path.join(media_folder, name) for name in names)
         return paths if is_list else paths[0]
     return None
@@ -857,16 +844,16 @@ READ_SECONDS = 120  # for opening a media file, and again for reading frames fro
 
 
 @contextmanager
-def readable(expected, *places):
-    """Turns what libraries raise about a file into a DataError that says what was expected. Adds places."""
+def readable(expected, *places, errors=FILE_ERRORS):
+    """Turns what libraries raise about a file into a DataError of one line. Adds places, as within does."""
     try:
         with within(*places):
             yield
     except DataError:  # is a ValueError, so it must pass before the next line
         raise
-    except FILE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"expected {expected}, found: {reason}", *places) from error
+    except errors as error:
+        found = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+        raise DataError(f"expected {expected}, found: {found}", *places) from error
 
 
 @contextmanager
@@ -1110,6 +1097,8 @@ def list_packets(container, stream):
     counted = None, None, None
     codec, extradata = stream.codec.canonical_name, stream.codec_context.extradata or b""
     if not container.format.name.startswith(("mov,", "matroska,")) or codec not in SEEKABLE_CODECS:
+        return counted
+    if codec in ("h264", "hevc") and extradata[:1] != b"\1":  # no NAL units behind their lengths
         return counted
     first, known, all_pts, shown, keyframe_pts = None, b"", [], [], []
     for packet in container.demux(stream):

@@ -59,8 +59,6 @@ def load(path, device=DEVICE):
 
 
 # ---- questions, and what a control makes of them ----
-
-
 class Questions(data.ReferringDataset):
     """Samples, each encoded up to the question of one turn. Keys are (sample index, turn index) pairs.
 
@@ -183,11 +181,11 @@ def read_questions(samples, strict):
 def evaluate(args):
     """Asks the questions of a data file or benchmark, scores the replies, and writes all of it to OUT."""
     is_data = args.command == "data"
-    samples = data.read_samples(args.files, args.media, args.outside_paths)
+    samples = data.read_samples(args.files, args.media)
     samples = samples if is_data else Bench(samples, args)
     questions = read_questions(samples, strict=is_data)
-    open_run(args)
     model, processor = load(args.model, args.device)
+    open_run(args)
     scores, name = {}, "pred"
     if is_data:
         dataset, name = data.ReferringDataset(samples, processor), "exact"
@@ -203,8 +201,8 @@ def evaluate(args):
     if errors and (is_data or len(errors) == len(questions)):
         raise data.DataError(f"{errors[0]} ({len(errors)} of {len(questions)} questions cannot be asked)")
     for q in questions:
-        if "error" in q:  # no reply counts, also not of blind, which needs no media
-            q |= dict.fromkeys(columns)
+        if "error" in q:  # it is wrong in each column for which it was to be asked
+            q |= {column: None for column, control in columns.items() if is_asked(q, control)}
     if train.rank() == 0:
         if is_data:
             scores["rows"] = score(questions, columns)
@@ -222,7 +220,7 @@ def evaluate(args):
 
 def open_run(args):
     """Says in OUT/run.json what is asked. Raises DataError if OUT holds replies to anything else."""
-    names = ("command", "model", "media", "mode", "no_options", "max_new_tokens")
+    names = ("command", "model", "media", "mode", "max_new_tokens")
     run = {name: getattr(args, name, None) for name in names} | {"files": []}
     paths = [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]  # in order, as questions are numbered
     for path in paths:
@@ -233,6 +231,11 @@ def open_run(args):
     if not train.gather_over_ranks(runs)[0] and train.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         train.write_jsonl(args.out / "run.json", [run])
+
+
+def is_asked(question, control):
+    """Whether there is anything in the question that the control replaces or takes away."""
+    return question["regions"] or control in ("none", "blind")
 
 
 def ask_all(model, dataset, questions, args):
@@ -246,7 +249,7 @@ def ask_all(model, dataset, questions, args):
     replies = train.gather_over_ranks(dict(lines))[0]  # what rank 0 has read, before any rank writes
     path = parts / f"{control}-{train.rank()}.jsonl"
     train.write_jsonl(path, train.read_jsonl(path))  # without the half line that a kill may have left
-    asked = [i for i, q in enumerate(questions) if q["regions"] or control in ("none", "blind")]
+    asked = [i for i, q in enumerate(questions) if is_asked(q, control)]
     asked = [i for i in asked if i not in replies and "error" not in questions[i]]
     batches = train.shared_out(asked, args.batch_size)
     keys = [[(questions[i]["sample"], questions[i]["turn"]) for i in batch] for batch in batches]
@@ -261,8 +264,6 @@ def ask_all(model, dataset, questions, args):
 
 
 # ---- scores ----
-
-
 def score(questions, columns, suffix=""):
     """Prints a table, and returns it as {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
@@ -274,7 +275,7 @@ def score(questions, columns, suffix=""):
     frequent, rows = defaultdict(Counter), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["type"]):
         frequent[q["type"], q["regions"]][q["answer"]] += q["answer"] is not None  # None: a bad entry
-        rows[q["type"]].append(q)
+        rows[q["type"] if q["type"] not in ("about regions", "all") else f"type {q['type']}"].append(q)
     for q in questions:
         q["constant" + suffix] = frequent[q["type"], q["regions"]].most_common(1)[0][0]
     about_regions = [q for q in questions if q["regions"]]
@@ -353,27 +354,20 @@ class Bench:
                 question, answer = BENCH_D, entry.get("caption")
                 data.expect(isinstance(answer, str) and answer.strip(), "caption: a text", answer)
             else:
-                question, answer = bench_q_turn(entry, self.args.no_options)
+                question, (_, answer) = entry.get("Question"), read_options(entry)
+                data.expect(isinstance(question, str), "Question: a text", question)
+                question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
+                question = BENCH_Q.format(question, " ".join(entry["options"]))
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             entry = entry | {"conversations": turns}
-            sample = data.parse_sample(entry, place, media, position, self.args.outside_paths)
+            sample = data.parse_sample(entry, place, media, position)
             if self.args.mode == "multi":
                 return sample
-            frame = data.shorten(entry.get("frame_idx")).strip("'")
+            frame = str(entry.get("frame_idx"))
             objects = [{k: mask for k, mask in masks.items() if str(k) == frame} for masks in sample.objects]
             wanted = f"a mask of each object on frame {frame}, as frame_idx says"
             data.expect(all(objects), wanted, [sorted(masks) for masks in sample.objects])
             return replace(sample, objects=objects)
-
-
-def bench_q_turn(entry, no_options):
-    """Returns (question, letter). no_options: the question alone, for models that never saw options."""
-    question, (_, letter) = entry.get("Question"), read_options(entry)
-    data.expect(isinstance(question, str), "Question: a text", question)
-    if no_options:
-        return re.sub(r"<object\d+>", "", question), letter
-    question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
-    return BENCH_Q.format(question, " ".join(entry["options"])), letter
 
 
 def read_options(entry):
@@ -455,10 +449,11 @@ def judge(args):
     for i in tqdm(range(len(lines)), "judge", unit="reply", leave=False):
         line, place, *_ = lines.read(i)
         with data.within(*place):
-            valid = isinstance(line, dict) and {"caption", args.column} <= line.keys()
+            valid = isinstance(line, dict) and args.column in line
             data.expect(valid, f'an object with "caption" and "{args.column}"', line)
-        if line[args.column] is None:
-            continue  # a bad entry
+            if line[args.column] is None:
+                continue  # a bad entry
+            data.expect("caption" in line, f'an object with "caption" and "{args.column}"', line)
         user = f"##Correct answer: {line['caption']}\n##Predicted answer: {line[args.column]}\n"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         request = {"model": args.judge, "messages": messages, "temperature": 0}
@@ -481,8 +476,6 @@ def judge(args):
 
 
 # ---- A first reading may end here. Below: a question of your own, SAM 2, and the command line. ----
-
-
 def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
     """Returns the model's reply to one question about a video or an image. Raises data.DataError.
 
@@ -494,7 +487,7 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # "..." is not read
     entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
-    sample = data.parse_sample(entry, (data.media_name(media),), "", 0, outside_paths=True)
+    sample = data.parse_sample(entry, (data.media_name(media),), "", 0)
     dataset = Questions([sample], processor)
     if preview:
         train.preview(dataset, [0], preview, frames_shown=max(1, len(set().union(*objects))))
@@ -550,12 +543,10 @@ def read_object(words, info):
 
 
 # ---- SAM 2: from a click to masks on more frames ----
-
-
 def load_tracker(path, device=DEVICE):
     """Returns the Sam2VideoModel of a folder or Hugging Face name, such as facebook/sam2.1-hiera-tiny."""
     expected = "a Hugging Face name or a folder with config.json and weights of a SAM 2 video model"
-    with models.model_errors_in_one_line(path, "--track", expected):
+    with data.readable(expected, f"--track {path}", errors=models.MODEL_ERRORS):
         family = AutoConfig.from_pretrained(path).model_type
         data.expect(family == "sam2_video", "a SAM 2 video model (sam2_video)", family)
         return models.load_weights(Sam2VideoModel, path).to(device).eval()
@@ -633,14 +624,12 @@ def to_prompt(mask, height, width):
 
 
 # ---- the command line ----
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("ask", "data", "bench-q", "bench-d", "score", "judge"):
-        command = commands.add_parser(name, allow_abbrev=False, argument_default=None)
-        command.set_defaults(mode="multi", no_options=False, outside_paths=False)
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.set_defaults(mode="multi")
         add = command.add_argument
         if name == "judge":
             add("predictions", help="JSONL with caption and pred, such as bench-d writes")
@@ -668,7 +657,6 @@ def parse(argv=None):
             continue
         add("files", metavar="FILE", nargs="+" if name == "data" else 1, help="a JSON array or JSONL")
         add("--media", help="folder that media paths are relative to (default: each file's own)")
-        add("--outside-paths", action="store_true", help="also take media paths that lead out of that folder")
         add("--control", nargs="+", choices=CONTROLS, default=[], help="ask again with other masks or none")
         add("--batch-size", type=int, default=32, help="(default: 32)")
         add("--workers", type=int, default=2, help="processes of a rank that read data (default: 2)")
@@ -676,8 +664,6 @@ def parse(argv=None):
         if name != "data":
             on_frames = "masks on the published frame alone (default), or on all"
             add("--mode", choices=("single", "multi"), default="single", help=on_frames)
-        if name == "bench-q":
-            add("--no-options", action="store_true", help="ask without options; an option's text is right")
     args = parser.parse_args(argv)
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("workers", 0)):
         if getattr(args, name, least) < least:

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from itertools import chain, groupby
@@ -304,8 +303,6 @@ class Processor:
 
 
 # ---- The video LLM with regions ----
-
-
 class ReferringVideoLLM(nn.Module):
     """A Qwen3.5, Qwen3-VL or Qwen2.5-VL of transformers, computing what it always did, and a RegionEncoder.
 
@@ -494,8 +491,6 @@ def in_prompt(rows, batch):
 
 
 # ---- The region encoder ----
-
-
 class RegionEncoder(nn.Module):
     """Cells and coverage -> region tokens: token = merged + MLP(merged) + P(box).
 
@@ -658,8 +653,6 @@ def add_at(hidden, index, rows):
 
 
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
-
-
 def find_file(path, name):
     """Returns the path of a file that not every model has, or None. path: Hugging Face name or folder."""
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
@@ -676,7 +669,7 @@ def load_processor(path, texts=(), **settings):
     if path == "tiny":
         config, tokenizer, image_processor = build_tiny(texts)
         return Processor(tokenizer, image_processor, config, data.Settings(**given))
-    with model_errors_in_one_line(path):
+    with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
         if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
@@ -700,7 +693,7 @@ def load_model(path, processor):
     """
     if path == "tiny":
         return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
-    with model_errors_in_one_line(path):
+    with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
         ckpt_file = find_file(path, CHECKPOINT)
         if ckpt_file:
             ckpt = torch.load(ckpt_file, map_location="cpu", weights_only=True, mmap=True)
@@ -731,20 +724,8 @@ def load_weights(model_class, path):
 
 
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
-
-
-@contextmanager
-def model_errors_in_one_line(path, option="--model", expected=MODEL_FILES):
-    """Turns what libraries raise about missing or broken model files into a data.DataError of one line."""
-    try:
-        with data.within(f"{option} {path}"):
-            yield
-    except data.DataError:  # is a ValueError, so it must pass before the next line
-        raise
-    # RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        found = " ".join(str(error).split())[:300]
-        raise data.DataError(f"expected {expected}, found: {found}", f"{option} {path}") from error
+# RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
+MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError)
 
 
 # ---- The tiny model ----

@@ -69,27 +69,25 @@ FRAME_CACHE = 128 << 20  # bytes of decoded frames that the workers of a rank ke
 HANGING = 3600  # seconds after which a batch will not come any more: some call of a library hangs
 
 
-def option(default, help, group=None, **others):
-    """A field of Config. others: defaults with a `pretrained` model, or with `lora`, where they are others.
-    group: the heading of this option and of those below it.
-    """
-    metadata = {"help": help, "group": group, "defaults": {"tiny": default} | others}
-    return field(default=None if others else default, metadata=metadata)
+# Defaults that depend on --model and --train. The model that train.py wrote has its own for the settings.
+DEFAULTS = {
+    "tiny": asdict(data.Settings()) | {"train": "region,projector,llm,vision", "lr": 1e-3, "region_lr": 3e-3},
+    "pretrained": data.PRETRAINED_PIXELS | {"train": "region", "lr": 2e-5, "region_lr": 1e-3},
+    "lora": {"lr": 2e-4, "lora_rank": 16},
+}
 
 
-def setting(name, help, group=None):
-    """A field of Config that is one of data.Settings. It may be saved with the model."""
-    default = getattr(data.Settings, name)
-    return option(default, help, group, pretrained=data.PRETRAINED_PIXELS.get(name, default))
+def option(default, help, group=None):
+    """A field of Config. group: the heading of this option and of those below it."""
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass
 class Config:
-    """The command line: each field is an option. fill_in_defaults replaces None."""
+    """The command line: each field is an option. None: see DEFAULTS, or what the help says."""
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL", "data")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
-    outside_paths: bool = option(False, "accept media paths that are absolute or leave that folder")
     val: list[str] = option(None, "held-out data files, whose loss is measured; a bad sample ends the run")
     val_every: int = option(None, "steps between two measurements (default: at the start and the end)")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
@@ -98,23 +96,23 @@ class Config:
     preview: str = option(None, "with --check: a PNG file in which some samples are drawn")
 
     model: str = option("tiny", "tiny (random weights), or a Qwen3.5, Qwen3-VL, Qwen2.5-VL", "model")
-    train: str = option("region,projector,llm,vision", "what learns; lora: adapters", pretrained="region")
-    lora_rank: int = option(None, "rank of the adapters that lora adds to the LLM", lora=16)
+    train: str = option(None, "what learns: region, projector, llm, vision; or lora for llm")
+    lora_rank: int = option(None, "rank of the adapters that lora adds to the LLM")
 
-    num_frames: int = setting("num_frames", "frames sampled evenly from a video", "how media become tokens")
-    frame_pixels: int = setting("frame_pixels", "pixels of such a frame at most")
-    region_pixels: int = setting("region_pixels", "pixels of an image, or of what shows an object, at most")
-    window: int = setting("window", "encode a square so many times an object's box; 0: the whole frame")
-    region_frames: int = setting("region_frames", "annotated frames per object at most, evenly spread")
-    region_tokens: int = setting("region_tokens", "tokens per object at most, similar frames being merged")
-    max_length: int = setting("max_length", "tokens per sample at most; a longer one is refused")
+    num_frames: int = option(None, "frames sampled evenly from a video", "how media become tokens")
+    frame_pixels: int = option(None, "pixels of such a frame at most")
+    region_pixels: int = option(None, "pixels of an image, or of what shows an object, at most")
+    window: int = option(None, "encode a square so many times an object's box; 0: the whole frame")
+    region_frames: int = option(None, "annotated frames per object at most, evenly spread")
+    region_tokens: int = option(None, "tokens per object at most, similar frames being merged")
+    max_length: int = option(None, "tokens per sample at most; a longer one is refused")
     single_frame: float = option(0.25, "share of objects cut to one random frame (the paper mixes the modes)")
 
     steps: int = option(560, "optimizer steps, unless --epochs is given", "optimizer")
     epochs: float = option(None, "passes over the data, in place of --steps")
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
-    lr: float = option(1e-3, "peak learning rate of all but region", pretrained=2e-5, lora=2e-4)
-    region_lr: float = option(3e-3, "peak learning rate of region", pretrained=1e-3)
+    lr: float = option(None, "peak learning rate of all but region")
+    region_lr: float = option(None, "peak learning rate of region")
     warmup: int = option(10, "steps of linear warm-up, after which a cosine falls to 0")
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
@@ -133,13 +131,11 @@ class Config:
 
 
 # The options that a resumed run may change. The metrics depend on all the others.
-MAY_CHANGE = set("media outside_paths val_every max_bad check problems preview out save_every keep".split())
+MAY_CHANGE = set("media val_every max_bad check problems preview out save_every keep".split())
 MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint compile device".split())
 
 
 # ---- the data of a step ----
-
-
 class Order:
     """For each step, the (epoch, sample index) pairs of this rank's samples.
 
@@ -207,8 +203,6 @@ def ignore_sigterm(worker_id):
 
 
 # ---- model and optimizer ----
-
-
 def choose_parameters(model, config):
     """Freezes what --train does not name. Returns AdamW's parameter groups, each with its "peak_lr".
 
@@ -260,20 +254,19 @@ def backward(model, micro_batches):
 
 
 # ---- the loop ----
-
-
 def train(config):
     device = init_distributed(config.device)
     data.expect(dist.is_initialized() or not config.fsdp, "torchrun with --fsdp, which shards", "one process")
-    samples = data.read_samples(config.data, config.media, config.outside_paths)
-    val_samples = data.read_samples(config.val, config.media, config.outside_paths) if config.val else []
+    samples = data.read_samples(config.data, config.media)
+    val_samples = data.read_samples(config.val, config.media) if config.val else []
+    ckpt_path, ckpt = read_checkpoint(config, len(samples), len(val_samples))
     settings = {f.name: getattr(config, f.name) for f in fields(data.Settings)}
     texts = data.sample_texts(samples) if config.model == "tiny" else ()
-    processor = models.load_processor(config.model, texts, **settings)
+    processor = models.load_processor(ckpt_path or config.model, texts, **settings)
     fill_in_defaults(config, processor, len(samples))
     if config.check:
+        samples = data.read_samples([*config.data, *(config.val or [])], config.media)
         return check(config, samples, processor) if rank() == 0 else None
-    ckpt = read_checkpoint(config, len(samples), len(val_samples))
     first_step = ckpt["step"] if ckpt else 0
     model, groups = build_model(config, processor, device)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
@@ -382,26 +375,18 @@ def train(config):
 
 
 # ---- A first reading may end here. Below: building, ranks, held-out data, files, the check, options. ----
-
-
 def fill_in_defaults(config, processor, num_samples):
     """Sets the options that are None. Raises DataError for those that do not fit."""
-    for name, value in asdict(processor.settings).items():
-        setattr(config, name, value)
-    which = ["tiny"] if config.model == "tiny" else ["pretrained", "tiny"]
-    defaults = {f.name: f.metadata["defaults"] for f in fields(config)}
-    config.train = config.train or defaults["train"][which[0]]
-    parts, names = set(config.train.split(",")), ("region", "projector", "llm", "vision", "lora")
-    fits = parts <= set(names) and not {"llm", "lora"} <= parts  # matrices that learn need no adapters
-    data.expect(fits, f"--train: names out of {','.join(names)}, not both llm and lora", config.train)
-    is_used = {"lr": parts != {"region"}, "region_lr": "region" in parts, "lora_rank": "lora" in parts}
+    parts = "region", "projector", "llm", "vision", "lora"
+    defaults = DEFAULTS["tiny" if config.model == "tiny" else "pretrained"] | asdict(processor.settings)
+    learn = set((config.train or defaults["train"]).split(","))
+    fits = learn <= set(parts) and not {"llm", "lora"} <= learn  # matrices that learn need no adapters
+    data.expect(fits, f"--train: names out of {','.join(parts)}, not both llm and lora", config.train)
+    if "lora" in learn:
+        defaults |= DEFAULTS["lora"]
     for name, value in defaults.items():
-        if getattr(config, name) is not None:
-            used = is_used.get(name, True)
-            data.expect(used, f"a part in --train that uses --{name.replace('_', '-')}", config.train)
-        elif is_used.get(name, True):
-            order = ["lora", *which] if "lora" in parts else which
-            setattr(config, name, next(value[key] for key in order if key in value))
+        if getattr(config, name) is None:
+            setattr(config, name, value)
     largest_batch = min(16, num_samples)
     config.batch_size = config.batch_size or largest_batch - largest_batch % world_size()
     fits = config.batch_size > 0 and config.batch_size % world_size() == 0
@@ -462,8 +447,6 @@ def shard(model, device):
 
 
 # ---- ranks ----
-
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -545,8 +528,6 @@ def leave_out(errors, bad, step, config, num_samples):
 
 
 # ---- held-out data ----
-
-
 @torch.no_grad()
 def mean_loss(model, dataset, batch_size, workers):
     """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
@@ -583,8 +564,6 @@ def measure(model, held_out, config, step):
 
 
 # ---- files ----
-
-
 def append_jsonl(path, line):
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -650,7 +629,8 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
     weights, moments = get_state_dict(model, optimizer, options=options)
     if rank() > 0:
         return
-    base = os.path.abspath(config.model) if os.path.exists(config.model) else config.model
+    is_folder = config.model != "tiny" and os.path.exists(config.model)
+    base = os.path.abspath(config.model) if is_folder else config.model
     ckpt = {"step": steps_done, "samples": num_samples, "model": weights, "optimizer": moments}
     with data.atomic_write(f"{config.out}/step-{steps_done:06}") as folder:
         os.makedirs(folder)
@@ -664,16 +644,19 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
 
 
 def read_checkpoint(config, num_samples, num_val_samples):
-    """Returns the latest checkpoint in OUT, or None. Raises DataError if the data or the ranks do not fit."""
-    found, ckpt = list(checkpoints(config.out).values()), None
-    if found:  # with mmap, the ranks of a machine share the memory that it is read into
-        ckpt = torch.load(found[-1] / models.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+    """Returns (folder, content) of the checkpoint to resume, or (None, None). Raises DataError if the data or
+    the ranks do not fit.
+    """
+    path, ckpt = list(checkpoints(config.out).values())[-1:], None
+    if path and config.resume:  # with mmap, the ranks of a machine share the memory that it is read into
+        with data.readable("a whole checkpoint", str(path[0]), errors=models.MODEL_ERRORS):
+            ckpt = torch.load(path[0] / models.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
         data.expect(ckpt["samples"] == num_samples, f"{ckpt['samples']} samples, as before", num_samples)
-        print0(f"resumed: {found[-1]}")
+        print0(f"resumed: {path[0]}")
     # On disks of their own, ranks would see other files, and wait for each other for ever.
     seen = gather_over_ranks((ckpt and ckpt["step"], num_samples, num_val_samples))
     data.expect(len(set(seen)) == 1, "the same checkpoint, samples and --val samples on all ranks", seen)
-    return ckpt
+    return (str(path[0]), ckpt) if ckpt else (None, None)
 
 
 def load_checkpoint(model, optimizer, ckpt):
@@ -684,8 +667,6 @@ def load_checkpoint(model, optimizer, ckpt):
 
 
 # ---- python train.py --check ----
-
-
 class CheckedDataset(data.ReferringDataset):
     """Reads a sample as training would, and all its masks, of which training chooses some at random."""
 
@@ -773,7 +754,8 @@ def preview(dataset, sample_indices, path, frames_shown=3):
             ax.set_title(title, fontsize=8)
             for k, inside in outlines.items():
                 colour, (top, _, left, _) = f"C{k % 10}", data.mask_bounds(inside > 0)
-                ax.contour(inside, [min(0.5, inside.max() / 2)], colors=colour, linewidths=1.5)
+                if min(inside.shape) > 1:
+                    ax.contour(inside, [min(0.5, inside.max() / 2)], colors=colour, linewidths=1.5)
                 place = left, max(top, len(picture) // 8)
                 ax.text(*place, k + 1, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
         for ax in axes:
@@ -805,8 +787,6 @@ def _tiles(dataset, sample, frames_shown):
 
 
 # ---- command line ----
-
-
 def parse(argv=None):
     """Returns the Config of a command line, or exits with a message on a wrong option."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -816,19 +796,18 @@ def parse(argv=None):
             add = parser.add_argument_group(f.metadata["group"]).add_argument
         kind = {bool: {"action": argparse.BooleanOptionalAction}, list[str]: {"nargs": "+"}}
         kind = kind.get(f.type, {"type": f.type}) | {"default": argparse.SUPPRESS}
-        defaults = {who: value for who, value in f.metadata["defaults"].items() if value not in (None, False)}
-        shown = ", ".join(f"{value} with {who}" for who, value in defaults.items())
-        if len(set(defaults.values())) == 1:
-            shown = str(f.metadata["defaults"].get("tiny") or shown)
-        help = f.metadata["help"] + (f" (default: {shown})" if shown else "")
-        add("--" + f.name.replace("_", "-"), help=help, **kind)
+        defaults = [f"{values[f.name]} if {who}" for who, values in DEFAULTS.items() if f.name in values]
+        default = ", ".join(defaults) if defaults else f.default
+        shown = "" if default in (None, False) else f" (default: {default})"
+        add("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
         least = 0 if f.type is float or f.name in ("warmup", "workers", "seed", "window") else 1
         most = 1 if f.name in ("single_frame", "max_bad") else math.inf
         value = given.get(f.name, least)
         if f.type in (int, float) and not (least <= value <= most and value < math.inf):  # or NaN
-            parser.error(f"--{f.name.replace('_', '-')}: expected a number from {least}, found {value}")
+            expected = f"a number from {least}" + (" to 1" if most == 1 else "")
+            parser.error(f"--{f.name.replace('_', '-')}: expected {expected}, found {value}")
     return open_run(given)
 
 
@@ -850,8 +829,12 @@ def open_run(given):
             data.expect(given[name] == saved[name], same, given[name])
         config = Config(**saved | given)
     data.expect(config.data, "--data: files to learn from", config.data)
+    learn = config.train or DEFAULTS["tiny" if config.model == "tiny" else "pretrained"]["train"]
+    is_used = {"lr": learn != "region", "region_lr": "region" in learn, "lora_rank": "lora" in learn}
+    for name, used in is_used.items():
+        data.expect(used or name not in given, f"a part in --train that uses {name}", learn)
     data.expect(config.val or "val_every" not in given, "--val for --val-every", config.val)
-    data.expect(config.check or not (config.preview or config.problems), "--check for --preview", False)
+    data.expect(config.check or not (config.preview or config.problems), "--check for its files", given)
     return config
 
 
