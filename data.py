@@ -22,17 +22,14 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import struct
 import threading
-import uuid
 from bisect import bisect_right
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, count
-from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -76,16 +73,19 @@ def expect(condition, expected, found):
 # ---- samples ----
 @dataclass(frozen=True)
 class Sample:
-    """One checked entry of a data file."""
+    """One checked entry of a data file:
+
+    {"id": 0, "video": "videos/a.mp4",             # or "image": "images/a.jpg"; neither: text only
+     "conversations": [{"from": "human", "value": "<video>\\nWhat is <region> doing?"},
+                       {"from": "gpt", "value": "It runs."}],
+     "annotation": [{"36": {"segmentation": ...}}]}  # of each <region> tag: frame index -> RLE or polygons
+    """
 
     place: tuple[str, str]  # (file, sample name): how an error names this sample
     id: object
-    # The path of a video, image or folder of frames, or the paths of the frames; None: text only.
-    media: str | tuple[str, ...] | None
-    # (question, answer) pairs. The first question holds the media tag if there are media.
-    turns: list[tuple[str, str]]
-    # {frame index: segmentation} for each `<region>` tag of all questions, in order.
-    objects: list[dict[int, object]]
+    media: str | tuple[str, ...] | None  # path of a file or folder, or paths of frames; None: text only
+    turns: list[tuple[str, str]]  # (question, answer); the first question holds the media tag
+    objects: list[dict[int, object]]  # {frame index: segmentation} for each <region> tag, in order
     size: tuple[int, int] | None  # (height, width) that polygons are drawn on; None: the frame's own
 
 
@@ -215,16 +215,16 @@ class Settings:
 # For a pretrained backbone, in place of the pixels for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
-# The fields of an encoded sample. With these values it is what a batch holds if none of its samples can be
-# used: one token, and nothing to learn. A sample of text has the same for media and regions.
+# The fields of an encoded sample. These values are those of a text for media and regions, and with a single
+# token, from which nothing is learned, what a batch holds if none of its samples can be used.
 EMPTY_SAMPLE = {
     "id": None,
     "input_ids": np.zeros(1, np.int64),  # (L,)
     "labels": np.full(1, IGNORE_INDEX),  # (L,)
     "position_ids": np.zeros((3, 1), np.int64),  # (3, L): time, row and column
-    # The image or video that stands in the prompt.
+    # The media in the prompt.
     "kind": None,  # "image", "video", or None
-    "media_prompt": "",  # the text that stands for it
+    "media_prompt": "",  # the text that stands for them
     "prompt_grid": None,  # (time, rows, columns) in patches
     "seconds_per_pair": 1.0,
     "video_patches": None,  # uint8 (Q, 3 * temporal * patch * patch)
@@ -334,26 +334,25 @@ class ReferringDataset(Dataset):
         }
 
     def choose_objects(self, sample, info, rng):
-        """The masks chosen of each object: {frame: uint8 (H, W)} in order of time, none of them empty."""
+        """Returns the masks used of each object: {frame: uint8 (H, W)} in order of time, none of them empty."""
         return [self._choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
 
-    def _choose_masks(self, sample, object_index, info, rng):
-        """An empty mask says that the object is hidden there. If one is found, all masks are decoded, and
-        frames are chosen anew among those where it is visible.
-        """
+    def _choose_masks(self, sample, i, info, rng):
+        is_single = rng.random() < self.single_frame
 
         def choose(frames):
             if is_single:
                 return [frames[rng.integers(len(frames))]]
             return evenly(frames, self.settings.region_frames)
 
-        is_single, annotated = rng.random() < self.single_frame, sorted(sample.objects[object_index])
-        masks = {frame: mask_on(frame, sample, object_index, info) for frame in choose(annotated)}
+        frames = sorted(sample.objects[i])
+        masks = {frame: mask_on(frame, sample, i, info) for frame in choose(frames)}
         if not all(mask.any() for mask in masks.values()):
-            masks = {frame: mask_on(frame, sample, object_index, info) for frame in annotated}
-            visible = [frame for frame in annotated if masks[frame].any()]
-            with within(f"object {object_index}"):
-                expect(visible, "a mask that is not empty on at least one frame", annotated)
+            # An empty mask says that the object is hidden. Choose anew among the frames where it is visible.
+            masks = {frame: mask_on(frame, sample, i, info) for frame in frames}
+            visible = [frame for frame in frames if masks[frame].any()]
+            with within(f"object {i}"):
+                expect(visible, "a mask that is not empty on at least one frame", frames)
             masks = {frame: masks[frame] for frame in choose(visible)}
         return masks
 
@@ -463,26 +462,26 @@ def collate(samples, processor, for_generation=False):
 
     # The tower encodes the images that stand in prompts, then the views of regions, then the videos.
     images = [(row, 0) for row, sample in enumerate(samples) if sample["kind"] == "image"]
-    views = [(row, i) for row, sample in enumerate(samples) for i in range(len(sample["still_patches"]))]
-    order = list(dict.fromkeys(images + views))  # (row, number of the still), each once
-    stills = [samples[row]["still_patches"][i] for row, i in order]
+    stills = [(row, i) for row, sample in enumerate(samples) for i in range(len(sample["still_patches"]))]
+    stills = list(dict.fromkeys(images + stills))  # each once
     videos = [sample for sample in samples if sample["kind"] == "video"]
-    grids = [(1, *samples[row]["still_grids"][i]) for row, i in order]
+    patches = [samples[row]["still_patches"][i] for row, i in stills]
+    grids = [(1, *samples[row]["still_grids"][i]) for row, i in stills]
     grids += [video["prompt_grid"] for video in videos]
     cell = processor.merge_size**2  # patches
     if not grids:
         # The tower runs even without media, then for one black cell: in training the ranks wait for each
         # other's gradients of every parameter, and under FSDP also for its weights.
-        stills = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
+        patches = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
         grids = [(1, processor.merge_size, processor.merge_size)]
-    batch["still_patches"] = _concatenate(stills, np.uint8)
+    batch["still_patches"] = _concatenate(patches, np.uint8)
     batch["video_patches"] = _concatenate([video["video_patches"] for video in videos], np.uint8)
     batch["tower"] = processor.tower_indices(grids)
-    starts = [0, *accumulate(len(patches) // cell for patches in stills)]  # of stills, in cells
+    starts = [0, *accumulate(len(still) // cell for still in patches)]  # of stills, in cells
     image_cells, video_cells = starts[len(images)], len(batch["video_patches"]) // cell
     batch["cell_counts"] = [image_cells, starts[-1] - image_cells, video_cells]
 
-    start_of = dict(zip(order, starts))
+    start_of = dict(zip(stills, starts))
     region_stills = [(row, i) for row, sample in enumerate(samples) for i in sample["region_still"]]
     coverages = [cells for sample in samples for cells in sample["coverage"]]
     boxes = [box for sample in samples for box in sample["boxes"]]
@@ -623,8 +622,9 @@ def open_index(path):
         spans = np.fromiter(_find_samples(file), np.dtype((np.int64, 2)))
     with readable("a cache folder that can be written to (set XDG_CACHE_HOME)", index):
         os.makedirs(os.path.dirname(index), exist_ok=True)
-        with atomic_write(index) as temporary, open(temporary, "wb") as file:
+        with open(f"{index}.{os.getpid()}.tmp", "wb") as file:
             np.save(file, spans)
+        os.replace(file.name, index)  # another process sees all of it or nothing
     return version, spans
 
 
@@ -835,7 +835,7 @@ def check_same_shape(size, frame_size, name):
     expect(same, f"a {name} of the frame's shape, {frame_w}x{frame_h} (width x height) or scaled", f"{w}x{h}")
 
 
-# ---- reading and writing ----
+# ---- reading files ----
 
 # What libraries raise about files that are missing, broken or of another kind.
 FILE_ERRORS = (OSError, ValueError, RecursionError, av.FFmpegError)
@@ -849,7 +849,7 @@ def readable(expected, *places, errors=FILE_ERRORS):
     try:
         with within(*places):
             yield
-    except DataError:  # is a ValueError, so it must pass before the next line
+    except (DataError, torch.OutOfMemoryError):  # DataError is a ValueError, so it must pass here
         raise
     except errors as error:
         found = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
@@ -877,29 +877,6 @@ def time_limit(name):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def atomic_write(path):
-    """Yields a temporary path beside path, at which the caller writes a file or makes a folder.
-
-    It is renamed to path once all of it is on disk, so that path appears whole or not at all. An exception
-    leaves nothing behind; a kill leaves the temporary path, whose name ends in .tmp.
-    """
-    path = os.path.abspath(path)  # also without a slash at its end
-    temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
-    try:
-        yield temporary
-        for file in [temporary, *Path(temporary).rglob("*")]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        os.replace(temporary, path)
-    finally:
-        if os.path.isdir(temporary):
-            shutil.rmtree(temporary)
-        elif os.path.exists(temporary):
-            os.remove(temporary)
 
 
 # ---- the inside of a media file ----
@@ -994,8 +971,8 @@ class Video:
     a seek provably leads to the same frames (list_packets), their pts (presentation times) are listed without
     decoding: sorted, they are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last
     keyframe at or before k, and continues until a frame with the pts of k comes out. If anything about that
-    is odd, everything is decoded from the first packet on. (decord 0.6.0 returns wrong frames without an error
-    after many a seek, and its successor decord2 3.4.0 after some.)
+    is odd, everything is decoded. (decord 0.6.0 returns wrong frames without an error after many a seek, and
+    its successor decord2 3.4.0 after some.)
 
     pts: of each frame, rising; None where frames are counted. keyframes: frames where decoding may start.
     """
@@ -1029,45 +1006,59 @@ class Video:
     def read(self, indices):
         with readable(A_VIDEO, self.path):
             wanted, pictures = _in_order(indices, self.info), {}
-            with suppress(av.FFmpegError):  # some files refuse to be sought in
-                pictures = self._decode(wanted, may_seek=self.pts is not None)
+            if self.pts:
+                with suppress(av.FFmpegError):  # some files refuse to be sought in
+                    pictures = self._seek(wanted)
             if len(pictures) < len(wanted):
-                pictures = self._decode(wanted, may_seek=False)
+                pictures = self._decode_all(wanted)
             missing = [k for k in wanted if k not in pictures]
             expect(not missing, f"{self.info.num_frames} frames that decode", f"that {missing} do not")
             for k, picture in pictures.items():
                 _check_size(picture, self.info, f"frame {k}")
         return pictures
 
-    def _decode(self, wanted, may_seek):
-        """Returns {frame index: picture}; with may_seek, fewer than are wanted if anything is odd."""
-        pictures, index, index_of = {}, -1, dict(zip(self.pts or [], count()))
+    def _seek(self, wanted):
+        """Returns {frame index: picture}; fewer than are wanted if anything is odd."""
+        pictures, index, index_of = {}, -1, dict(zip(self.pts, count()))
         with open_video(self.path) as (container, stream):
             # H.264 frames that are not wanted and that no other frame refers to (most B-frames) are left out.
-            skips = may_seek and stream.codec.canonical_name == "h264"
+            skips = stream.codec.canonical_name == "h264"
             needed = {self.pts[k] for k in wanted} if skips else None
-            frames, sought = shown_frames(container, stream, needed), None
+            frames = shown_frames(container, stream, needed)
             for k in wanted:
-                keyframe = self.keyframes[bisect_right(self.keyframes, k) - 1] if may_seek else 0
-                if keyframe > index + MAX_REORDER:  # if it is nearer, decoding on costs no more than a seek
+                keyframe = self.keyframes[bisect_right(self.keyframes, k) - 1]
+                is_first = keyframe > index + MAX_REORDER  # if it is nearer, a seek saves nothing
+                if is_first:
                     container.seek(self.pts[keyframe], stream=stream)
-                    frames, sought = shown_frames(container, stream, needed), keyframe
-                while index < k:
+                    frames = shown_frames(container, stream, needed)
+                while index < k or is_first:
                     frame = next(frames, None)
-                    if frame is None:
-                        return pictures
-                    index = index_of.get(frame.pts, -1) if self.pts else index + 1
+                    index = -1 if frame is None or frame.is_corrupt else index_of.get(frame.pts, -1)
                     # A seek may lead to an earlier keyframe. In H.264 with intra refresh, a "keyframe" is
                     # where a gradual refresh begins, and other frames come out first.
-                    is_begin = sought is None or (index in self.keyframes and index <= sought)
-                    if may_seek and (index < 0 or frame.is_corrupt or not is_begin):
+                    if index < 0 or (is_first and (index > keyframe or index not in self.keyframes)):
                         return pictures
-                    sought = None
+                    is_first = False
                 if index == k:
-                    # As displayed (both count counterclockwise). Pixels may not be square, as in masks.
-                    picture = frame.to_ndarray(format="rgb24", threads=1)
-                    pictures[k] = np.rot90(picture, round(frame.rotation / 90))
+                    pictures[k] = as_displayed(frame)
         return pictures
+
+    def _decode_all(self, wanted):
+        """The same, from the first packet on."""
+        pictures, index_of = {}, dict(zip(self.pts or [], count()))
+        with open_video(self.path) as (container, stream):
+            for number, frame in enumerate(shown_frames(container, stream)):
+                k = index_of.get(frame.pts) if self.pts else number
+                if k in wanted:
+                    pictures[k] = as_displayed(frame)
+                if len(pictures) == len(wanted):
+                    break
+        return pictures
+
+
+def as_displayed(frame):
+    """uint8 (H, W, 3) RGB, turned as the file says. Pixels that are not square stay so, as in masks."""
+    return np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90))
 
 
 @contextmanager

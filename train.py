@@ -37,6 +37,7 @@ import signal
 import sys
 import textwrap
 import time
+import uuid
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -564,6 +565,29 @@ def measure(model, held_out, config, step):
 
 
 # ---- files ----
+@contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside path, at which the caller writes a file or makes a folder.
+
+    It is renamed to path once all of it is on disk, so that path appears whole or not at all. An exception
+    leaves nothing behind; a kill leaves the temporary path, whose name ends in .tmp.
+    """
+    path = os.path.abspath(path)  # also without a slash at its end
+    temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        yield temporary
+        for file in [temporary, *Path(temporary).rglob("*")]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
+
+
 def append_jsonl(path, line):
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -582,7 +606,7 @@ def read_jsonl(path):
 
 def write_jsonl(path, lines):
     """Replaces a file. A kill leaves the old lines or the new ones, and none that is cut short."""
-    with data.atomic_write(path) as temporary, open(temporary, "w") as file:
+    with atomic_write(path) as temporary, open(temporary, "w") as file:
         for line in lines:
             file.write(json.dumps(line) + "\n")
 
@@ -615,7 +639,7 @@ def save_final(model, processor, config):
     """Writes OUT/final: the whole model, adapters merged. Every rank must call it."""
     weights, _ = get_state_dict(model, (), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
-        with data.atomic_write(f"{config.out}/final") as folder:
+        with atomic_write(f"{config.out}/final") as folder:
             os.makedirs(folder)
             model.save_pretrained(folder, asdict(processor.settings), weights)
             processor.save_pretrained(folder)
@@ -632,7 +656,7 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
     is_folder = config.model != "tiny" and os.path.exists(config.model)
     base = os.path.abspath(config.model) if is_folder else config.model
     ckpt = {"step": steps_done, "samples": num_samples, "model": weights, "optimizer": moments}
-    with data.atomic_write(f"{config.out}/step-{steps_done:06}") as folder:
+    with atomic_write(f"{config.out}/step-{steps_done:06}") as folder:
         os.makedirs(folder)
         model.save_settings(folder, asdict(processor.settings))
         processor.save_pretrained(folder)
@@ -760,7 +784,7 @@ def preview(dataset, sample_indices, path, frames_shown=3):
                 ax.text(*place, k + 1, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
         for ax in axes:
             ax.set_axis_off()
-    with data.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 

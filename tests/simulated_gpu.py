@@ -2,7 +2,7 @@
 
     with SimulatedGPU() as gpu:
         model.to(gpu.device)
-        train.backward(model, [data.to_device(batch, gpu.device)])
+        train.backward(model, [train.to_device(batch, gpu.device)])
     gpu.waits  # where the CPU would have waited for the GPU
 
 It shows two kinds of slip that a CPU forgives. An operation on tensors of both devices raises AssertionError;

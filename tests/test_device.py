@@ -1,6 +1,7 @@
 """A training step on a simulated GPU: no operation mixes devices, and the CPU hardly ever waits."""
 
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_model import batch_of, checkpoint, give_regions_weight, loaded, world 
 from test_pack import join, relative_error
 from test_train import train_here
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint as checkpoint_layer
 from transformers import AutoModelForImageTextToText
 
 import data
@@ -41,7 +43,7 @@ def step_on_gpu(model, batch, exact=False):
     with SimulatedGPU(exact) as gpu:
         model.to(gpu.device)
         gpu.waits.clear()
-        return *step(model, data.to_device(batch, gpu.device)), gpu.waits
+        return *step(model, train.to_device(batch, gpu.device)), gpu.waits
 
 
 def test_a_step_on_the_gpu_equals_one_on_the_cpu(ready):
@@ -70,7 +72,8 @@ def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(ready, na
     expected_loss, expected = step(model, batch)
     train.halve_frozen(model)
     if grad_checkpoint:
-        train.recompute_activations(model)
+        for layer in model.layers():  # as train.build_model does
+            layer.forward = partial(checkpoint_layer, layer.forward, use_reentrant=False)
     loss, gradients, waits = step_on_gpu(model, batch)
     assert not waits
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected_loss.item(), rel=0.01)
@@ -99,7 +102,7 @@ def test_frozen_weights_in_bfloat16_change_no_logit_by_a_bit(checkpoint, loaded,
     for each in (model, halved):
         with torch.no_grad(), SimulatedGPU() as gpu:
             each.to(gpu.device)
-            logits.append(to_cpu(each.logits(data.to_device(batch, gpu.device))))
+            logits.append(to_cpu(each.logits(train.to_device(batch, gpu.device))))
     assert torch.equal(*logits)
 
 
@@ -119,7 +122,7 @@ def test_a_model_with_halved_weights_loads_whole_with_transformers_alone(checkpo
 
 
 def test_a_step_of_the_whole_loop_waits_once(world, tmp_path, monkeypatch):  # noqa: F811
-    """train.train itself, with copy_ahead, norm and optimizer, has the losses that it has on the CPU.
+    """train.train itself, with norm and optimizer, has the losses that it has on the CPU.
     Whatever the number of micro-batches, a step waits for the loss and the norm, which decide whether it is
     taken. With several ranks, the counts of all go to the GPU and back."""
     waits, backward = [], train.backward
@@ -128,9 +131,9 @@ def test_a_step_of_the_whole_loop_waits_once(world, tmp_path, monkeypatch):  # n
         waits.append(gpu.waits.copy())
         return backward(*args)
 
-    monkeypatch.setattr(train, "save", lambda *args: None)
+    monkeypatch.setattr(train, "save_final", lambda *args: None)
     options = ["--data", world[1] / "data.json", "--steps", 3, "--batch-size", 6, "--micro-batch", 2]
-    options += ["--log-every", 1, "--workers", 0]
+    options += ["--workers", 0]
     train_here(*options, "--out", tmp_path / "cpu")
     with SimulatedGPU(exact=True) as gpu:
         monkeypatch.setattr(train, "backward", watched)
@@ -145,13 +148,13 @@ def test_a_step_of_the_whole_loop_waits_once(world, tmp_path, monkeypatch):  # n
 
 def test_evaluation_on_the_gpu_equals_that_on_the_cpu(loaded, world):  # noqa: F811
     model, processor = loaded
-    questions, keys = evaluation.read_questions(world[0])
+    keys = [(q["sample"], q["turn"]) for q in evaluation.read_questions(world[0], strict=True)]
 
     def evaluate():
-        dataset = data.Questions(world[0], processor)
+        dataset = evaluation.Questions(world[0], processor)
         replies = [*evaluation.generate_replies(model, dataset, [keys], max_new_tokens=3)]
         dataset = data.ReferringDataset(world[0], processor)
-        return replies, evaluation.mean_loss(model, dataset, batch_size=4, workers=0)
+        return replies, train.mean_loss(model, dataset, batch_size=4, workers=0)
 
     replies, loss = evaluate()
     with SimulatedGPU(exact=True) as gpu:

@@ -325,7 +325,7 @@ def refused_template(checkpoint, folder, change):
         ("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>", "B.!<|im_end|>"),
         ("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>", "B.<|endoftext|>"),
         ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>", r"assistant\n<|im_end|>"),
-        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", r"B.\n<|im_start|>"),
+        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", "B.<|im_start|>"),
         ("{% if last.question < 0 %}", "{% if true %}", ": No user query found"),
     ],
 )
