@@ -46,10 +46,7 @@ MEDIA_TAG = re.compile(r"\n?<(?:video|image)>\n?")
 
 
 class DataError(ValueError):
-    """A complaint about the user's data: a reason, and its places (file, sample, field), outermost first."""
-
-    def __init__(self, reason, *places):
-        super().__init__(reason, *places)  # everything is in args, so that the error survives pickling
+    """A complaint about the user's data. args: the reason, then its places (file, sample, field)."""
 
     def __str__(self):
         return ": ".join((*self.args[1:], self.args[0]))
@@ -334,7 +331,7 @@ class ReferringDataset(Dataset):
         }
 
     def choose_objects(self, sample, info, rng):
-        """Returns the masks used of each object: {frame: uint8 (H, W)} in order of time, none of them empty."""
+        """Returns the masks used of each object: {frame: uint8 (H, W)} in order of time, none empty."""
         return [self._choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
 
     def _choose_masks(self, sample, i, info, rng):
@@ -429,18 +426,16 @@ def collate(samples, processor, for_generation=False):
     cells there are stands still until the CPU has answered.
 
     B samples, L tokens in a row (of which training has one), S supervised tokens, P and Q patches, C cells, V
-    visual tokens, T region tokens, O objects, R region frames, M cells of all region frames. Where the batch
-    has none of something, its tensor has length 0. attention, tower and regions are dicts.
+    visual tokens, T region tokens, O objects, R region frames, M cells of all region frames.
 
         errors           for each of the given samples its DataError or None
-        ids              list of B
-        num_tokens       int, without padding
+        ids, num_tokens  list of B; int, without padding
         input_ids        int64 (1, L), or (B, L) for generation
         position_ids     int64 (3, 1, L) or (3, B, L): time, row and column, as the backbone counts them
         next_position    int64 (B, 1), the position of the token that comes after each sample
         attention        which tokens see each other, as the LLM's keyword arguments
-        target_index     int64 (S,), where the next token is supervised; not for generation
-        targets          int64 (S,), these next tokens; not for generation
+        target_index     int64 (S,), where the next token is supervised; not for generation, as
+        targets          int64 (S,), these next tokens
         still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then views of regions
         video_patches    uint8 (Q, 3 * temporal * patch * patch)
         tower            grids and indices of all these patches, as the vision tower's keyword arguments
@@ -714,20 +709,19 @@ def parse_sample(entry, place, media_folder, position):
 def _parse_media(entry, media_folder):
     given = {key: entry[key] for key in ("video", "image") if entry.get(key) is not None}
     expect(len(given) <= 1, "a video or an image, not both", given)
-    for key, value in given.items():
-        names = value if isinstance(value, list) else [value]  # the later published files write ["a.mp4"]
-        is_list = len(names) > 1
-        expect(
-            names and (key == "video" or not is_list), f"{key}: a path (or several frames of a video)", value
-        )
-        for name in names:
-            expect(isinstance(name, str) and name, f"{key}: one path", name)
-            # An image may stand under "video", as in the published example, but not the other way round.
-            valid = is_image_path(name) or (key == "video" and not is_list)
-            expect(valid, f"{key}: a file in {' '.join(IMAGE_SUFFIXES)}", name)
-        paths = tuple(os.path.join(media_folder, name) for name in names)
-        return paths if is_list else paths[0]
-    return None
+    key, value = next(iter(given.items()), ("", None))
+    if value is None:
+        return None
+    names = value if isinstance(value, list) else [value]  # the later published files write ["a.mp4"]
+    is_list = len(names) > 1
+    expect(names and (key == "video" or not is_list), f"{key}: a path (or several frames of a video)", value)
+    for name in names:
+        expect(isinstance(name, str) and name, f"{key}: one path", name)
+        # An image may stand under "video", as in the published example, but not the other way round.
+        valid = is_image_path(name) or (key == "video" and not is_list)
+        expect(valid, f"{key}: a file in {' '.join(IMAGE_SUFFIXES)}", name)
+    paths = tuple(os.path.join(media_folder, name) for name in names)
+    return paths if is_list else paths[0]
 
 
 def is_image_path(path):
@@ -930,9 +924,9 @@ def _natural_order(name):
 def _in_order(indices, info):
     """The indices of frames, rising, each once. Raises DataError if the media have no such frame."""
     for k in indices:
-        valid = isinstance(k, (int, np.integer)) and not isinstance(k, bool) and 0 <= k < info.num_frames
+        valid = type(k) is int and 0 <= k < info.num_frames
         expect(valid, f"a frame index from 0 to {info.num_frames - 1}", k)
-    return sorted({int(k) for k in indices})
+    return sorted(set(indices))
 
 
 def _check_size(picture, info, name):
@@ -1064,11 +1058,10 @@ def as_displayed(frame):
 @contextmanager
 def open_video(path):
     """Yields PyAV's container and its first video stream that is no cover art."""
-    options = {"options": {"format_whitelist": VIDEO_FORMATS}}
-    if int(av.__version__.split(".")[0]) < 19:  # titles need not be valid UTF-8; PyAV 19 always replaces
-        options["metadata_errors"] = "replace"
+    # Titles need not be valid UTF-8. PyAV 19 replaces what is not, without being asked.
+    options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
-    with av.open(f"file:{path}", **options) as container:
+    with av.open(f"file:{path}", options={"format_whitelist": VIDEO_FORMATS}, **options) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         kinds = [stream.type for stream in container.streams]
@@ -1096,8 +1089,8 @@ def list_packets(container, stream):
         content = bytes(packet)
         known = known or extradata + content
         is_changed = any(part not in known for part in parameter_sets(content, codec, extradata))
-        begins_late = not (all_pts or packet.is_keyframe)
-        if packet.is_corrupt or is_changed or begins_late or packet.has_sidedata("new_extradata"):
+        is_odd = packet.is_corrupt or packet.has_sidedata("new_extradata")
+        if is_changed or is_odd or not (all_pts or packet.is_keyframe):
             return counted
         if first is None:
             first = next(iter(packet.decode()), None)

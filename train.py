@@ -37,7 +37,6 @@ import signal
 import sys
 import textwrap
 import time
-import uuid
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -501,10 +500,8 @@ def errors_in_one_line():
     """Ends the program with one line for an error that the user can mend, and leaves no worker behind."""
     try:
         yield
-    except (data.DataError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):  # a worker was killed, or hangs
+    except (data.DataError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):  # of its workers
             raise
         raise SystemExit(f"error: {error}") from None
     finally:
@@ -569,17 +566,14 @@ def measure(model, held_out, config, step):
 def atomic_write(path):
     """Yields a temporary path beside path, at which the caller writes a file or makes a folder.
 
-    It is renamed to path once all of it is on disk, so that path appears whole or not at all. An exception
-    leaves nothing behind; a kill leaves the temporary path, whose name ends in .tmp.
+    It is then renamed, so that path appears whole or not at all. What a kill leaves is overwritten next time.
     """
-    path = os.path.abspath(path)  # also without a slash at its end
-    temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
+    temporary = f"{os.path.abspath(path)}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary
-        for file in [temporary, *Path(temporary).rglob("*")]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        if os.path.isdir(temporary):
+            os.sync()  # a checkpoint must outlive a power cut
         os.replace(temporary, path)
     finally:
         if os.path.isdir(temporary):
@@ -617,17 +611,16 @@ def log(config, name, line):
 
 
 def checkpoints(out):
-    """Returns {number of finished steps: folder} of the checkpoints in OUT, oldest first."""
-    found = {int(path.name[5:]): path for path in Path(out).glob("step-*") if path.name[5:].isdecimal()}
-    return dict(sorted(found.items()))
+    """Returns the folders of the checkpoints in OUT, oldest first."""
+    found = [path.parent for path in Path(out).glob(f"step-*/{models.CHECKPOINT}")]
+    found = [path for path in found if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def prepare_out(config, first_step):
-    """Writes OUT/config.json, and removes what a killed run left half done, or logged for steps to come."""
+    """Writes OUT/config.json, and removes what a killed run has logged for steps that will be done again."""
     if rank() == 0:
         os.makedirs(config.out, exist_ok=True)
-        for folder in [*Path(config.out).glob("step-*.tmp"), *Path(config.out).glob("final.*.tmp")]:
-            shutil.rmtree(folder)
         for path in (f"{config.out}/metrics.jsonl", f"{config.out}/bad_samples.jsonl"):
             if os.path.exists(path):
                 write_jsonl(path, [line for line in read_jsonl(path) if line["step"] < first_step])
@@ -661,26 +654,27 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
         model.save_settings(folder, asdict(processor.settings))
         processor.save_pretrained(folder)
         torch.save(ckpt | {"config": asdict(config) | {"model": base}}, f"{folder}/{models.CHECKPOINT}")
-    for folder in list(checkpoints(config.out).values())[: -config.keep]:
-        # It is renamed first, so that a kill during the deletion leaves nothing that looks whole.
-        os.rename(folder, f"{folder}.tmp")
-        shutil.rmtree(f"{folder}.tmp")
+    for folder in checkpoints(config.out)[: -config.keep]:
+        os.remove(folder / models.CHECKPOINT)  # first, so that a kill leaves nothing that looks whole
+        shutil.rmtree(folder)
 
 
 def read_checkpoint(config, num_samples, num_val_samples):
     """Returns (folder, content) of the checkpoint to resume, or (None, None). Raises DataError if the data or
     the ranks do not fit.
     """
-    path, ckpt = list(checkpoints(config.out).values())[-1:], None
-    if path and config.resume:  # with mmap, the ranks of a machine share the memory that it is read into
-        with data.readable("a whole checkpoint", str(path[0]), errors=models.MODEL_ERRORS):
-            ckpt = torch.load(path[0] / models.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+    path, ckpt = None, None
+    if config.resume and checkpoints(config.out):
+        path = str(checkpoints(config.out)[-1])
+        with data.readable("a whole checkpoint", path, errors=models.MODEL_ERRORS):
+            # With mmap, the ranks of a machine share the memory that it is read into.
+            ckpt = torch.load(f"{path}/{models.CHECKPOINT}", "cpu", weights_only=True, mmap=True)
         data.expect(ckpt["samples"] == num_samples, f"{ckpt['samples']} samples, as before", num_samples)
-        print0(f"resumed: {path[0]}")
+        print0(f"resumed: {path}")
     # On disks of their own, ranks would see other files, and wait for each other for ever.
     seen = gather_over_ranks((ckpt and ckpt["step"], num_samples, num_val_samples))
     data.expect(len(set(seen)) == 1, "the same checkpoint, samples and --val samples on all ranks", seen)
-    return (str(path[0]), ckpt) if ckpt else (None, None)
+    return path, ckpt
 
 
 def load_checkpoint(model, optimizer, ckpt):
