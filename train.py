@@ -276,7 +276,7 @@ def train(config):
     prepare_out(config, first_step)
     ddp_model = model
     if world_size() > 1 and not config.fsdp:
-        ddp_model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     shares = len(samples), config.batch_size, config.steps, config.seed, rank(), world_size()
     keys = micro_batches_of(Order(*shares, first_step), config.micro_batch)
