@@ -98,7 +98,7 @@ def run(name, seed, folder):
 
 
 class ArmDataset(evaluation.Questions):
-    """What train.py trains on, but with the masks of a control. At top level, where workers may unpickle it."""
+    """The data of a training with the masks of a control. A class that workers may unpickle, by its name."""
 
     def __init__(self, *args, control, **options):
         super(evaluation.Questions, self).__init__(*args, **options)

@@ -58,7 +58,7 @@ def main(argv=None):
         figure = draw(args.runs)
     except data.DataError as error:
         raise SystemExit(f"error: {error}") from None
-    with data.atomic_write(args.out) as temporary:
+    with train.atomic_write(args.out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 

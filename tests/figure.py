@@ -50,7 +50,7 @@ def find_models(toy, run):
 
     Raises data.DataError if the run is not finished, or has not kept its first checkpoints.
     """
-    folders, final = train.checkpoints(run), run / "final"
+    folders, final = {int(path.name[5:]): path for path in train.checkpoints(run)}, run / "final"
     losses = [line for line in train.read_jsonl(run / "metrics.jsonl") if "loss" in line]
     distances = [after - before for before, after in pairwise(folders)]
     has_first = distances and min(folders) <= max(distances)
@@ -202,7 +202,7 @@ def main(argv=None):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    with data.atomic_write(args.out) as temporary:
+    with train.atomic_write(args.out) as temporary:
         picture.quantize(128).save(temporary, format="PNG")  # with a palette, the file is a third as large
 
 

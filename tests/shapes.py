@@ -5,7 +5,7 @@
     python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
 
 bench_q.json asks the questions of test.json in the form of VideoRefer-Bench-Q. The tiny model never saw
-options: with `--mode multi --no-options`, eval.py bench-q gets the same answers as data does.
+options, so it does not answer these.
 
 --new-kind is for teaching a model something new, as with adapters. From new.json alone it would learn the new
 kind and forget others:

@@ -1,6 +1,8 @@
 """Evaluation: what counts as an answer, each question exactly once, the judge, and a question of your own."""
 
+import contextlib
 import http.server
+import io
 import json
 import os
 import pickle
@@ -13,14 +15,17 @@ import sys
 import threading
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openai
 import pytest
 import shapes
 import torch
 from checkpoints import FAMILIES, make_checkpoint
+from matplotlib.axes import Axes
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import AutoTokenizer
@@ -28,6 +33,7 @@ from transformers import AutoTokenizer
 import data
 import eval as evaluation
 import model as models
+import train
 
 TOP = Path(__file__).resolve().parent.parent
 OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A dog"}
@@ -65,7 +71,7 @@ OPTIONS = {"A": "Sleeping", "B": "Licking its nose", "C": "Vitamin C", "D": "A d
     ],
 )  # fmt: skip
 def test_a_letter_is_read_strictly(reply, letter):
-    assert evaluation.choose(reply, OPTIONS) == (letter, "letter" if letter else "none")
+    assert evaluation.choose(reply, OPTIONS) == letter
 
 
 @pytest.mark.parametrize(
@@ -79,135 +85,101 @@ def test_a_letter_is_read_strictly(reply, letter):
     ],
 )
 def test_an_options_whole_text_is_an_answer(reply, letter):
-    assert evaluation.choose(reply, OPTIONS) == (letter, "text")
-    assert evaluation.choose(reply + "s", OPTIONS) == (None, "none")
-    assert evaluation.choose(reply, OPTIONS | {"E": OPTIONS[letter]}) == (None, "none"), (
+    assert evaluation.choose(reply, OPTIONS) == letter
+    assert evaluation.choose(reply + "s", OPTIONS) is None
+    assert evaluation.choose(reply, OPTIONS | {"E": OPTIONS[letter]}) is None, (
         "two options with the same text"
     )
 
 
 def test_an_options_text_may_begin_like_an_announcement_or_end_like_a_letter():
     options = {"A": "Answer the phone", "B": "Option trading", "C": "4", "D": "Vitamin C"}
-    assert evaluation.choose("Answer the phone", options) == ("A", "text")
-    assert evaluation.choose("option trading.", options) == ("B", "text")
-    assert evaluation.choose("The answer is option trading", options) == ("B", "text")
-    assert evaluation.choose("(d) Vitamin C", options) == ("D", "letter")
-    assert evaluation.choose("d) vitamin C", options) == ("D", "letter")
-    assert evaluation.choose("(b) Vitamin C", options) == (None, "none"), "C is a second letter here"
+    assert evaluation.choose("Answer the phone", options) == "A"
+    assert evaluation.choose("option trading.", options) == "B"
+    assert evaluation.choose("The answer is option trading", options) == "B"
+    assert evaluation.choose("(d) Vitamin C", options) == "D"
+    assert evaluation.choose("d) vitamin C", options) == "D"
+    assert evaluation.choose("(b) Vitamin C", options) is None, "C is a second letter here"
 
 
 def test_a_type_that_is_called_as_another_row_keeps_its_own():
     kinds = ["all", "about regions", "", "(no type)"]
-    questions = [{"type": kind, "regions": kind != "", "answer": "a", "reply": "a"} for kind in kinds]
-    rows = evaluation.score(questions, {"exact": "reply"})
+    questions = [{"type": kind, "regions": kind != "", "answer": "a", "exact": "a"} for kind in kinds]
+    rows = evaluation.score(questions, ["exact"])
     counts = {row: columns["questions"] for row, columns in rows.items()}
-    assert counts["type all"] == counts["type about regions"] == counts["(no type)"] == 1
-    assert counts["about regions"] == 3 and counts["all"] == 4 and counts["type (no type)"] == 1
-    kinds = ["type large", "small", "large", "large"]
-    questions = [{"type": kind, "regions": True, "answer": "a", "reply": "a"} for kind in kinds]
-    for question, area in zip(questions, (9, 1024, 1025, 9216)):
-        question["area"] = area
-    rows = evaluation.score(questions, {"exact": "reply"})
-    counts = {row: columns["questions"] for row, columns in rows.items()}
-    types = {"type large": 2, "type small": 1, "type type large": 1}
-    assert counts == types | {"small": 1, "medium": 2, "large": 1, "all": 4}
-
-
-@pytest.mark.parametrize(
-    "area, size",
-    [(1, "small"), (1023.9, "small"), (1024, "medium"), (9215.9, "medium"), (9216, "large"), (1e7, "large")],
-)
-def test_the_row_of_a_size_holds_what_is_right_in_it(area, size):
-    """Two questions of the size, one of them right, one of another size and one without."""
-    other = 1 if area >= 1024 else 1024
-    questions = [(area, "a"), (area, "b"), (other, "a"), (None, "a")]
-    questions = [
-        {"type": "x", "regions": True, "answer": "a", "reply": reply} | ({"area": area} if area else {})
-        for area, reply in questions
-    ]
-    rows = evaluation.score(questions, {"exact": "reply"})
-    assert rows[size]["exact"] == {"right": 1, "asked": 2}
-    assert rows["all"]["exact"] == {"right": 3, "asked": 4} and len(rows) == 4
-    del questions[2]
-    assert list(evaluation.score(questions, {"exact": "reply"})) == ["x", "all"], "one size is no news"
+    assert counts["about regions"] == 3 and counts["all"] == 4
+    assert counts["type all"] == counts["type about regions"] == 1
 
 
 def test_entries_without_an_answer_do_not_choose_the_constant_answer():
     """Worked by hand: three entries have no answer that can be read, and always saying A is right twice."""
-    question = {"type": "x", "regions": True, "choice": None}
+    question = {"type": "x", "regions": True, "pred_choice": None}
     questions = [question | {"answer": answer} for answer in (None, None, None, "A", "A", "B")]
-    rows = evaluation.score(questions, {"accuracy": "choice"})
+    rows = evaluation.score(questions, ["pred"], "_choice")
     assert rows["all"]["constant"] == {"right": 2, "asked": 6}
-    rows = evaluation.score(questions[:3], {"accuracy": "choice"})
+    assert rows["all"]["pred"] == {"right": 0, "asked": 6}
+    rows = evaluation.score(questions[:3], ["pred"], "_choice")
     assert rows["all"]["constant"] == {"right": 0, "asked": 3}
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     listed = ["(A) Sleeping", "(B) Licking its nose", "(C) Running"]
     box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
-    entry = {
-        "video": "a.mp4",
-        "Question": "What is <object0><region> doing?",
-        "options": listed,
-        "frame_idx": "5",
-        "annotation": box,
-    }
+    entry = {"video": "a.mp4", "Question": "What is <object0><region> doing?", "options": listed}
+    entry |= {"frame_idx": "5", "annotation": box}
     truth = [("x", 0), ("x", 1), ("y", 2), ("y", 0), ("y", 2)]
     questions = [
         entry | {"id": 10 + i, "type": kind, "Answer": listed[right]} for i, (kind, right) in enumerate(truth)
     ]
-    (tmp_path / "q.json").write_text(json.dumps(questions))
-    replies = {
-        14: "running.",
-        13: "",
-        12: "(C) Running",
-        11: "A",
-        10: "a",
-    }  # right, none, right, wrong, right
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in replies.items())
-    )
-    evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["accuracy", "constant"] and rows[1:4] == [
+    files = questions_file, replies_file = tmp_path / "q.json", tmp_path / "p.jsonl"
+    questions_file.write_text(json.dumps(questions))
+    # right, none, right, wrong, right
+    replies = {14: "running.", 13: "", 12: "(C) Running", 11: "A", 10: "a"}
+    write_lines(replies_file, [{"id": i, "pred": reply} for i, reply in replies.items()])
+    evaluation.main(["score", *map(str, files)])
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first == "pred: 1 replies name no option, and are wrong"
+    assert [line.split() for line in table] == [
+        ["pred", "constant"],
         ["x", "1/2", "50.0", "%", "1/2", "50.0", "%"],
         ["y", "2/3", "66.7", "%", "2/3", "66.7", "%"],
         ["all", "3/5", "60.0", "%", "3/5", "60.0", "%"],
     ]
-    assert "name a letter: 3; an option's whole text: 1; neither, which is wrong: 1" in " ".join(rows[4])
-    for change, complaint in (
-        (replies | {9: "A"}, "p.jsonl: sample 5 (id 9): expected the id of a question, each once"),
+    assert sorted(os.listdir(tmp_path)) == ["p.jsonl", "q.json"], "it writes nothing"
+    whole = [{"id": i, "pred": "A"} for i in replies]
+    for lines, complaint in (
         (
-            {i: reply for i, reply in replies.items() if i != 12},
-            "p.jsonl: expected a prediction for each question, found 'none for 12'",
+            [*whole, {"id": 9, "pred": "A"}],
+            "p.jsonl: sample 5 (id 9): expected the id of a question, each once",
         ),
+        ([*whole, whole[2]], "p.jsonl: sample 5 (id 12): expected the id of a question, each once"),
+        (whole[:2] + whole[3:], "p.jsonl: a reply to each question, found 'none to 12'"),
+        ([*whole[:4], {"id": 10}], "p.jsonl: sample 4 (id 10): expected id and pred, found {'id': 10}"),
+        ([*whole[:4], "A"], "p.jsonl: sample 4: expected id and pred, found 'A'"),
     ):
-        (tmp_path / "p.jsonl").write_text(
-            "".join(json.dumps({"id": i, "pred": reply}) + "\n" for i, reply in change.items())
-        )
+        write_lines(replies_file, lines)
         with pytest.raises(data.DataError) as error:
-            evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+            evaluation.main(["score", *map(str, files)])
         assert complaint in str(error.value)
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"id": i, "pred": "A"}) + "\n" for i in (10, 11, 12, 13, 14, 12))
-    )
-    with pytest.raises(data.DataError, match=r"sample 5 \(id 12\): expected the id of a question, each once"):
-        evaluation.main(["--bench-q", str(tmp_path / "q.json"), "--score", str(tmp_path / "p.jsonl")])
+    write_lines(replies_file, [*whole[:4], {"id": 10, "pred": None}])  # the model had nothing to say
+    evaluation.main(["score", *map(str, files)])
+    output = capsys.readouterr().out
+    assert output.startswith("pred: 1 replies name no option") and output.splitlines()[-1].split()[1] == "1/5"
 
 
 def test_a_benchmark_whose_ids_repeat_is_refused(tmp_path):
     """Predictions name a question by its id."""
     box = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
-    entry = {"video": "a.mp4", "caption": "It runs.", "frame_idx": "5", "annotation": box}
-    (tmp_path / "d.json").write_text(json.dumps([entry | {"id": id} for id in (3, 4, 3)]))
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"id": id, "pred": "It sits."}) + "\n" for id in (3, 4))
-    )
-    with pytest.raises(data.DataError, match=r"d.json: expected each id once, found 3"):
-        evaluation.main(
-            ["--bench-d", str(tmp_path / "d.json"), "--score", str(tmp_path / "p.jsonl")]
-            + ["--judge", "http://localhost", "--out", str(tmp_path / "out")]
-        )
+    entry = {"video": "a.mp4", "Question": "Is <region>?", "options": ["(A) Yes"], "Answer": "(A) Yes"}
+    entry |= {"frame_idx": "5", "annotation": box}
+    (tmp_path / "q.json").write_text(json.dumps([entry | {"id": id} for id in (3, 4, 3)]))
+    write_lines(tmp_path / "p.jsonl", [{"id": id, "pred": "A"} for id in (3, 4)])
+    with pytest.raises(data.DataError, match=r"q.json: each id once, found \[3, 4, 3\]"):
+        evaluation.main(["score", str(tmp_path / "q.json"), str(tmp_path / "p.jsonl")])
 
 
 def test_the_published_prompt_word_for_word(tmp_path):
@@ -229,16 +201,9 @@ def test_the_published_prompt_word_for_word(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps([entry]))
     (tmp_path / "d.json").write_text(json.dumps([entry | {"annotation": masks[:1]}]))
 
-    def read(name, mode, no_options=False):
-        path, kind = str(tmp_path / name), name[0]
-        files = {
-            "bench_q": path if kind == "q" else None,
-            "bench_d": path if kind == "d" else None,
-            "media": None,
-            "score": None,
-            "outside_paths": False,
-        }
-        sample = evaluation.Bench(SimpleNamespace(mode=mode, no_options=no_options, **files))[0]
+    def read(name, mode):
+        args = {"command": f"bench-{name[0]}", "mode": mode}
+        sample = evaluation.Bench(data.read_samples(tmp_path / name), SimpleNamespace(**args))[0]
         return sample.turns[0], [sorted(frames) for frames in sample.objects]
 
     text = "Is <object0>[<region>] near <object1>[<region>]? (A) Yes (B) No. "
@@ -250,9 +215,8 @@ def test_the_published_prompt_word_for_word(tmp_path):
     (tmp_path / "q2.json").write_text(json.dumps([later]))
     assert read("q2.json", "single")[1] == [[7], [7]] and read("q2.json", "multi")[1] == [[5, 7], [5, 7]]
     (tmp_path / "q2.json").write_text(json.dumps([later | {"frame_idx": "7" * 5000}]))
-    with pytest.raises(data.DataError, match="frame_idx: a frame index"):
+    with pytest.raises(data.DataError, match="a mask of each object on frame .*, as frame_idx says"):
         read("q2.json", "single")
-    assert read("q.json", "single", no_options=True)[0] == ("<video>\nIs <region> near <region>?", "B")
     text = "<video>\nPlease give a detailed description of the highlighted object [<region>] in the video."
     assert read("d.json", "single")[0] == (text, "It runs.")
 
@@ -279,10 +243,8 @@ def checkpoint(tmp_path_factory):
 
 def command(checkpoint, world, out, *more):
     options = ("--mode", "multi", "--max-new-tokens", 4, "--workers", 0, "--device", "cpu")
-    return [
-        str(a)
-        for a in ("--model", checkpoint, "--bench-q", world / "bench_q.json", "--out", out, *options, *more)
-    ]
+    files = ("bench-q", world / "bench_q.json", "--model", checkpoint, "--out", out)
+    return [str(a) for a in (*files, *options, *more)]
 
 
 def lines(path):
@@ -306,7 +268,7 @@ def test_batched_answers_equal_single_ones(family, world, tmp_path):
     """Left padding, positions and the cache: an answer does not depend on what else is in the batch."""
     model, processor = evaluation.load(family, "cpu")
     samples = data.read_samples(world / "test.json")
-    lengths = {len(data.Questions(samples, processor)[n, 0]["input_ids"]) for n in range(10)}
+    lengths = {len(evaluation.Questions(samples, processor)[n, 0]["input_ids"]) for n in range(10)}
     assert len(lengths) > 1
     found = []
     for batch_size in (1, 4, 10):
@@ -314,12 +276,10 @@ def test_batched_answers_equal_single_ones(family, world, tmp_path):
             out=tmp_path / str(batch_size),
             batch_size=batch_size,
             workers=0,
-            device="cpu",
             max_new_tokens=8,
         )
-        found.append(
-            evaluation.ask_all(model, processor, samples, {n: (n, 0) for n in range(10)}, "none", args)
-        )
+        questions = [{"sample": n, "turn": 0, "regions": True} for n in range(10)]
+        found.append(evaluation.ask_all(model, evaluation.Questions(samples, processor), questions, args))
     assert found[0] == found[1] == found[2] and len(set(found[0].values())) > 1
 
 
@@ -339,7 +299,7 @@ def test_a_killed_run_goes_on_where_it_stopped(checkpoint, world, whole, tmp_pat
     out = tmp_path / "out"
     process = start(*command(checkpoint, world, out, "--batch-size", 1))
     deadline = time.monotonic() + 120
-    while not any(path.read_bytes().count(b"\n") >= 2 for path in out.glob("parts/none-0-*.jsonl")):
+    while not any(path.read_bytes().count(b"\n") >= 2 for path in out.glob("parts/none-0.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, "no line yet"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -347,10 +307,10 @@ def test_a_killed_run_goes_on_where_it_stopped(checkpoint, world, whole, tmp_pat
     (part,) = out.glob("parts/*")
     before = part.read_bytes()
     assert 2 <= before.count(b"\n") < len(whole) and not (out / "predictions.jsonl").exists()
-    part.write_bytes(before + b'{"question": 3, "answer": "to')  # what a kill in the middle of a write leaves
+    part.write_bytes(before + b'[3, "to')  # what a kill in the middle of a write leaves
     evaluation.main(command(checkpoint, world, out, "--batch-size", 7))
-    answered = [path.read_bytes().count(b"\n") for path in sorted(out.glob("parts/*"))]
-    assert answered == [before.count(b"\n"), len(whole) - before.count(b"\n")], "nothing is asked again"
+    assert list(out.glob("parts/*")) == [part] and part.read_bytes().startswith(before)
+    assert sorted(i for i, _ in lines(part)) == list(range(len(whole))), "nothing is asked again"
     assert lines(out / "predictions.jsonl") == whole
 
 
@@ -360,25 +320,15 @@ def test_two_ranks_answer_what_one_does(checkpoint, world, whole, tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
     assert lines(out / "predictions.jsonl") == whole
-    assert output.count("accuracy") == 1, "one rank prints"
+    assert output.count("constant") == 1, "one rank prints"
     shares = [len(lines(path)) for path in out.glob("parts/none-*.jsonl")]
     assert sum(shares) == len(whole) and abs(shares[0] - shares[1]) <= 1
 
 
 def test_data_on_two_ranks_gives_the_same_table(checkpoint, world, tmp_path):
     (world / "few.json").write_text(json.dumps(json.loads((world / "test.json").read_text())[4:11]))
-    common = (
-        "--model",
-        checkpoint,
-        "--data",
-        world / "few.json",
-        "--control",
-        "full",
-        "--max-new-tokens",
-        2,
-        "--workers",
-        0,
-    )
+    common = ("data", world / "few.json", "--model", checkpoint, "--control", "full")
+    common += ("--max-new-tokens", 2, "--workers", 0)
     evaluation.main([str(a) for a in (*common, "--out", tmp_path / "one", "--device", "cpu")])
     process = start(*common, "--out", tmp_path / "two", "--device", "cpu", ranks=2)
     output, _ = process.communicate(timeout=200)
@@ -396,13 +346,13 @@ BAD_ENTRIES = [  # what is wrong with an entry, and its "error"
     ({"Answer": None}, "Answer"),
     ({"Question": None}, "Question: a text"),
     ({"Question": "Without a tag?"}, "as many <region> tags"),
-    ({"frame_idx": "6"}, "object 0: a mask on frame 6, as frame_idx says, found [3]"),
-    ({"frame_idx": None}, "a frame index"),
+    ({"frame_idx": "6"}, "a mask of each object on frame 6, as frame_idx says, found [[3]]"),
+    ({"frame_idx": None}, "a mask of each object on frame None, as frame_idx says"),
     ({"annotation": None}, "as many <region> tags"),
     ({"annotation": ["no"]}, "annotation: object 0"),
     (
         {"annotation": [{"3": {"segmentation": None}, "5": {"segmentation": MASK}}]},
-        "a mask on frame 3, as frame_idx says, found [5]",
+        "a mask of each object on frame 3, as frame_idx says, found [[5]]",
     ),
     (
         {"annotation": [{"3": {"segmentation": {"size": [96, 96], "counts": [5, 6]}}}]},
@@ -412,9 +362,9 @@ BAD_ENTRIES = [  # what is wrong with an entry, and its "error"
         {"annotation": [{"3": {"segmentation": {"size": [96, 96], "counts": [96 * 96]}}}]},
         "a mask that is not empty",
     ),
-    ({"annotation": [{"300": {"segmentation": MASK}}], "frame_idx": "300"}, "a frame index below 8"),
+    ({"annotation": [{"300": {"segmentation": MASK}}], "frame_idx": "300"}, "frame indices below 8"),
     ({"video": "videos/none.mp4"}, "videos/none.mp4"),
-    ({"video": "bad.json"}, "bad.json: expected a video, found what FFmpeg can't open"),
+    ({"video": "bad.json"}, "bad.json: expected a video that FFmpeg can open and decode, found"),
 ]
 
 
@@ -451,55 +401,37 @@ def run_bad(kind, checkpoint, bad_file, out, *more):
         "--device",
         "cpu",
     )
-    evaluation.main([str(a) for a in (*options, f"--bench-{kind}", bad_file, *more)])
-    return lines(out / "predictions.jsonl"), json.loads((out / "scores.json").read_text())
+    evaluation.main([str(a) for a in (f"bench-{kind}", bad_file, *options, *more)])
+    [scores] = lines(out / "scores.json")
+    return lines(out / "predictions.jsonl"), scores
 
 
 def test_a_bad_entry_is_recorded_and_counts_as_wrong(checkpoint, bad_file, tmp_path, capsys, monkeypatch):
     """It neither ends the run nor leaves the denominator, whoever reads the predictions."""
-    monkeypatch.setattr(
-        evaluation, "choose", lambda reply, options: ("B", "letter")
-    )  # right, whatever is said
+    monkeypatch.setattr(evaluation, "choose", lambda reply, options: "B")  # right, whatever is said
     predictions, scores = run_bad("q", checkpoint, bad_file, tmp_path / "out", "--workers", 1)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        last.startswith("16 of 18 questions could not be asked: wrong above;")
-        and "bad.json: sample 1 (id 1)" in last
-    )
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("16 of 18 questions could not be asked, such as: ")
+    assert "bad.json: sample 1 (id 1): " in last
     assert [p["id"] for p in predictions] == list(range(18))
     assert [isinstance(p["pred"], str) for p in predictions] == [True, *[False] * 16, True]
     for n, (_, complaint) in enumerate(BAD_ENTRIES, start=1):
-        assert (
-            complaint in predictions[n]["error"]
-            and f"bad.json: sample {n} (id {n})" in predictions[n]["error"]
-        )
+        assert complaint in predictions[n]["error"]
+        assert f"bad.json: sample {n} (id {n})" in predictions[n]["error"]
     counts = {"right": 2, "asked": 18}
-    assert scores["mode"] == "single" and scores["replies"]["pred"] == {"letter": 2, "text": 0, "none": 0}
-    assert (
-        scores["not_asked"] == 16
-        and scores["rows"]["all"]["accuracy"] == scores["rows"]["x"]["accuracy"] == counts
-    )
-    evaluation.main(
-        [
-            "--bench-q",
-            str(bad_file),
-            "--score",
-            str(tmp_path / "out" / "predictions.jsonl"),
-            "--out",
-            str(tmp_path / "scored"),
-        ]
-    )
-    assert capsys.readouterr().out.splitlines()[-1] == last
-    again = json.loads((tmp_path / "scored" / "scores.json").read_text())
-    assert again == scores and list(scores["rows"]) == ["x", "all"]
-    assert again["rows"]["all"]["accuracy"] == counts
+    assert scores["not_asked"] == 16 and list(scores["rows"]) == ["x", "all"]
+    assert scores["rows"]["all"]["pred"] == scores["rows"]["x"]["pred"] == counts
+    assert table[0] == "pred: 16 replies name no option, and are wrong"
+    evaluation.main(["score", str(bad_file), str(tmp_path / "out" / "predictions.jsonl")])
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == table[0] and [line.split()[1] for line in again[2:]] == ["2/18", "2/18"]
     # Another model's predictions: an entry without answer or object counts as wrong; masks are not read.
-    theirs = tmp_path / "out" / "theirs.jsonl"
-    theirs.write_text("".join(json.dumps({"id": i, "pred": "B"}) + "\n" for i in range(18)))
-    evaluation.main(["--bench-q", str(bad_file), "--score", str(theirs), "--out", str(tmp_path / "scored")])
-    other = json.loads((tmp_path / "scored" / "scores.json").read_text())
-    assert "mode" not in other, "how they were asked is not known"
-    assert other["not_asked"] == 8 and other["rows"]["all"]["accuracy"] == {"right": 10, "asked": 18}
+    theirs = tmp_path / "theirs.jsonl"
+    write_lines(theirs, [{"id": i, "pred": "B"} for i in range(18)])
+    evaluation.main(["score", str(bad_file), str(theirs)])
+    other = capsys.readouterr().out.splitlines()
+    assert other[0] == "pred: 8 replies name no option, and are wrong"
+    assert other[-1].split()[:2] == ["all", "10/18"]
 
 
 def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_path):
@@ -507,10 +439,10 @@ def test_media_elsewhere_and_worker_processes_that_are_spawned(bad_file, tmp_pat
     (tmp_path / "q.json").write_text(
         json.dumps([entries[0] | {"video": str(bad_file.parent / entries[0]["video"])}])
     )
-    arguments = ["--bench-q", str(tmp_path / "q.json"), "--score", "p.jsonl"]
-    with pytest.raises(data.DataError, match="inside the media folder"):
-        evaluation.Bench(evaluation.parse(arguments))[0]
-    samples = evaluation.Bench(evaluation.parse([*arguments, "--outside-paths"]))
+    arguments = ["bench-q", str(tmp_path / "q.json"), "--model", "m", "--out", "o"]
+    entries = data.read_samples(tmp_path / "q.json")
+    samples = evaluation.Bench(entries, evaluation.parse(arguments))
+    assert samples[0].media == str(bad_file.parent / "videos" / "test0000.mp4")
     assert pickle.loads(pickle.dumps(samples))[0] == samples[0]
 
 
@@ -520,50 +452,41 @@ def test_a_bad_sample_ends_data_before_anything_is_asked(checkpoint, world, tmp_
         json.dumps([*samples, samples[0] | {"id": 9, "video": "videos/none.mp4"}])
     )
     with pytest.raises(data.DataError, match=r"one_bad.json: sample 3 \(id 9\)"):
-        arguments = (
-            "--model",
-            checkpoint,
-            "--data",
-            world / "one_bad.json",
-            "--workers",
-            0,
-            "--out",
-            tmp_path / "out",
-            "--device",
-            "cpu",
-        )
-        evaluation.main([str(a) for a in arguments])
+        arguments = ("data", world / "one_bad.json", "--model", checkpoint, "--workers", 0, "--device", "cpu")
+        evaluation.main([str(a) for a in (*arguments, "--out", tmp_path / "out")])
     assert os.listdir(tmp_path / "out") == ["run.json"]
 
 
 def test_a_file_that_vanishes_while_data_is_asked_ends_the_run(checkpoint, world, tmp_path, monkeypatch):
     """Its loss was computed before, so nothing else would notice; None must not count as a wrong answer."""
-    original = data.Questions.question
+    choose_objects = evaluation.Questions.choose_objects
 
-    def question(self, i, turn_index):
-        data.expect(i != 1, "a media file", "none")
-        return original(self, i, turn_index)
+    def vanished(self, sample, info, rng):
+        data.expect(sample.id != 1, "a media file", "none")
+        return choose_objects(self, sample, info, rng)
 
-    monkeypatch.setattr(data.Questions, "question", question)
+    monkeypatch.setattr(evaluation.Questions, "choose_objects", vanished)
     (world / "vanish.json").write_text(json.dumps(json.loads((world / "test.json").read_text())[:3]))
     options = ("--max-new-tokens", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out")
     with pytest.raises(data.DataError, match="expected a media file"):
-        evaluation.main([str(a) for a in ("--model", checkpoint, "--data", world / "vanish.json", *options)])
+        evaluation.main([str(a) for a in ("data", world / "vanish.json", "--model", checkpoint, *options)])
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_a_bad_entry_is_not_judged(checkpoint, bad_file, tmp_path, server, capsys):
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     wrong_in_q = 6  # whatever options, Answer or Question are, a description can be asked for
-    predictions, scores = run_bad("d", checkpoint, bad_file, tmp_path / "out", "--workers", 0, "--judge", url)
+    predictions, scores = run_bad("d", checkpoint, bad_file, tmp_path / "out", "--workers", 0)
     assert [p["id"] for p in predictions if p["pred"] is None] == list(range(1 + wrong_in_q, 17))
-    assert scores["not_asked"] == 10 and scores["pred"]["replies"] == 8 == len(server.asked)
-    assert "10 of 18 questions could not be asked: not judged;" in capsys.readouterr().out.splitlines()[-1]
+    assert scores["not_asked"] == 10
+    assert "10 of 18 questions could not be asked, such as: " in capsys.readouterr().out.splitlines()[-1]
+    _, last = judged(tmp_path / "out" / "predictions.jsonl", server)
+    assert last == "pred: 8 replies, 0 without four marks, left out"
+    assert len(server.asked) == len({p["pred"] for p in predictions if p["pred"]}), "each reply once"
 
 
 def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, tmp_path):
     """A video may be there by then. On two ranks, for errors must cross over as well."""
-    arguments = ["--model", checkpoint, "--out", tmp_path / "out", "--bench-q", bad_file]
+    arguments = ["bench-q", bad_file, "--model", checkpoint, "--out", tmp_path / "out"]
     arguments += ["--device", "cpu", "--workers", 0]
     process = start(*arguments, ranks=2)
     output, _ = process.communicate(timeout=200)
@@ -576,7 +499,7 @@ def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, 
         copy.unlink()
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["not_asked"] == 15
     parts = [line for path in (tmp_path / "out" / "parts").iterdir() for line in lines(path)]
-    assert sorted(line["question"] for line in parts) == [0, 15, 17]
+    assert sorted(i for i, _ in parts) == [0, 15, 17]
 
 
 @pytest.mark.parametrize(
@@ -584,8 +507,8 @@ def test_what_could_not_be_asked_is_asked_by_the_next_run(checkpoint, bad_file, 
     [
         ("{", "not valid JSON"),
         ("[]", "q.json: "),
-        ('{"questions": []}', "1 of 1 questions cannot be asked"),
-        ('[{"id": 1}, {"id": 2}]', "found None \\(2 of 2 questions"),
+        ('{"questions": []}', "no other entry is right"),
+        ('[{"id": 1}, {"id": 2}]', "found None \\(and no other entry is right"),
         (None, "a readable file"),
     ],
 )
@@ -594,7 +517,7 @@ def test_a_file_that_is_wrong_as_a_whole_ends_at_once(tmp_path, content, complai
         (tmp_path / "q.json").write_text(content)
     with pytest.raises(data.DataError, match=complaint):
         evaluation.main(
-            ["--bench-q", str(tmp_path / "q.json"), "--model", "nowhere", "--out", str(tmp_path / "out")]
+            ["bench-q", str(tmp_path / "q.json"), "--model", "nowhere", "--out", str(tmp_path / "out")]
         )
     assert not (tmp_path / "out").exists(), "the same --out does for the next try"
 
@@ -609,20 +532,20 @@ def test_videos_that_are_all_missing_end_the_run(checkpoint, world, tmp_path):
 def test_only_the_same_run_is_gone_on_with(checkpoint, world, whole, tmp_path):
     out = tmp_path / "out"
     evaluation.main(command(checkpoint, world, out))
-    for different in (("--mode", "single"), ("--max-new-tokens", 5), ("--no-options",)):
-        with pytest.raises(SystemExit, match="name another folder"):
+    for different in (("--mode", "single"), ("--max-new-tokens", 5)):
+        with pytest.raises(data.DataError, match="a new folder, or that of a run of this command"):
             evaluation.main(command(checkpoint, world, out, *different))
     questions = world / "bench_q.json"
     for changed in (next(checkpoint.glob("*.safetensors")), questions):  # trained anew; edited
         times = changed.stat()
         os.utime(changed, (1, 1))
-        with pytest.raises(SystemExit, match="name another folder"):
+        with pytest.raises(data.DataError, match="a new folder, or that of a run of this command"):
             evaluation.main(command(checkpoint, world, out))
         os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
     evaluation.main(command(checkpoint, world, out))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "ideas.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="name another folder"):
+    with pytest.raises(data.DataError, match="a new folder, or that of a run of this command"):
         evaluation.main(command(checkpoint, world, tmp_path / "notes"))
 
 
@@ -635,36 +558,34 @@ def test_a_run_is_its_task_its_files_in_order_and_its_model(checkpoint, world, t
 
     def open_run(*arguments):
         evaluation.open_run(
-            evaluation.parse(["--model", str(model), "--out", str(tmp_path / "out"), *arguments])
+            evaluation.parse([*arguments, "--model", str(model), "--out", str(tmp_path / "out")])
         )
 
-    open_run("--data", a, b)
-    open_run("--data", a, b, "--control", "full")
-    for different in (["--data", b, a], ["--data", a], ["--bench-q", a], ["--bench-d", a]):
-        with pytest.raises(SystemExit, match="name another folder"):
+    open_run("data", a, b)
+    open_run("data", a, b, "--control", "full")
+    for different in (["data", b, a], ["data", a], ["bench-q", a], ["bench-d", a]):
+        with pytest.raises(data.DataError, match="a new folder, or that of a run of this command"):
             open_run(*different)
     for name in ("nanorefer.json", "tokenizer.json"):
         times = (model / name).stat()
         os.utime(model / name, (1, 1))
-        with pytest.raises(SystemExit, match="name another folder"):
-            open_run("--data", a, b)
+        with pytest.raises(data.DataError, match="a new folder, or that of a run of this command"):
+            open_run("data", a, b)
         os.utime(model / name, ns=(times.st_atime_ns, times.st_mtime_ns))
-    open_run("--data", a, b)
+    open_run("data", a, b)
     shutil.rmtree(tmp_path / "out")
-    open_run("--bench-q", a)
-    with pytest.raises(SystemExit, match="name another folder"):
-        open_run("--bench-d", a)
+    open_run("bench-q", a)
+    with pytest.raises(data.DataError, match="a new folder, or that of a run of this command"):
+        open_run("bench-d", a)
 
 
 def test_out_may_be_any_folder_that_holds_nothing(checkpoint, world, tmp_path):
-    for name in ("empty", "target", "killed"):
+    for name in ("empty", "target"):
         (tmp_path / name).mkdir()
-    (tmp_path / "killed" / "run.json.0123456789ab.tmp").write_text('{"mod')
     (tmp_path / "link").symlink_to(tmp_path / "target")
     for out in (
         tmp_path / "empty",
         tmp_path / "link",
-        tmp_path / "killed",
         tmp_path / "a" / "b",
         f"{tmp_path}/q/",
     ):
@@ -673,31 +594,9 @@ def test_out_may_be_any_folder_that_holds_nothing(checkpoint, world, tmp_path):
     assert (tmp_path / "target" / "run.json").exists() and (tmp_path / "q" / "run.json").exists()
 
 
-def test_a_question_answered_twice_is_not_scored(checkpoint, world, tmp_path):
-    """Two runs at once into one folder, as when ranks outlive a killed torchrun, may do the same work twice.
-    Where their answers differ, neither may be scored."""
-    out = tmp_path / "out"
-    evaluation.main(command(checkpoint, world, out))
-    predictions = lines(out / "predictions.jsonl")
-    (part,) = out.glob("parts/*")
-    (out / "parts" / "none-1-1.jsonl").write_bytes(part.read_bytes())
-    evaluation.main(command(checkpoint, world, out))
-    assert lines(out / "predictions.jsonl") == predictions
-    answers = lines(part)
-    answers[3]["answer"] += "?"
-    (out / "parts" / "none-1-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
-    for name in ("predictions.jsonl", "scores.json"):
-        (out / name).unlink()
-    with pytest.raises(
-        data.DataError, match=f"expected one answer to question {answers[3]['question']}, found"
-    ):
-        evaluation.main(command(checkpoint, world, out))
-    assert not (out / "predictions.jsonl").exists() and not (out / "scores.json").exists()
-
-
 def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, monkeypatch):
-    """--no-options gives the model the same tensors that --data does, and counts alike. The model is
-    a stand-in whose answer depends on every number of the batch."""
+    """bench-q --mode multi shows the model the same pictures and regions that data does, and counts alike.
+    The model is a stand-in whose answer depends on every number of these."""
     tests = [s for s in json.loads((world / "test.json").read_text()) if s["type"] != "background"]
     bench = json.loads((world / "bench_q.json").read_text())
     for name, content in (("test", tests), ("bench_q", bench)):
@@ -711,27 +610,29 @@ def test_bench_q_asks_the_toy_model_what_data_asks(checkpoint, world, tmp_path, 
     }
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
-    def generate(model, batch, end, max_new_tokens, any_rank):
+    def content(value):
+        if isinstance(value, dict):
+            return b"".join(content(value[key]) for key in sorted(value))
+        return value.numpy().tobytes() if torch.is_tensor(value) else b""
+
+    def generate(model, batch, end, max_new_tokens):
         assert len(batch["ids"]) == 1
-        digest = zlib.crc32(
-            b"".join(
-                value.numpy().tobytes() for key, value in sorted(batch.items()) if torch.is_tensor(value)
-            )
-        )
+        shown = ("still_patches", "video_patches", "tower", "regions")
+        digest = zlib.crc32(b"".join(content(batch[name]) for name in shown))
         question = tokenizer.decode(batch["input_ids"][0])
         asked = [names for word, names in kinds.items() if word in question][0]
         return [tokenizer(asked[digest % 4])["input_ids"]]
 
     monkeypatch.setattr(models.ReferringVideoLLM, "generate", generate)
     common = ["--model", str(checkpoint), "--batch-size", "1", "--workers", "0", "--device", "cpu"]
-    evaluation.main([*common, "--data", str(world / "same_test.json"), "--out", str(tmp_path / "data")])
-    more = ["--mode", "multi", "--no-options", "--out", str(tmp_path / "q")]
-    evaluation.main([*common, "--bench-q", str(world / "same_bench_q.json"), *more])
+    evaluation.main(["data", str(world / "same_test.json"), *common, "--out", str(tmp_path / "data")])
+    more = ["--mode", "multi", "--out", str(tmp_path / "q")]
+    evaluation.main(["bench-q", str(world / "same_bench_q.json"), *common, *more])
     rows = json.loads((tmp_path / "data" / "scores.json").read_text())["rows"]
     bench_rows = json.loads((tmp_path / "q" / "scores.json").read_text())["rows"]
     for row in ("colour", "shape", "direction", "relation", "all"):
-        assert bench_rows[row]["accuracy"] == rows[row]["exact"], row
-    assert 0 < bench_rows["all"]["accuracy"]["right"] < bench_rows["all"]["accuracy"]["asked"]
+        assert bench_rows[row]["pred"] == rows[row]["exact"], row
+    assert 0 < bench_rows["all"]["pred"]["right"] < bench_rows["all"]["pred"]["asked"]
     same = [p["pred"] for p in lines(tmp_path / "q" / "predictions.jsonl")]
     assert same == [p["exact"] for p in lines(tmp_path / "data" / "predictions.jsonl")]
 
@@ -789,15 +690,7 @@ def test_controls_replace_the_masks_of_all_questions_about_regions(
     ]
     (world / "uneven.json").write_text(json.dumps(samples))
     options = ("--batch-size", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "runs" / "1")
-    arguments = (
-        "--model",
-        checkpoint,
-        "--data",
-        world / "uneven.json",
-        "--control",
-        *controls,
-        *options,
-    )
+    arguments = ("data", world / "uneven.json", "--model", checkpoint, "--control", *controls, *options)
     evaluation.main([str(a) for a in arguments])
     predictions = lines(tmp_path / "runs" / "1" / "predictions.jsonl")
     said = [[p.get(name) for p in predictions] for name in ("exact", *controls)]
@@ -816,46 +709,6 @@ def test_controls_replace_the_masks_of_all_questions_about_regions(
     every, about_regions = [3, 0, 2, 2, 2, 4], [1, 0, 2, 2, 0, 2]
     assert right == {"x": every, "about regions": about_regions, "all": every}
     assert asked == {"x": [5, 3, 3, 3, 5], "about regions": [3] * 5, "all": [5, 3, 3, 3, 5]}
-
-
-def test_the_area_of_a_question_is_that_of_its_smallest_object(world, tmp_path):
-    """Frames of 96x96. The areas are worked by hand, or pycocotools' own."""
-
-    def entry(objects, questions=("What is <region>?",), **more):
-        turns = []
-        for question in questions:
-            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": "It."}]
-        annotation = []
-        for masks in objects:
-            annotation.append({str(frame): {"segmentation": mask} for frame, mask in masks.items()})
-        video = str(world / "videos" / "test0000.mp4")
-        return {"video": video, "conversations": turns, "annotation": annotation} | more
-
-    ellipse = np.hypot(*np.ogrid[-3:3:96j, -2:2:96j]) < 1
-    at_half = np.zeros((48, 48), np.uint8)
-    at_half[7:17, 20:30] = 1
-    hidden = {"size": [96, 96], "counts": [96 * 96]}
-    small, large = evaluation.box(9, 9, 20, 20), evaluation.box(0, 0, 96, 96)
-    both = ["<region> or <region>?", "Sure?"]
-    turns = ["Where is this?", "Is it <region>?", "Sure?", "Or <region>?", "Sure?"]
-    absent = {"video": str(world / "videos" / "none.mp4")}
-    entries = [
-        (entry([{3: rle(ellipse)}]), [coco_mask.area(rle(ellipse))]),
-        (entry([{3: small, 5: hidden, 6: evaluation.box(0, 0, 60, 60)}]), [(400 + 3600) / 2]),
-        (entry([{3: rle(at_half)}]), [400]),
-        (entry([{3: evaluation.box(0, 0, 80, 80)}], height=192, width=192), [1600]),
-        (entry([{3: small}, {3: large}], both), [400, 400]),
-        (entry([{3: small}, {3: large}], turns), [None, 400, 400, 9216, 9216]),
-        (entry([], ["Where is this?"]), [None]),
-        (entry([{3: hidden}]), [None]),
-        (entry([{3: small}]) | absent, [None]),
-    ]
-    (tmp_path / "areas.json").write_text(json.dumps([entry for entry, _ in entries]))
-    samples = data.read_samples(tmp_path / "areas.json", outside_paths=True)
-    questions, keys = evaluation.read_questions(samples)
-    evaluation.add_areas(questions, keys, samples)
-    areas = [area for _, expected in entries for area in expected]
-    assert [question.get("area") for question in questions] == areas
 
 
 # ---- the controls on the benchmarks ----
@@ -895,45 +748,40 @@ SAID = {
 }
 
 
+def ask_coverage(coverage_bench, checkpoint, out, *controls, kind="bench-q"):
+    options = [kind, coverage_bench, "--model", checkpoint, "--batch-size", 1, "--workers", 0]
+    options += ["--device", "cpu", "--out", out, *(["--control", *controls] if controls else [])]
+    evaluation.main([str(a) for a in options])
+    return lines(out / "predictions.jsonl")
+
+
 def test_bench_q_with_every_control(checkpoint, coverage_bench, tmp_path, says_its_coverage, capsys):
-    options = ["--model", checkpoint, "--bench-q", coverage_bench, "--batch-size", 1, "--workers", 0]
-    options = [str(a) for a in (*options, "--device", "cpu", "--out", tmp_path / "out")]
-    evaluation.main([*options, "--control", *CONTROLS])
+    predictions = ask_coverage(coverage_bench, checkpoint, tmp_path / "out", *CONTROLS)
     output = capsys.readouterr().out
-    predictions = lines(tmp_path / "out" / "predictions.jsonl")
     assert {column: [p.get(column) for p in predictions] for column in SAID} == SAID
-    assert [p.get("area") for p in predictions] == [48 * 96, 24 * 96, None], (
-        "on the frame that is asked about"
-    )
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    right = {"accuracy": [3, 3], "full": [0, 2], "shuffle": [0, 2], "box": [1, 2], "blind": [1, 3]}
+    assert [p["pred_choice"] for p in predictions] == ["A", "B", "D"]
+    [scores] = lines(tmp_path / "out" / "scores.json")
+    right = {"pred": [3, 3], "full": [0, 2], "shuffle": [0, 2], "box": [1, 2], "blind": [1, 3]}
     assert {column: list(scores["rows"]["all"][column].values()) for column in right} == right
-    assert scores["replies"]["full"] == {"letter": 0, "text": 2, "none": 0}
-    assert output.splitlines()[0].split() == [*right, "constant"]
-    assert "full: replies that name a letter: 0; an option's whole text: 2" in output
+    table = output.splitlines()
+    assert [line.split(":")[0] for line in table[:5]] == list(right)
+    assert all(line.endswith(": 0 replies name no option, and are wrong") for line in table[:5])
+    assert table[5].split() == [*right, "constant"]
 
     # The predictions can be scored again, whole or without the controls, and say as much.
-    files = ["--bench-q", coverage_bench, "--score", tmp_path / "out" / "predictions.jsonl"]
-    files = [str(a) for a in (*files, "--out", tmp_path / "again")]
-    evaluation.main([*files, "--control", *CONTROLS])
-    assert capsys.readouterr().out == output
-    assert json.loads((tmp_path / "again" / "scores.json").read_text()) == scores
-    evaluation.main(files)
-    again = json.loads((tmp_path / "again" / "scores.json").read_text())
-    assert list(again["rows"]["all"]) == ["questions", "accuracy", "constant"]
+    files = ["score", str(coverage_bench)]
+    evaluation.main([*files, str(tmp_path / "out" / "predictions.jsonl")])
+    again = capsys.readouterr().out.splitlines()
+    assert again == table
     theirs = tmp_path / "theirs.jsonl"
-    theirs.write_text("".join(json.dumps({"id": i, "pred": "(A)"}) + "\n" for i in range(3)))
-    files[3] = str(theirs)
-    with pytest.raises(data.DataError, match=r"""theirs.jsonl: sample 0 .*: expected .* with "box", found"""):
-        evaluation.main([*files, "--control", "box"])
+    write_lines(theirs, [{"id": p["id"], "pred": p["pred"]} for p in predictions])
+    evaluation.main([*files, str(theirs)])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["pred", "constant"]
 
 
 def test_controls_may_be_added_to_a_run_that_is_done(checkpoint, coverage_bench, tmp_path, says_its_coverage):
-    options = ["--model", checkpoint, "--bench-q", coverage_bench, "--batch-size", 1, "--workers", 0]
-    options = [str(a) for a in (*options, "--device", "cpu", "--out", tmp_path / "out")]
     for controls in ((), ("box",), ("blind", "box"), ("blind", "blind")):
-        evaluation.main([*options, *(["--control", *controls] if controls else [])])
-        predictions = lines(tmp_path / "out" / "predictions.jsonl")
+        predictions = ask_coverage(coverage_bench, checkpoint, tmp_path / "out", *controls)
         for column in SAID:
             expected = SAID[column] if column in ("pred", *controls) else [None] * 3
             assert [p.get(column) for p in predictions] == expected
@@ -948,7 +796,7 @@ def test_a_run_that_is_killed_in_a_control_goes_on_there(checkpoint, world, whol
     out = tmp_path / "out"
     process = start(*command(checkpoint, world, out, *controls, "--batch-size", 1))
     deadline = time.monotonic() + 120
-    while not any(path.read_bytes().count(b"\n") >= 2 for path in out.glob("parts/blind-0-*.jsonl")):
+    while not any(path.read_bytes().count(b"\n") >= 2 for path in out.glob("parts/blind-0.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, "no line yet"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -959,7 +807,7 @@ def test_a_run_that_is_killed_in_a_control_goes_on_there(checkpoint, world, whol
     asked = {name: 0 for name in ("none", "box", "blind", "full")}
     for path in out.glob("parts/*"):
         asked[path.name.split("-")[0]] += path.read_bytes().count(b"\n")
-        assert path not in before or path.read_bytes() == before[path]
+        assert path.read_bytes().startswith(before.get(path, b""))
     assert set(asked.values()) == {len(whole)}, "each question once in each column"
     for name in ("predictions.jsonl", "scores.json"):
         assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
@@ -969,41 +817,11 @@ def test_a_run_that_is_killed_in_a_control_goes_on_there(checkpoint, world, whol
 
 
 def test_bench_d_is_judged_under_every_control(
-    checkpoint, coverage_bench, tmp_path, says_its_coverage, server, capsys, monkeypatch
+    checkpoint, coverage_bench, tmp_path, says_its_coverage, server, waits
 ):
     """The marks, worked by hand, are the digits behind the point of what was said: 0.25 means 2 and 5."""
-    monkeypatch.setattr(evaluation.time, "sleep", lambda _: None)
-    bench = coverage_bench.with_name("coverage_d.json")
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    options = [
-        "--model",
-        checkpoint,
-        "--bench-d",
-        bench,
-        "--batch-size",
-        1,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-    ]
-    options += ["--out", tmp_path / "out", "--judge", url]
-    options = [str(a) for a in options]
-    said = [SAID[column][i] for column in ("pred", *CONTROLS) for i in range(2)]
-    marks = [(0, 0, 0, 0) if text == "none" else (5, 4, *map(int, text[2:])) for text in said]
-    server.script = [GOOD.format(*four) for four in marks[:5]] + [503] * evaluation.ATTEMPTS
-    with pytest.raises(SystemExit, match="resumes from here"):
-        evaluation.main([*options, "--control", *CONTROLS])
-    server.script = [GOOD.format(*four) for four in marks[5:]]
-    asked = len(server.asked)
-    evaluation.main([*options, "--control", *CONTROLS])
-    assert len(server.asked) == asked + 5, "the replies that are there are kept"
-    questions = [body["messages"][1]["content"] for _, _, body in server.asked]
-    questions = questions[:5] + questions[asked:]
-    captions = ["It covers 0.50.", "It covers 0.25."] * 5
-    for question, caption, text in zip(questions, captions, said, strict=True):
-        assert question == f"##Correct answer: {caption}\n##Predicted answer: {text}\n"
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    bench, predictions = coverage_bench.with_name("coverage_d.json"), tmp_path / "out" / "predictions.jsonl"
+    ask_coverage(bench, checkpoint, tmp_path / "out", *CONTROLS, kind="bench-d")
     averages = {
         "pred": (5 + 4 + (5 + 2) / 2 + (0 + 5) / 2) / 4,
         "full": (5 + 4 + 0 + 0) / 4,
@@ -1011,46 +829,56 @@ def test_bench_d_is_judged_under_every_control(
         "box": (5 + 4 + 5 + 0) / 4,
         "blind": 0,
     }
-    assert {column: scores[column]["means"]["Average"] for column in averages} == averages
-    assert all(scores[column]["replies"] == 2 for column in averages)
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert list(averages) in table
-    assert ["Average", *(f"{mean:.2f}" for mean in averages.values())] in table
-    names = {path.name for path in (tmp_path / "out").glob("judged*")}
-    assert names == {"judged.jsonl", *(f"judged-{control}.jsonl" for control in CONTROLS)}
-    # Fewer columns, and the predictions without the model, need none of that again.
-    evaluation.main([*options, "--control", "blind"])
-    score = ["--bench-d", bench, "--score", tmp_path / "out" / "predictions.jsonl", "--judge", url]
-    evaluation.main([str(a) for a in (*score, "--out", tmp_path / "out", "--control", "blind")])
-    assert len(server.asked) == asked + 5
-    again = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert again["blind"] == scores["blind"] and again["pred"] == scores["pred"] and "box" not in again
+    asked_before = set()
+    for column, average in averages.items():
+        new, replies = [], []
+        for caption, text in zip(("It covers 0.50.", "It covers 0.25."), SAID[column]):
+            request = f"##Correct answer: {caption}\n##Predicted answer: {text}\n"
+            if request not in asked_before:
+                new.append(request)
+                marks = (0, 0, 0, 0) if text == "none" else (5, 4, *map(int, text[2:]))
+                replies.append(GOOD.format(*marks))
+        asked_before.update(new)
+        assert len(new) == (0 if column == "box" else 2), "it says of boxes what others said"
+        server.asked.clear()
+        server.script = [*replies[:-1], *[503] * 9]
+        if new:
+            with pytest.raises(data.DataError, match="goes on from here"):
+                judged(predictions, server, "--column", column)
+        server.script = replies[-1:]
+        means, last = judged(predictions, server, "--column", column)
+        assert means[-1] == float(f"{average:.2f}") and last.startswith(f"{column}: 2 replies, 0 without")
+        questions = [body["messages"][1]["content"] for _, _, body in server.asked]
+        assert questions == new[:-1] + new[-1:] * 10, "9 attempts at the last in vain"
+    server.asked.clear()
+    judged(predictions, server, "--column", "full")
+    assert not server.asked, "the replies that are there are kept"
 
 
 def test_an_entry_that_cannot_be_asked_counts_alike_in_all_columns(
     checkpoint, bad_file, tmp_path, monkeypatch
 ):
     """A question without its media could be asked all the same: then blind would be right more often."""
-    monkeypatch.setattr(evaluation, "choose", lambda reply, options: ("B", "letter"))
+    monkeypatch.setattr(evaluation, "choose", lambda reply, options: "B")
     controls = ("--control", "full", "blind", "--workers", 0)
     predictions, scores = run_bad("q", checkpoint, bad_file, tmp_path / "out", *controls)
     for column in ("pred", "full", "blind"):
         assert [isinstance(p[column], str) for p in predictions] == [True, *[False] * 16, True]
-    for column in ("accuracy", "full", "blind"):
+    for column in ("pred", "full", "blind"):
         assert scores["rows"]["all"][column] == {"right": 2, "asked": 18}
     assert scores["not_asked"] == 16
 
 
 def test_shuffle_needs_masks_of_other_media(checkpoint, bad_file, tmp_path):
-    """It would fail for each question of the last column, after all others had been asked."""
+    """What was asked before is kept."""
     entry = json.loads(bad_file.read_text())[0]
     same = bad_file.with_name("same_video.json")
     same.write_text(json.dumps([entry, entry | {"id": 1}]))
-    with pytest.raises(
-        data.DataError, match="several videos or images for --control shuffle, found {'videos/"
-    ):
+    with pytest.raises(data.DataError, match="a sample with regions on other media to take masks from"):
         run_bad("q", checkpoint, same, tmp_path / "out", "--control", "box", "shuffle")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "scores.json").exists()
+    _, scores = run_bad("q", checkpoint, same, tmp_path / "out", "--control", "box")
+    assert scores["not_asked"] == 0
 
 
 # ---- the judge ----
@@ -1094,7 +922,7 @@ Explanation: none."""
     ],
 )  # fmt: skip
 def test_marks_are_read_strictly(reply, marks):
-    assert evaluation.read_marks(reply) == (dict(zip(evaluation.ASPECTS, marks)) if marks else None)
+    assert evaluation.read_marks(reply) == marks
 
 
 class Judge(http.server.BaseHTTPRequestHandler):
@@ -1136,131 +964,136 @@ def server():
 
 
 @pytest.fixture
-def described(tmp_path, monkeypatch):
-    """Three descriptions to judge, the waits recorded in place of waited."""
-    mask = [{"5": {"segmentation": evaluation.box(1, 2, 30, 40)}}]
-    entries = [
-        {"id": i, "video": "a.mp4", "caption": f"It runs {i}.", "frame_idx": "5", "annotation": mask}
-        for i in range(3)
-    ]
-    (tmp_path / "d.json").write_text(json.dumps(entries))
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"id": i, "pred": f"It sits {i}."}) + "\n" for i in range(3))
-    )
-    waits = []
-    monkeypatch.setattr(evaluation.time, "sleep", waits.append)
-    monkeypatch.setattr(evaluation, "JUDGE_TIMEOUT", 0.3)
+def waits(monkeypatch):
+    """The waits between attempts, recorded in place of waited; and a judge may take 0.3 s."""
+    waits, client = [], openai.OpenAI
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(openai, "OpenAI", lambda **options: client(**options | {"timeout": 0.3}))
+    return waits
+
+
+@pytest.fixture
+def described(tmp_path, waits, monkeypatch):
+    """Three descriptions to judge. -> their folder"""
+    described = [{"id": i, "caption": f"It runs {i}.", "pred": f"It sits {i}."} for i in range(3)]
+    write_lines(tmp_path / "p.jsonl", described)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    return tmp_path, waits
+    return tmp_path
 
 
-def judged(folder, server, *more):
-    files = ["--bench-d", folder / "d.json", "--score", folder / "p.jsonl", "--out", folder / "out"]
+def judged(path, server, *more):
+    """Returns the printed means, the last of which is their average, and the last line."""
+    path = path / "p.jsonl" if path.is_dir() else path
+    prompt = path.with_name("system.txt")
+    if not prompt.exists():
+        prompt.write_text("Judge.")
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    evaluation.main([str(a) for a in (*files, "--judge", url, "--judge-model", "some-judge", *more)])
-    return json.loads((folder / "out" / "scores.json").read_text())
+    options = ["judge", path, "--url", url, "--judge", "some-judge", "--prompt", prompt, *more]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        evaluation.main([str(a) for a in options])
+    *rows, last = output.getvalue().splitlines()
+    assert [row[:26].strip() for row in rows] in ([], [*evaluation.ASPECTS, "Average"])
+    return [float(row[26:]) for row in rows], last
 
 
-def test_a_judge_that_answers_well(described, server, monkeypatch, capsys):
-    folder, waits = described
+def test_a_judge_that_answers_well(described, server, waits, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.script = [GOOD.format(5, 4, 3, 2), GOOD.format(1, 1, 1, 1), GOOD.format(0, 4, 5, 0)]
-    scores = judged(folder, server)
-    result = scores["pred"]
-    assert list(result["means"].values()) == pytest.approx([2, 3, 3, 1, 2.25])
-    assert (result["replies"], result["failed"], result["models"]) == (3, 0, ["local-1"])
-    assert (scores["judge"], waits) == ("some-judge", [])
+    means, last = judged(described, server)
+    assert means == [2, 3, 3, 1, 2.25]
+    assert last == "pred: 3 replies, 0 without four marks, left out" and waits == []
     path, key, body = server.asked[1]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "some-judge")
     assert body["temperature"] == 0, "otherwise two runs of the same judge give different scores"
+    assert body["messages"][0] == {"role": "system", "content": "Judge."}
     assert body["messages"][1]["content"] == "##Correct answer: It runs 1.\n##Predicted answer: It sits 1.\n"
-    output = capsys.readouterr().out
-    assert (
-        "some-judge" in output
-        and "local-1" in output
-        and "3 replies, 0 of them" in output
-        and "secret" not in output
-    )
-    assert "secret" not in (folder / "out" / "judged.jsonl").read_text()
-    assert judged(folder, server) == scores and len(server.asked) == 3, "lines that are there are kept"
-    assert not (folder / "out" / "predictions.jsonl").exists(), (
-        "--score writes none: they may be another run's"
-    )
+    assert "secret" not in (described / "judged.jsonl").read_text()
+    assert [line["model"] for line in lines(described / "judged.jsonl")] == ["local-1"] * 3
+    assert judged(described, server) == (means, last)
+    assert len(server.asked) == 3, "lines that are there are kept"
 
 
-def test_a_judge_that_answers_badly_is_counted(described, server, capsys):
-    folder, _ = described
+def test_a_judge_that_answers_badly_is_counted(described, server):
     server.script = ["Five stars!", None, GOOD.format(5, 4, 3, 2)]
-    result = judged(folder, server)["pred"]
-    assert (result["replies"], result["failed"]) == (3, 2)
-    assert list(result["means"].values()) == [5, 4, 3, 2, 3.5]
-    assert "3 replies, 2 of them without four scores" in capsys.readouterr().out
-    assert [line["reply"] for line in lines(folder / "out" / "judged.jsonl")] == [
-        "Five stars!",
-        "",
-        GOOD.format(5, 4, 3, 2),
-    ]
+    means, last = judged(described, server)
+    assert means == [5, 4, 3, 2, 3.5] and last == "pred: 3 replies, 2 without four marks, left out"
+    replies = [line["reply"] for line in lines(described / "judged.jsonl")]
+    assert replies == ["Five stars!", "", GOOD.format(5, 4, 3, 2)]
 
 
-def test_none_of_the_replies_readable(described, server, capsys):
+def test_none_of_the_replies_readable(described, server):
     server.script = ["?"] * 3
-    assert set(judged(described[0], server)["pred"]["means"].values()) == {None}
+    means, last = judged(described, server)
+    assert means == [] and last == "pred: 3 replies, 3 without four marks, left out"
 
 
-@pytest.mark.parametrize("fault", [500, 408, 409, 429, "hang", "garbage", "empty", "cut"])
-def test_a_judge_that_falters_is_asked_again(described, server, fault):
-    folder, waits = described
+@pytest.mark.parametrize("fault", [500, 408, 409, 429, "hang", "cut"])
+def test_a_judge_that_falters_is_asked_again(described, server, waits, fault):
     server.script = [fault, fault, GOOD.format(5, 4, 3, 2)]
-    assert judged(folder, server)["pred"]["failed"] == 0
-    assert waits == [2, 4] and len(server.asked) == 5
+    assert judged(described, server)[1] == "pred: 3 replies, 0 without four marks, left out"
+    assert len(waits) == 2 and len(server.asked) == 5
 
 
-def test_a_judge_that_is_gone_ends_the_run_and_the_next_goes_on(described, server):
-    folder, waits = described
-    server.script = [GOOD.format(5, 4, 3, 2)] + [503] * 6
-    with pytest.raises(SystemExit, match="attempt 6 of 6: HTTPError: HTTP Error 503") as error:
-        judged(folder, server)
-    assert waits == [2, 4, 8, 16, 30] and "resumes from here" in str(error.value)
-    with open(folder / "out" / "judged.jsonl", "a") as file:
-        file.write('{"id": 1, "capt')  # and a kill tore a line
+@pytest.mark.parametrize("fault", ["garbage", "empty"])
+def test_what_is_no_chat_completion_ends_the_run(described, server, fault):
+    server.script = [GOOD.format(5, 4, 3, 2), fault]
+    with pytest.raises(data.DataError, match="^--url http.*The same command goes on from here"):
+        judged(described, server)
+    assert len(lines(described / "judged.jsonl")) == 1
+
+
+def test_a_judge_that_is_gone_ends_the_run_and_the_next_goes_on(described, server, waits):
+    server.script = [GOOD.format(5, 4, 3, 2)] + [503] * 9
+    with pytest.raises(data.DataError, match="503.*The same command goes on from here"):
+        judged(described, server)
+    assert len(waits) == 8 and len(server.asked) == 10
+    with open(described / "judged.jsonl", "a") as file:
+        file.write('{"id": 1, "requ')  # and a kill tore a line
     server.asked.clear()
-    assert judged(folder, server)["pred"]["replies"] == 3 and len(server.asked) == 2
-    assert [line["id"] for line in lines(folder / "out" / "judged.jsonl")] == [0, 1, 2]
+    assert judged(described, server)[1].startswith("pred: 3 replies") and len(server.asked) == 2
+    assert [line["id"] for line in lines(described / "judged.jsonl")] == [0, 1, 2]
 
 
 def test_nobody_listens(described):
-    folder, _ = described
     nowhere = SimpleNamespace(server_address=("127.0.0.1", 9))
-    with pytest.raises(SystemExit, match="attempt 6 of 6: URLError"):
-        judged(folder, nowhere)
+    with pytest.raises(data.DataError, match="Connection error.*goes on from here"):
+        judged(described, nowhere)
 
 
 def test_a_wrong_key_is_not_tried_twice(described, server):
     server.script = [401]
-    with pytest.raises(SystemExit, match="attempt 1 of 6: HTTPError: HTTP Error 401"):
-        judged(described[0], server)
+    with pytest.raises(data.DataError, match="401"):
+        judged(described, server)
     assert len(server.asked) == 1
 
 
-def test_marks_that_two_runs_at_once_gave_are_not_mixed(described, server):
-    folder, _ = described
-    judged(folder, server)
-    path = folder / "out" / "judged.jsonl"
-    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
-    with pytest.raises(data.DataError, match="each once, found {'id': 1"):
-        judged(folder, server)
-
-
 def test_marks_of_another_judge_prompt_or_prediction_are_not_mixed_in(described, server):
-    folder, _ = described
-    judged(folder, server)
-    (folder / "system.txt").write_text("Another prompt.")
-    for more in (("--judge-model", "another"), ("--judge-prompt", folder / "system.txt")):
-        with pytest.raises(data.DataError, match="only what this judge said of these predictions"):
-            judged(folder, server, *more)
-    (folder / "p.jsonl").write_text((folder / "p.jsonl").read_text().replace("sits 1", "sat 1"))
-    with pytest.raises(data.DataError, match="only what this judge said of these predictions"):
-        judged(folder, server)
+    """Each has its own; those of before are kept."""
+    means, _ = judged(described, server)
+    server.script = [GOOD.format(0, 0, 0, 0)] * 3
+    assert judged(described, server, "--judge", "another")[0] == [0] * 5
+    assert judged(described, server)[0] == means and len(server.asked) == 6
+    (described / "system.txt").write_text("Another prompt.")
+    server.script = [GOOD.format(1, 1, 1, 1)] * 3
+    assert judged(described, server)[0] == [1] * 5 and len(server.asked) == 9
+    (described / "p.jsonl").write_text((described / "p.jsonl").read_text().replace("sits 1", "sat 1"))
+    server.script = [GOOD.format(4, 4, 4, 4)]
+    assert judged(described, server)[0] == [2] * 5 and len(server.asked) == 10
+
+
+def test_a_prediction_without_a_caption_is_named(described, server):
+    write_lines(described / "p.jsonl", [{"id": 7, "pred": "It runs."}])
+    with pytest.raises(
+        data.DataError, match=r"p.jsonl: sample 0 \(id 7\): expected an object with .caption."
+    ):
+        judged(described, server)
+    assert not server.asked
+
+
+def test_a_judge_prompt_that_is_not_there_is_noticed_before_anything_is_asked(described, server):
+    with pytest.raises(FileNotFoundError, match="absent.txt"):
+        judged(described, server, "--prompt", "absent.txt")
+    assert not server.asked
 
 
 # ---- a question of your own ----
@@ -1277,42 +1110,29 @@ def rle(mask):
 
 
 def test_ask_from_the_command_line(checkpoint, loaded, world, tmp_path):
-    video = world / "videos" / "test0000.mp4"
-    pointed = ["--frame", 3, "--box", "10,20,30,40", "--frame", 0, "--polygon", "10,20,50,20,50,60"]
-    pointed += ["--object", "--frame", 3, "--mask", tmp_path / "m.png"]
+    video, question = world / "videos" / "test0000.mp4", "Is <region> near <region>?"
     mask = np.zeros((96, 96), np.uint8)
     mask[50:70, 60:90] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
-    question = (
-        "--ask",
-        "Is <region> near <region>?",
-        "--max-new-tokens",
-        6,
-        "--device",
-        "cpu",
-        "--preview",
-        tmp_path / "p.png",
-    )
-    process = start("--model", checkpoint, "--video", video, *pointed, *question)
+    pointed = ["--object", "3:10,20,30,40", "0:10,20,50,20,50,60", "--object", f"3:{tmp_path / 'm.png'}"]
+    options = ["--max-new-tokens", 6, "--device", "cpu", "--preview", tmp_path / "p.png"]
+    process = start("ask", question, "--model", checkpoint, "--video", video, *pointed, *options)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     objects = [{3: evaluation.box(10, 20, 30, 40), 0: [10, 20, 50, 20, 50, 60]}, {3: mask}]
-    answer = evaluation.ask(*loaded, video, "Is <region> near <region>?", objects, max_new_tokens=6)
+    answer = evaluation.ask(*loaded, video, question, objects, max_new_tokens=6)
     assert answer and output.rstrip().endswith(answer)
-    # The preview shows what python data.py shows of the same objects in a data file.
-    turns = [{"from": "human", "value": question[1]}, {"from": "gpt", "value": "-"}]
+    # The preview shows what python train.py --check shows of the same objects in a data file.
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]
     masks = [
         {str(f): {"segmentation": m} for f, m in frames.items()} for frames in (objects[0], {3: rle(mask)})
     ]
     entry = {"video": str(video), "conversations": turns, "annotation": masks}
     (tmp_path / "one.json").write_text(json.dumps([entry]))
-    samples = data.read_samples(tmp_path / "one.json", outside_paths=True)
-    dataset = data.ReferringDataset(samples, loaded[1])
-    expected = np.asarray(data.preview(dataset, [0], frames_shown=2, panel_height=96))
-    picture = np.asarray(Image.open(tmp_path / "p.png"))
-    assert picture.shape == expected.shape and (picture[:, :204] == expected[:, :204]).all(), (
-        "two frames of 96 pixels"
-    )
+    [sample] = list(data.read_samples(tmp_path / "one.json"))
+    dataset = data.ReferringDataset([replace(sample, place=(str(video),))], loaded[1])
+    train.preview(dataset, [0], tmp_path / "expected.png", frames_shown=2)
+    assert (tmp_path / "p.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -1320,12 +1140,17 @@ def test_a_preview_without_regions_shows_the_first_frame(
     checkpoint, loaded, world, tmp_path, monkeypatch, says_its_coverage
 ):
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
+    drawn, imshow = [], Axes.imshow
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axis, x, **options: drawn.append(x) or imshow(axis, x, **options)
+    )
     video = world / "videos" / "test0000.mp4"
-    arguments = ("--model", checkpoint, "--video", video, "--ask", "What is this?", "--device", "cpu")
+    arguments = ("ask", "What is this?", "--model", checkpoint, "--video", video, "--device", "cpu")
     evaluation.main([str(a) for a in (*arguments, "--preview", tmp_path / "p.png")])
-    picture = np.asarray(Image.open(tmp_path / "p.png"))
-    left, top = 6, 17  # the margin, and the frame's number
-    assert (picture[top : top + 96, left : left + 96] == data.open_media(video).read([0])[0]).all()
+    [picture] = drawn
+    assert (picture == data.open_media(video).read([0])[0]).all()
+    with Image.open(tmp_path / "p.png") as preview:
+        assert preview.format == "PNG"
 
 
 def test_ask_about_an_image_and_without_a_region(loaded, world):
@@ -1360,53 +1185,48 @@ def test_a_box_is_inside_a_picture_that_is_wider_than_high(
 ):
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
     Image.new("RGB", (128, 64)).save(tmp_path / "wide.png")
-    common = (
-        "--model",
-        checkpoint,
-        "--image",
-        tmp_path / "wide.png",
-        "--ask",
-        "What is <region>?",
-        "--device",
-        "cpu",
-    )
-    for pointed in (("--box", "96,0,32,64"), ("--polygon", "96,0,128,0,128,64,96,64")):
-        evaluation.main([str(a) for a in (*common, *pointed)])
+    common = ("ask", "What is <region>?", "--model", checkpoint, "--image", tmp_path / "wide.png")
+    common += ("--device", "cpu", "--object")
+    for pointed in ("96,0,32,64", "0:96,0,32,64", "96,0,128,0,128,64,96,64"):
+        evaluation.main([str(a) for a in (*common, pointed)])
         assert capsys.readouterr().out == "0.25\n"
-    for pointed in (("--box", "0,40,32,32"), ("--polygon", "0,0,32,0,32,72"), ("--box", "100,0,32,64")):
+    for pointed in ("0,40,32,32", "0,0,32,0,32,72", "100,0,32,64"):
         with pytest.raises(data.DataError, match="inside the picture, 128x64"):
-            evaluation.main([str(a) for a in (*common, *pointed)])
+            evaluation.main([str(a) for a in (*common, pointed)])
 
 
-def test_a_mask_that_is_no_picture_is_named():
+def test_a_mask_that_is_no_picture_is_named(tmp_path):
+    Image.new("RGB", (128, 64)).save(tmp_path / "wide.png")
     for path, complaint in (
-        ("absent.png", "No such file or directory: 'absent.png'"),
-        (__file__, "cannot identify image file"),
+        ("absent.png", "--object: absent.png: expected a picture, .*, found: No such file or directory"),
+        (__file__, "--object: .*/test_eval.py: expected a picture, .*, found: cannot identify image file"),
     ):
-        with pytest.raises(OSError, match=complaint):  # which the command line turns into its one line
+        with pytest.raises(data.DataError, match=complaint):
             evaluation.main(
-                ["--model", "m", "--video", "v", "--frame", "3", "--mask", path, "--ask", "What is <region>?"]
+                ["ask", "What is <region>?", "--model", "m", "--image", str(tmp_path / "wide.png")]
+                + ["--object", path]
             )
 
 
 @pytest.mark.parametrize(
     "pointed, complaint",
     [
-        (["--frame", "3", "--box", "80,10,30,30"], "inside the picture, 96x96"),
-        (["--frame", "3", "--polygon", "nan,1,3,4,5,6"], "inside the picture"),
-        (["--frame", "3", "--polygon", "1,2,3,4"], "at least 3 points"),
-        (["--frame", "3", "--polygon", "1,2,3,4,5,200"], "inside the picture"),
-        (["--frame", "8", "--box", "1,2,30,40"], "expected a frame index below 8"),
-        (["--frame", "-1", "--box", "1,2,30,40"], "a frame index"),
-        (["--box", "1,2,30,40"], "--frame before the first mask"),
-        (["--frame", "3", "--box", "1,2,30,40", "--box", "1,2,30,40"], "one mask a frame"),
-        (["--frame", "3", "--box", "1,2,30,40", "--frame", "3", "--box", "1,2,30,40"], "one mask a frame"),
-        (["--frame", "3", "--frame", "4", "--box", "1,2,30,40"], "after each --frame, found 'none on {3}'"),
-        (["--frame", "3", "--box", "1,2,30,40", "--frame", "4"], "after each --frame, found 'none on {4}'"),
-        (["--frame", "3", "--box", "1,2,30,40", "--object", "--box", "1,2,3,4"], "as many <region> tags"),
+        (["3:80,10,30,30"], "inside the picture, 96x96"),
+        (["3:1,2,3,4,5,200"], "inside the picture, 96x96"),
+        (["3:nan,1,3,4,5,6"], "a picture, or a mask x,y,..., found: No such file"),
+        (["3:a,b,c,d"], "a picture, or a mask x,y,..., found: No such file"),
+        (["3:1,,3,4"], "numbers x,y,..., found: could not convert string to float"),
+        (["3:1,2,3"], "at least 3 points"),
+        (["3:1,2,3,4,5,6,7"], "an even count of numbers"),
+        (["3:10,10,0,3"], "of a size above 0, found (0.0, 3.0)"),
+        (["8:1,2,30,40"], "expected frame indices below 8"),
+        (["x:1,2,30,40"], "--object FRAME:MASK, each frame once, found 'x:1,2,30,40'"),
+        (["1,2,30,40"], "--object FRAME:MASK, each frame once"),
+        (["3:1,2,30,40", "3:1,2,30,40"], "--object FRAME:MASK, each frame once"),
+        (["3:1,2,30,40", "--object", "3:1,2,3,4"], "as many <region> tags"),
         ([], "as many <region> tags"),
-        (["--frame", "3", "--mask", "wide.png"], "a mask of the frame's shape, 96x96"),
-        (["--frame", "3", "--mask", "black.png"], "a mask that is not empty"),
+        (["3:wide.png"], "a mask of the frame's shape, 96x96"),
+        (["3:black.png"], "a mask that is not empty"),
     ],
 )
 def test_what_is_wrong_with_a_question_gets_one_error(
@@ -1417,19 +1237,11 @@ def test_what_is_wrong_with_a_question_gets_one_error(
     Image.fromarray(np.zeros((96, 96), np.uint8)).save("black.png")
     monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
     video = str(world / "videos" / "test0000.mp4")
+    pointed = ["--object", *pointed] if pointed else []
     with pytest.raises(data.DataError) as error:
         evaluation.main(
-            [
-                "--model",
-                str(checkpoint),
-                "--video",
-                video,
-                *pointed,
-                "--ask",
-                "What is <region>?",
-                "--device",
-                "cpu",
-            ]
+            ["ask", "What is <region>?", "--model", str(checkpoint), "--video", video, *pointed]
+            + ["--device", "cpu"]
         )
     assert complaint in str(error.value)
 
@@ -1439,98 +1251,51 @@ def test_a_model_of_random_weights_is_not_evaluated():
         evaluation.load("tiny")
 
 
+ASK = ["ask", "Why?", "--model", "m", "--video", "v"]
+DATA = ["data", "x.json", "--model", "m", "--out", "o"]
+BENCH_D = ["bench-d", "d.json", "--model", "m", "--out", "o"]
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--model", "m"], "required"),
+        ([], "the following arguments are required: command"),
+        (["draw", "x.json"], "invalid choice: 'draw'"),
+        (ASK[:4], "required: --video/--image"),
+        ([*ASK, "--object"], "--object: expected at least one argument"),
+        ([*ASK, "--control", "full"], "unrecognized arguments: --control"),
+        ([*ASK, "--media", "d"], "unrecognized arguments: --media"),
+        ([*ASK, "--workers", "0"], "unrecognized arguments: --workers"),
+        ([*ASK, "--out", "o"], "unrecognized arguments: --out"),
+        ([*ASK, "--mode", "multi"], "unrecognized arguments: --mode"),
+        ([*DATA, "--object", "0:1,2,3,4"], "unrecognized arguments: --object"),
+        ([*DATA, "--mode", "single"], "unrecognized arguments: --mode"),
+        ([*DATA, "--control", "other"], "--control: invalid choice: 'other'"),
+        ([*DATA, "--batch-size", "0"], "--batch-size: expected a number from 1"),
+        ([*DATA, "--workers", "-1"], "--workers: expected a number from 0"),
+        ([*DATA, "--max-new-tokens", "-3"], "--max-new-tokens: expected a number from 1"),
+        ([*ASK, "--max-new-tokens", "0"], "--max-new-tokens: expected a number from 1"),
+        ([*DATA, "--max-new", "3"], "unrecognized arguments: --max-new"),
+        (["data", "x.json", "--model", "m"], "required: --out"),
+        (["data", "--model", "m", "--out", "o"], "required: FILE"),
+        (["bench-q", "q.json", "--model", "m"], "required: --out"),
+        (["bench-q", "q.json", "--out", "o"], "required: --model"),
         (
-            ["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,20"],
-            "--box: invalid x_y_w_h value",
+            ["bench-q", "q.json", "--model", "m", "--out", "o", "--url", "http://u"],
+            "unrecognized arguments: --url",
         ),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--box", "a,b,c,d"], "--box: invalid"),
-        (
-            ["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,0,3"],
-            "of a size above 0, found (0.0",
-        ),
-        (
-            ["--model", "m", "--ask", "Why?", "--video", "v", "--box", "10,10,nan,3"],
-            "of a size above 0, found (nan",
-        ),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--polygon", "1;2"], "--polygon: invalid"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--frame", "two"], "--frame: invalid"),
-        (["--model", "m", "--ask", "Why?"], "--ask needs --video or --image"),
-        (["--model", "m", "--data", "x.json", "--box", "1,2,3,4"], "needs --ask"),
-        (["--model", "m", "--bench-q", "q.json"], "needs --out"),
-        (["--bench-q", "q.json", "--out", "o"], "one of the arguments --model --score is required"),
-        (
-            ["--model", "m", "--bench-q", "q.json", "--out", "o", "--judge", "http://u"],
-            "--judge needs --bench-d",
-        ),
-        (["--data", "x.json", "--score", "p"], "--score needs"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--control", "full"], "--control needs --data or"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--media", "d"], "--media, --outside-paths needs"),
-        (
-            ["--model", "m", "--ask", "Why?", "--video", "v", "--outside-paths"],
-            "--outside-paths needs --data",
-        ),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--workers", "0"], "--workers needs --model and"),
-        (["--bench-q", "q", "--score", "p", "--batch-size", "4"], "--workers needs --model and --data"),
-        (["--bench-q", "q", "--score", "p", "--max-new-tokens", "4"], "--max-new-tokens needs --model"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--out", "o"], "--out needs"),
-        (["--model", "m", "--data", "x.json", "--bench-q", "q.json"], "not allowed with"),
-        (
-            ["--model", "m", "--bench-d", "d", "--out", "o", "--judge", "h.com/v1"],
-            "--judge needs an http",
-        ),
-        (
-            ["--model", "m", "--bench-d", "d", "--out", "o", "--judge", "localhost:80/v1"],
-            "--judge needs an http",
-        ),
-        (
-            ["--model", "m", "--bench-d", "d", "--out", "o", "--judge-prompt", "f"],
-            "--judge-model needs --judge",
-        ),
-        (
-            ["--model", "m", "--bench-d", "d", "--out", "o", "--judge-model", "f"],
-            "--judge-model needs --judge",
-        ),
-        (["--model", "m", "--data", "x.json", "--mode", "single"], "--mode needs"),
-        (["--model", "m", "--ask", "Why?", "--video", "v", "--mode", "multi"], "--mode needs"),
-        (["--model", "m", "--data", "x.json", "--no-options"], "--no-options needs"),
-        (["--model", "m", "--bench-d", "d", "--out", "o", "--no-options"], "--no-options needs"),
-        (
-            ["--model", "m", "--data", "x.json", "--batch-size", "0"],
-            "--batch-size, --max-new-tokens needs 1 or more",
-        ),
-        (
-            ["--model", "m", "--data", "x.json", "--workers", "-1"],
-            "--workers needs 0 or more",
-        ),
-        (["--model", "m", "--data", "x.json", "--max-new-tokens", "-3"], "needs 1 or more"),
-        (["--score", "p.jsonl", "--bench-q", "q.json", "--device", "cpu"], "--device needs --model"),
-        (["--score", "p.jsonl", "--bench-d", "d.json"], "--score and --bench-d needs --judge"),
+        ([*BENCH_D, "--judge", "gpt-4o"], "unrecognized arguments: --judge"),
+        (["score", "q.json"], "required: predictions"),
+        (["score", "q.json", "p.jsonl", "--device", "cpu"], "unrecognized arguments: --device"),
+        (["judge", "p.jsonl"], "required: --prompt"),
+        (["judge", "p.jsonl", "--prompt", "s", "--column", "x"], "--column: invalid choice: 'x'"),
+        (["judge", "p.jsonl", "--prompt", "s", "--device", "cpu"], "unrecognized arguments: --device"),
     ],
 )
 def test_options_that_do_not_go_together(capsys, arguments, complaint):
     with pytest.raises(SystemExit):
         evaluation.main(arguments)
     assert complaint in capsys.readouterr().err
-
-
-def test_a_judge_prompt_that_is_not_there_is_noticed_before_anything_is_asked(tmp_path):
-    options = ["--bench-d", "d.json", "--out", str(tmp_path / "out"), "--judge", "http://h"]
-    with pytest.raises(FileNotFoundError, match="absent.txt"):
-        evaluation.main(["--model", "nowhere", *options, "--judge-prompt", "absent.txt"])
-
-
-def test_one_rank_answers_a_question_of_your_own(loaded, world, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
-    video = str(world / "videos" / "test0000.mp4")
-    arguments = ["--model", "m", "--video", video, "--ask", "What is this?", "--device", "cpu"]
-    for rank, num_lines in ((1, 0), (0, 1)):
-        monkeypatch.setattr(evaluation, "rank", lambda rank=rank: rank)
-        evaluation.main(arguments)
-        assert capsys.readouterr().out.count("\n") == num_lines
 
 
 def test_the_readme_keeps_the_samples_whose_videos_are_there(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import model as models
 
 STEPS = {20: "step-000020", 40: "step-000040", 50: "final"}
 # Right answers out of 8 at each of these steps.
@@ -28,6 +29,7 @@ def run(tmp_path):
     """The folder of a run of 50 steps, without weights."""
     for name in ("step-000020", "step-000040", "final"):
         (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / models.CHECKPOINT).touch()
     lines = [{"step": 40, "loss": 1.0}, {"step": 49, "loss": 0.5}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path / "run"
@@ -171,13 +173,12 @@ def texts(axis):
 
 def test_a_run_without_all_its_checkpoints_is_refused(toy, run, asked, tmp_path):
     """The default of --keep leaves the last two, from which no curve can be drawn."""
-    (run / "step-000060").mkdir()
-    (run / "step-000020").rmdir()
+    (run / "step-000020").rename(run / "step-000060")
     expected = rf"error: expected {run}: .* --data {toy}/train.json --out {run} --save-every 70 --keep 8"
     with pytest.raises(SystemExit, match=expected + r".*found \['step-000040', 'step-000060', 'final'\]"):
         figure.main(command(toy, run, tmp_path / "f.png"))
-    (run / "step-000020").mkdir()
-    (run / "final").rmdir()
+    (run / "step-000060").rename(run / "step-000020")
+    (run / "final").rename(run / "other")
     with pytest.raises(SystemExit, match=expected):
         figure.main(command(toy, run, tmp_path / "f.png"))
     with pytest.raises(SystemExit, match=r"found \[\]"):

@@ -206,7 +206,7 @@ def test_an_image_has_one_frame(sam, clip):
         ),
         ([{3: np.zeros((H, W))}], "object 0: frame 3: expected a mask that is not empty inside the picture"),
         ([{3: np.ones((W, H))}], "object 0: frame 3: expected a mask of the frame's shape, 90x60"),
-        ([{3: [1, 2, 3]}], "object 0: frame 3: expected at least 3 points"),
+        ([{3: [1, 2, 3]}], "object 0: frame 3: expected [x1, y1, x2, y2, ...]: at least 3 points"),
         ([{3: (1, 1)}, {}], "object 1: expected an object that SAM 2 sees on at least one frame"),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_click_is_tracked_shown_saved_and_asked_about(
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Yes."}]
     entry = json.loads(saved.read_text()) | {"conversations": turns}
     (tmp_path / "data.json").write_text(json.dumps([entry]))
-    [sample] = list(data.read_samples(tmp_path / "data.json", outside_paths=True))
+    [sample] = list(data.read_samples(tmp_path / "data.json"))
     assert sample.media == str(clip) and len(sample.objects) == 2
     for masks, segmentations in zip(tracked, sample.objects):
         assert_same(masks, {frame: data.decode_mask(rle, H, W) for frame, rle in segmentations.items()})
@@ -358,6 +358,6 @@ def test_the_readme_makes_a_data_file_from_clicks(clip, sam_folder, tmp_path, mo
         program = program.replace(shown, str(here))
     monkeypatch.chdir(tmp_path)
     exec(program, {})
-    [sample] = list(data.read_samples("data.json", outside_paths=True))
+    [sample] = list(data.read_samples("data.json"))
     assert sample.media == str(clip) and sample.turns[0][1] == "It licks its nose."
     assert list(sample.objects[0]) == [0, 3, 5, 7, 11, 14, 16, 19]
