@@ -1,21 +1,20 @@
-"""The model: a pretrained video LLM, unchanged, that reads region tokens in place of `<region>` placeholders.
+"""The model: a pretrained video LLM that reads region tokens in place of `<region>` placeholders.
 
-    text, frames --Processor--> token ids, patches, positions (in the workers that load data: data.py)
+    text, frames --Processor--> token ids, patches, positions (in the workers that load data)
 
-    video patches --vision tower--> cells ---------------------------------> the video's tokens --.
-    still patches --vision tower--> cells --masked_average_pool--> one vector for each region frame |
-                                        |      `--temporal_merge--> at most u for each object       |--> LLM
-                                        |            `--RegionEncoder--> region tokens -------------|
-                                        `----------------------------------> an image's tokens -----|
-    text ----embedding-------------------------------------------------------> the other tokens ----'
+    video patches --vision tower--> cells ----------------------------> the video's tokens --.
+    still patches --vision tower--> cells --masked_average_pool--> a vector per region frame |
+                                        |      `--temporal_merge--> at most u per object     |--> LLM
+                                        |            `--RegionEncoder--> region tokens ------|
+                                        `-----------------------------> an image's tokens ---|
+    text ----embedding------------------------------------------------> the other tokens ----'
 
-`ReferringVideoLLM` takes the batch that data.collate makes. The backbone's own vision tower encodes annotated
-frames as still images. Their cells have passed its patch merger, so the average of a region's cells is a
-vector that the LLM already understands, and initially a region token is that average. Without regions the
-logits equal those of the plain backbone.
+The backbone's own vision tower encodes annotated frames as still images. Cells are what its patch merger
+gives to the LLM, which therefore understands the average of a region's cells. Initially a region token is
+that average. Without regions the logits equal those of the plain backbone.
 
-A batch to learn from is one row of tokens, in which attention stays within each sample. So nothing is padded,
-and samples of any lengths go together. `pack` teaches a backbone of transformers to read such a row.
+A batch to learn from (data.collate) is one row of tokens without padding, in which attention stays within
+each sample. `pack` teaches a backbone to read it.
 
     processor = load_processor("Qwen/Qwen3-VL-2B-Instruct")  # or a folder that train.py wrote, or "tiny"
     model = load_model("Qwen/Qwen3-VL-2B-Instruct", processor)
@@ -26,11 +25,11 @@ and samples of any lengths go together. `pack` teaches a backbone of transformer
 import copy
 import json
 import math
-import os
 import re
 from dataclasses import fields
 from functools import partial
 from itertools import chain, groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,45 +39,34 @@ from jinja2 import TemplateError
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from tokenizers.trainers import BpeTrainer
+from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedTokenizerFast,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    vision_utils,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoTokenizer, vision_utils
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 import data
 from kernels import masked_average_pool
 
-REGION_TOKEN = "<|region_pad|>"  # the placeholder token whose embedding the model replaces by a region token
-SETTINGS_FILE = "nanorefer.json"  # how media became tokens while the model in this folder was trained
-REGION_WEIGHTS = "region_encoder.safetensors"  # beside the backbone's own files
-CHECKPOINT = "training.pt"  # of a run that may go on: what it has learned so far, and no frozen weights
+REGION_TOKEN = "<|region_pad|>"  # the placeholder of a region token
+SETTINGS_FILE = "nanorefer.json"  # the data.Settings that a model was trained with
+REGION_WEIGHTS = "region_encoder.safetensors"
+CHECKPOINT = "training.pt"  # what a run has learned so far, without frozen weights
 LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 
 
 # ---- Text and pictures as the backbone reads them ----
-
 END_OF_TURN = "<|im_end|>"
 SYSTEM = f"<|im_start|>system\nYou are a helpful assistant.{END_OF_TURN}\n"
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
-# All families chat in ChatML. They differ in what a conversation begins with, what stands before an answer,
-# and whether each pair of frames has its time in front of it (in Qwen2.5-VL, position ids tell the time).
+# What a conversation begins with, what an answer begins with, and whether a timestamp stands before each pair
+# of frames (in Qwen2.5-VL, position ids tell the time). All families chat in ChatML.
 FAMILIES = {
     "qwen2_5_vl": (SYSTEM, "", False),
     "qwen3_vl": ("", "", True),
@@ -89,22 +77,21 @@ FAMILIES = {
 
 
 class Processor:
-    """Turns a conversation and its frames into a checkpoint's token ids and patches.
-
-    It stands in for transformers' AutoProcessor, whose video half needs torchvision. settings: data.Settings.
+    """Turns a conversation and its frames into a checkpoint's token ids and patches, as AutoProcessor would
+    (whose video half needs torchvision). settings: data.Settings.
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
         family = config.model_type
         data.expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
         self.system, self.thoughts, self.timestamps = FAMILIES[family]
-        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.settings = settings
-        self.patch_size = config.vision_config.patch_size
-        self.temporal_patch_size = config.vision_config.temporal_patch_size
-        self.merge_size = config.vision_config.spatial_merge_size
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.config, self.settings = config, settings
+        vision = config.vision_config
+        self.patch_size, self.temporal_patch_size = vision.patch_size, vision.temporal_patch_size
+        self.merge_size = vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
-        # Limits of a still's area, read from the settings once. Despite their names, both edges are areas.
+        # Limits of a still's area in pixels. Despite their names, both edges are areas.
         self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
         self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
         names = ("image", "video", "vision_start", "vision_end")
@@ -113,12 +100,12 @@ class Processor:
         # Where its file is missing, transformers makes an empty tokenizer for some families.
         data.expect(None not in tokens, f"a tokenizer that knows the ids {ids} of config.json", tokens)
         self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokens
-        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)  # does nothing if the tokenizer knows it
+        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-        # What no text may contain: control tokens and, where a prompt ends with empty ones, thoughts.
+        # What no text may contain: control tokens and, where a prompt has empty ones, thoughts.
         refused = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.refused = re.compile("|".join(map(re.escape, refused + self.thoughts.split())))
-        # The backbone without layers, and without memory for weights, because it knows how positions count.
+        # A backbone without layers and without memory for weights, which knows how positions count.
         config = copy.deepcopy(config)
         config.text_config.num_hidden_layers = config.vision_config.depth = 0
         with torch.device("meta"):
@@ -127,13 +114,10 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, path, settings):
-        """path: a Hugging Face name, or a folder (also one that save_pretrained wrote)."""
         tokenizer = AutoTokenizer.from_pretrained(path)
-        # Older checkpoints keep the chat template for images and videos in a separate file.
-        template = find_file(path, "chat_template.json")
+        template = find_file(path, "chat_template.json")  # of older checkpoints, for images and videos
         if template:
-            with open(template) as file:
-                tokenizer.chat_template = json.load(file)["chat_template"]
+            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
         # All families use this class; AutoImageProcessor may choose one that needs torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         return cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
@@ -143,7 +127,7 @@ class Processor:
         self.image_processor.save_pretrained(folder)
 
     def still_size(self, height, width):
-        """The (height, width) that a whole image or frame is resized to, by the family's own rule."""
+        """The (height, width) that an image or a whole frame is resized to."""
         return self._smart_resize(height, width, self.min_pixels, self.max_pixels)
 
     def frame_size(self, height, width):
@@ -151,16 +135,14 @@ class Processor:
         return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
 
     def _smart_resize(self, height, width, min_pixels, max_pixels):
-        # Beyond this ratio, transformers' smart_resize raises a plain ValueError.
+        # Beyond this ratio, smart_resize raises a plain ValueError.
         fits = max(height, width) <= 200 * min(height, width)
         data.expect(fits, "a picture at most 200 times as long as wide", (height, width))
         return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
     def window_size(self, height, width):
-        """The (height, width) that a window is resized to: as large as a still may be.
-
-        That is what the families' own rule gives to large pictures, but for its rounding: where a square of
-        96 x 96 pixels fits exactly, it gives 80 x 80 to some.
+        """The (height, width) that a window is resized to: as large as a still may be. (smart_resize may give
+        80 x 80 pixels to a square where 96 x 96 fit exactly.)
         """
         rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
         columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
@@ -178,39 +160,33 @@ class Processor:
 
     def _patches(self, frames, temporal_patch_size):
         """The patches of a cell stand side by side, as the vision tower's patch merger expects them."""
-        sizes = dict(a=temporal_patch_size, m=self.merge_size, n=self.merge_size)
+        p, m = self.patch_size, self.merge_size
         pattern = "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)"
-        return rearrange(frames, pattern, ph=self.patch_size, pw=self.patch_size, **sizes)
+        return rearrange(frames, pattern, a=temporal_patch_size, m=m, n=m, ph=p, pw=p)
 
     def image_prompt(self, cells):
         """The text that stands for an image of this many cells."""
         return self.vision_start + self.image_pad * cells + self.vision_end
 
     def video_prompt(self, times, cells):
-        """The text that stands for a video.
-
-        times: seconds of the sampled frames. cells: how many one pair of frames has. With timestamps,
-        vision_start and vision_end enclose each pair of frames but not the whole video, as in transformers
-        4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published (5.10 encloses the whole video, too).
-        """
-        pair = self.temporal_patch_size
-        # Of each pair; an odd last frame is its own partner.
-        firsts, lasts = times[::pair], [*times[pair - 1 :: pair], times[-1]]
+        """The text that stands for a video. times: seconds of its frames. cells: of a pair of frames."""
+        starts = range(0, len(times), self.temporal_patch_size)
         if not self.timestamps:
-            return self.vision_start + self.video_pad * (cells * len(firsts)) + self.vision_end
+            return self.vision_start + self.video_pad * (cells * len(starts)) + self.vision_end
+        # Only pairs are enclosed, as in transformers 4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published.
+        # (5.10 encloses the whole video, too.)
         text = ""
-        for first, last in zip(firsts, lasts):
-            text += f"<{(first + last) / 2:.1f} seconds>"
+        for start in starts:
+            pair = times[start : start + self.temporal_patch_size]  # or an odd last frame alone
+            text += f"<{(pair[0] + pair[-1]) / 2:.1f} seconds>"
             text += self.vision_start + self.video_pad * cells + self.vision_end
         return text
 
     def chat(self, turns, media_prompt):
-        """A conversation in pieces: a prompt and an answer (with its end token) for each turn, and what
-        stands behind the last answer. media_prompt takes the place of the media tag and its line breaks.
+        """A conversation in pieces: prompt, answer (with its end token), prompt, answer, ..., line break.
 
-        Each prompt is the one that generation begins from, without thinking. Qwen3.5's own template takes the
-        empty thoughts out again when another question follows. Here they stay, as in trl's template for
-        training Qwen3.5, so that training shows each turn as it is asked.
+        Qwen3.5's own template leaves the empty thoughts out of all turns but the last. Here they stay, as in
+        trl's template for training it, so that training shows each turn as it is asked.
         """
         pieces, before = [], self.system
         for question, answer in turns:
@@ -223,9 +199,9 @@ class Processor:
     def _check_template(self):
         """Raises DataError unless the checkpoint's own template writes a conversation as chat does."""
         pieces = self.chat([("<image>\nA?", "B."), ("C?", "")], self.image_prompt(1))
-        ours, first = "".join(pieces[:3]), [{"type": "image"}, {"type": "text", "text": "A?"}]
-        messages = [("user", first), ("assistant", "B."), ("user", "C?")]
-        messages = [{"role": role, "content": content} for role, content in messages]
+        ours = "".join(pieces[:3])
+        first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}
+        messages = [first, {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         try:
             theirs = self.tokenizer.apply_chat_template(messages, **options)
@@ -235,18 +211,18 @@ class Processor:
             raise data.DataError(f"expected a chat template that writes {ours!r}, found {theirs!r}")
 
     def encode(self, turns, media_prompt, region_tokens, for_generation=False):
-        """Encodes a conversation as (input_ids, labels), int64 (L,) each.
+        """A conversation as (input_ids, labels), int64 (L,) each; labels are IGNORE_INDEX but for answers.
 
-        labels are IGNORE_INDEX except for the answers and their end tokens. media_prompt: the text that
-        stands for image or video. region_tokens: for each `<region>` tag, how many placeholder tokens it
+        media_prompt: what the media tag becomes. region_tokens: how many placeholders each `<region>` tag
         becomes. for_generation: stop where the last answer would begin.
         """
         for text in chain.from_iterable(turns):
             found = self.refused.search(text)
             data.expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        pieces, token_counts = self.chat(turns, media_prompt), iter(region_tokens)
+        pieces = self.chat(turns, media_prompt)
         if for_generation:
             pieces = pieces[:-2]
+        token_counts = iter(region_tokens)
         input_ids, labels = [], []
         for i, text in enumerate(pieces):
             is_answer = i % 2 == 1
@@ -256,32 +232,25 @@ class Processor:
             input_ids += ids
             labels += ids if is_answer else [data.IGNORE_INDEX] * len(ids)
         if len(input_ids) > self.settings.max_length:
-            visual = sum(map(input_ids.count, (self.config.image_token_id, self.config.video_token_id)))
+            visual = input_ids.count(self.config.image_token_id) + input_ids.count(self.config.video_token_id)
             expected = f"expected at most {self.settings.max_length} tokens (max_length)"
             raise data.DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
         return np.array(input_ids), np.array(labels)
 
     def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
-        """The position ids of a sample's tokens, int64 (3, L): time, row and column, as the backbone counts.
-
-        prompt_grid: (time, rows, columns) of the image or video in the prompt, in patches.
-        """
+        """Position ids, int64 (3, L): time, row and column, as the backbone counts. See data.EMPTY_SAMPLE."""
         ids = torch.from_numpy(input_ids)[None]
         is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
-        positions, _ = self.empty_backbone.get_rope_index(
-            ids,
-            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
-            image_grid_thw=torch.tensor([prompt_grid]) if kind == "image" else None,
-            video_grid_thw=torch.tensor([prompt_grid]) if kind == "video" else None,
-            second_per_grid_ts=torch.tensor([seconds_per_pair]),  # where the prompt has no timestamps
-        )
+        options = {"mm_token_type_ids": is_image.int() + 2 * is_video.int()}
+        options["second_per_grid_ts"] = torch.tensor([seconds_per_pair])  # where there are no timestamps
+        if kind:
+            options[f"{kind}_grid_thw"] = torch.tensor([prompt_grid])
+        positions, _ = self.empty_backbone.get_rope_index(ids, **options)
         return positions[:, 0].numpy()
 
     def tower_indices(self, grids):
-        """What the vision tower looks up for its patches, as its keyword arguments.
-
-        grids: (time, rows, columns) in patches of each still and video. Left to itself, the tower makes the
-        same in each forward pass, on the GPU, and waits for it.
+        """What the vision tower computes from grids, (time, rows, columns) in patches, as keyword arguments.
+        Left to itself, it does so in each forward pass on the GPU, and waits for it.
         """
         tower, grids, merge = self.empty_backbone.visual, torch.tensor(grids), self.merge_size
         bounds = vision_utils.get_vision_cu_seqlens(grids)
@@ -292,202 +261,15 @@ class Processor:
             "max_seqlen": int(bounds.diff().max()),
         }
         if hasattr(tower, "window_size"):  # Qwen2.5-VL: in most layers it stays within a window of a frame
-            sizes = merge, tower.window_size, self.patch_size
-            windows, bounds = vision_utils.get_vision_window_index(grids, *sizes)
+            size, patch = tower.window_size, self.patch_size
+            windows, bounds = vision_utils.get_vision_window_index(grids, merge, size, patch)
             indices |= {"window_index": windows, "cu_window_seqlens": bounds}
             return indices | {"max_window_seqlen": int(bounds.diff().max())}
-        # The others have learned positions, which are interpolated to the size of the grid.
-        how = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
-        rows, weights = vision_utils.get_vision_interpolation_indices_and_weights(grids, *how, merge)
+        # The others interpolate learned positions to the size of the grid.
+        rows, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merge
+        )
         return indices | {"interp_indices": rows, "interp_weights": weights}
-
-
-# ---- The video LLM with regions ----
-class ReferringVideoLLM(nn.Module):
-    """A Qwen3.5, Qwen3-VL or Qwen2.5-VL of transformers, computing what it always did, and a RegionEncoder.
-
-    Shapes: rows of L tokens (one to learn from, B for generation), width D of the LLM, vocabulary V.
-    """
-
-    def __init__(self, backbone, processor):
-        super().__init__()
-        self.backbone = backbone
-        self.region_token_id = processor.region_token_id
-        # Published checkpoints have more embedding rows than tokens, so most of them need not grow.
-        if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
-            backbone.resize_token_embeddings(self.region_token_id + 1)
-        pack(backbone)
-        self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
-        images = processor.image_processor
-        self.register_buffer("image_mean", torch.tensor(images.image_mean).view(1, 3, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(images.image_std).view(1, 3, 1), persistent=False)
-
-    def forward(self, batch):
-        """Returns the cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
-        with self._mixed_precision():
-            hidden = self._hidden(batch)[0]
-            # Logits of all positions would take much memory, because the vocabulary has 150,000 tokens.
-            logits = self.backbone.lm_head(hidden.index_select(0, batch["target_index"]))
-        return F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
-
-    def logits(self, batch):
-        """Returns the logits of every position, (rows, L, V)."""
-        with self._mixed_precision():
-            return self.backbone.lm_head(self._hidden(batch))
-
-    def _mixed_precision(self):
-        """On a GPU, matrices are multiplied in bfloat16; weights that learn stay in float32."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.image_mean.is_cuda)
-
-    def _hidden(self, batch):
-        """Returns what the LLM makes of a batch, (rows, L, D), from which lm_head makes logits."""
-        llm, inputs = self.backbone.model.language_model, self._inputs(batch)
-        positions = batch["position_ids"]
-        return llm(**inputs, **batch["attention"], position_ids=positions, use_cache=False).last_hidden_state
-
-    def _inputs(self, batch):
-        """Returns what the LLM reads, as its keyword arguments: embeddings (rows, L, D), and Qwen3-VL's
-        deepstack features, which each of its first layers adds to the visual tokens.
-        """
-        vision = self.backbone.model.visual(self._pixels(batch), **batch["tower"])
-        cells = vision.pooler_output  # (C, D)
-        embeddings = self._embed(batch["input_ids"])
-        embeddings = place(embeddings, batch["visual_index"], in_prompt(cells, batch))
-        # Without regions it makes no tokens, but the empty gradients that DDP waits for.
-        tokens = self.region_encoder(cells, **batch["regions"])
-        inputs = {"inputs_embeds": place(embeddings, batch["region_index"], tokens)}
-        if hasattr(vision, "deepstack_features"):
-            inputs["visual_pos_masks"] = batch["visual_index"]
-            inputs["deepstack_visual_embeds"] = [in_prompt(x, batch) for x in vision.deepstack_features]
-        return inputs
-
-    def _embed(self, ids):
-        """Returns the embeddings of tokens, (rows, L, D). Each layer adds to them, which needs float32, also
-        where they are frozen and kept in bfloat16.
-        """
-        return self.backbone.get_input_embeddings()(ids).float()
-
-    def _pixels(self, batch):
-        """Normalises the patches of all stills, then all videos, as the checkpoint's image processor does. A
-        still fills its temporal patch with copies.
-        """
-        copies, pixels = self.backbone.config.vision_config.temporal_patch_size, []
-        for patches, repeats in ((batch["still_patches"], copies), (batch["video_patches"], 1)):
-            if len(patches):
-                values = patches.view(len(patches), 3, -1).float() / 255  # (P, 3, n)
-                values = (values - self.image_mean) / self.image_std
-                pixels.append(values.repeat(1, 1, repeats).flatten(1))
-        return torch.cat(pixels).to(self.backbone.model.visual.dtype)
-
-    @torch.no_grad()
-    def generate(self, batch, end_token_ids, max_new_tokens=128):
-        """Answers a batch that was collated for generation, greedily. Returns B lists of token ids, each up
-        to the first of end_token_ids.
-        """
-        llm, mask = self.backbone.model.language_model, batch["attention"]["attention_mask"]
-        positions, cache = batch["position_ids"], DynamicCache(config=self.backbone.config.text_config)
-        end_tokens = torch.tensor(end_token_ids, device=mask.device)
-        unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        columns = [batch["input_ids"][:, :0]]  # then (B, 1) for each step: tokens, -1 in finished rows
-        with self._mixed_precision():
-            inputs = self._inputs(batch)
-            for step in range(max_new_tokens):
-                inputs |= {"attention_mask": mask, "position_ids": positions}
-                hidden = llm(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-                scores = self.backbone.lm_head(hidden[:, -1])
-                scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
-                token = scores.argmax(-1)
-                unfinished = unfinished & ~torch.isin(token, end_tokens)
-                if not unfinished.any():
-                    break
-                columns.append(torch.where(unfinished, token, -1)[:, None])
-                # From here on, the LLM reads only the new token; the cache holds what came before.
-                inputs = {"inputs_embeds": self._embed(token[:, None])}
-                positions = (batch["next_position"] + step).expand(3, -1, -1)
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        rows = torch.cat(columns, dim=1).tolist()
-        return [[token for token in row if token >= 0] for row in rows]
-
-    def end_token_ids(self, tokenizer):
-        """Returns a list: the end of a turn, and what tokenizer and generation_config.json name as ends."""
-        ids = self.backbone.generation_config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return sorted({*ids, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None})
-
-    def add_lora(self, rank):
-        """Adds adapters of peft to the matrices of the LLM's layers.
-
-        A matrix W then computes W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685). A is random, (rank,
-        in), and B zero, (out, rank), so initially nothing changes. Experts have none: they are no nn.Linear.
-        """
-        adapters = [name for name, _ in self.named_parameters() if ".lora_" in name]
-        data.expect(not adapters, "--train lora: a model without adapters, as OUT/final is", adapters)
-        settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
-        inject_adapter_in_model(settings, self.backbone.model.language_model)
-
-    def layers(self):
-        """Returns the layers of tower and LLM: FSDP gathers, and checkpointing recomputes, one at a time."""
-        return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
-
-    def parameter_groups(self):
-        """Returns {"region", "projector", "llm", "vision", "lora": list of parameters}, each once."""
-        groups = {part: [] for part in ("region", "projector", "llm", "vision", "lora")}
-        for name, p in self.named_parameters():  # lm_head may share the embeddings, which come once
-            if ".lora_" in name:
-                part = "lora"
-            elif name.startswith("region_encoder."):
-                part = "region"
-            elif ".visual." in name:
-                part = "projector" if "merger" in name else "vision"
-            else:
-                part = "llm"
-            groups[part].append(p)
-        return groups
-
-    def save_pretrained(self, folder, settings, weights=None):
-        """Writes the backbone so that it loads with transformers alone, and the rest beside it.
-
-        settings: dict, for nanorefer.json. weights: {name: tensor} to save in place of the parameters.
-        Adapters are added to the matrices that they adapt: W + 2 B A, in float32. (peft's own way adds to W
-        in place, which would round where W is frozen in bfloat16.)
-        """
-        weights = weights or self.state_dict()
-        backbone, region_encoder = {}, {}
-        for name, _ in self.named_parameters():  # each once, also where lm_head shares the embeddings
-            if ".lora_" in name:
-                continue
-            weight = weights[name].detach().float()
-            if ".base_layer.weight" in name:  # what peft calls a matrix that it adapts
-                layer = name.removesuffix(".base_layer.weight")
-                a, b = (weights[f"{layer}.lora_{letter}.default.weight"] for letter in "AB")
-                weight = weight + LORA_SCALE * (b @ a)
-            part, _, name_in_part = name.replace(".base_layer.", ".").partition(".")
-            (backbone if part == "backbone" else region_encoder)[name_in_part] = weight
-        self.backbone.save_pretrained(folder, state_dict=backbone)
-        save_file(region_encoder, os.path.join(folder, REGION_WEIGHTS))
-        self.save_settings(folder, settings)
-
-    def save_settings(self, folder, settings):
-        """Writes config.json and nanorefer.json."""
-        # transformers would write the dtype of one weight, and load all in it. Frozen ones may be bfloat16.
-        self.backbone.config.dtype = torch.float32
-        self.backbone.config.save_pretrained(folder)
-        with open(os.path.join(folder, SETTINGS_FILE), "w") as file:
-            json.dump(settings, file, indent=2)
-
-
-def place(embeddings, index, rows):
-    """Returns embeddings (B, L, D), but with rows (T, D) in place of the tokens at index (T,). Token i of
-    sample b has the index b * L + i.
-    """
-    rows = rows.to(embeddings.dtype)
-    return embeddings.flatten(0, 1).index_copy(0, index, rows).view_as(embeddings)
-
-
-def in_prompt(rows, batch):
-    """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
-    images, _, videos = rows.split(batch["cell_counts"])
-    return torch.cat([images, videos])
 
 
 # ---- The region encoder ----
@@ -509,7 +291,7 @@ class RegionEncoder(nn.Module):
             nn.init.zeros_(last_layer.bias)
 
     def forward(self, cells, coverage, coverage_start, frame_start, boxes, object_frames, region_tokens):
-        """Returns the region tokens, (T, D). cells: (C, D). The others: see data.collate."""
+        """The region tokens, (T, D). cells: (C, D). The others: see data.collate."""
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
         share = temporal_merge(pooled, object_frames, region_tokens, sum(region_tokens))  # (T, R)
         with torch.autocast(cells.device.type, enabled=False):
@@ -518,15 +300,14 @@ class RegionEncoder(nn.Module):
         return merged + self.mlp(merged) + self._position(boxes)
 
     def _position(self, boxes):
-        """Returns P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
+        """P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
 
-        P sees each number scaled to [-1, 1], its product with the scaled t, and sinusoids: from sinusoids
-        alone, the direction of a motion takes several times as long to learn. It computes in float32 even
-        under autocast and FSDP, because bfloat16 would give t in steps of 1/256.
+        From sinusoids alone, the direction of a motion takes several times as long to learn. All is computed
+        in float32, also under autocast and FSDP: bfloat16 would give t in steps of 1/256.
         """
         scaled = 2 * boxes - 1
         frequencies = 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
-        angles = torch.pi * boxes[:, :, None] * frequencies  # (T, 5, 4)
+        angles = torch.pi * boxes[:, :, None] * frequencies  # (T, 5, FREQUENCIES)
         code = [scaled, scaled * scaled[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)]
         first, last = self.position[0], self.position[2]
         with torch.autocast(boxes.device.type, enabled=False):
@@ -536,15 +317,13 @@ class RegionEncoder(nn.Module):
 
 @torch.no_grad()
 def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
-    """Joins neighbours in time until object o has region_tokens[o] tokens (VideoRefer, section 3.2.2).
+    """Joins neighbours in time until an object of n frames has u tokens (VideoRefer, section 3.2.2).
 
-    Of an object's n rows, the n - u most similar pairs of neighbours are joined, and each run of joined rows
-    becomes its average. Similarity is the cosine; ties go to the earlier pair. No gradient passes through
-    the choice of pairs.
+    The n - u most similar pairs are joined (by cosine; of equal ones the earlier). A token is the average of
+    the frames joined to it.
 
-    pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames and
-    region_tokens: ints, each object's n, and its u from 1 to n. num_tokens: int, T, the sum of u.
-    Returns float32 (T, R), the share that each row has in each token.
+    pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames, region_tokens:
+    n and u of each object. num_tokens: T, the sum of u. Returns float32 (T, R): a row's share in each token.
     """
     share = torch.zeros(num_tokens, len(pooled), device=pooled.device)
     row = token = 0  # where the object begins
@@ -561,19 +340,186 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     return share
 
 
-# ---- Attention within a sample ----
+# ---- The video LLM with regions ----
+def in_prompt(rows, batch):
+    """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
+    images, _, videos = rows.split(batch["cell_counts"])
+    return torch.cat([images, videos])
 
-# transformers hands the bounds of samples and frames to an attention whose name contains "flash". To others
-# it gives one frame after another, in a loop in Python.
+
+class ReferringVideoLLM(nn.Module):
+    """A video LLM of transformers, and a RegionEncoder. Shapes: rows of L tokens (one to learn from, B for
+    generation), width D of the LLM, vocabulary V.
+    """
+
+    def __init__(self, backbone, processor):
+        super().__init__()
+        self.backbone = backbone
+        self.region_token_id = processor.region_token_id
+        # Most published checkpoints have spare rows.
+        if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
+            backbone.resize_token_embeddings(self.region_token_id + 1)
+        pack(backbone)
+        self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
+        images = processor.image_processor
+        self.register_buffer("image_mean", torch.tensor(images.image_mean)[:, None], persistent=False)
+        self.register_buffer("image_std", torch.tensor(images.image_std)[:, None], persistent=False)
+
+    def forward(self, batch):
+        """The cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
+        with self._mixed_precision():
+            hidden = self._hidden(batch)[0]
+            # Logits of all positions would take much memory: the vocabulary has 150,000 tokens.
+            logits = self.backbone.lm_head(hidden.index_select(0, batch["target_index"]))
+        return F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
+
+    def logits(self, batch):
+        """The logits of every position, (rows, L, V)."""
+        with self._mixed_precision():
+            return self.backbone.lm_head(self._hidden(batch))
+
+    def _mixed_precision(self):
+        """On a GPU, matrices are multiplied in bfloat16; weights that learn stay in float32."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.image_mean.is_cuda)
+
+    def _hidden(self, batch):
+        """What lm_head reads, (rows, L, D)."""
+        llm = self.backbone.model.language_model
+        return llm(**self._inputs(batch), use_cache=False).last_hidden_state
+
+    def _inputs(self, batch):
+        """What the LLM reads, as its keyword arguments."""
+        vision = self.backbone.model.visual(self._pixels(batch), **batch["tower"])
+        cells = vision.pooler_output  # (C, D)
+        # Without regions it makes no tokens, but the empty gradients that DDP waits for.
+        tokens = self.region_encoder(cells, **batch["regions"])  # (T, D)
+        embeddings = self._embed(batch["input_ids"])  # (rows, L, D)
+        flat = embeddings.flatten(0, 1)  # all rows in one, as the indices count
+        flat = flat.index_copy(0, batch["visual_index"], in_prompt(cells, batch).float())
+        flat = flat.index_copy(0, batch["region_index"], tokens.float())
+        inputs = {"inputs_embeds": flat.view_as(embeddings), "position_ids": batch["position_ids"]}
+        if hasattr(vision, "deepstack_features"):  # Qwen3-VL's first layers add them to the visual tokens
+            inputs["visual_pos_masks"] = batch["visual_index"]
+            inputs["deepstack_visual_embeds"] = [in_prompt(x, batch) for x in vision.deepstack_features]
+        return inputs | batch["attention"]
+
+    def _embed(self, ids):
+        # Each layer adds to them, which needs float32, also where they are frozen and kept in bfloat16.
+        return self.backbone.get_input_embeddings()(ids).float()
+
+    def _pixels(self, batch):
+        """Normalises the patches of all stills, then all videos, as the checkpoint's image processor does."""
+        copies = self.backbone.config.vision_config.temporal_patch_size  # of a still, to fill a patch
+        pixels = []
+        for patches, repeats in ((batch["still_patches"], copies), (batch["video_patches"], 1)):
+            if len(patches):
+                values = patches.view(len(patches), 3, -1).float() / 255  # (P, 3, n)
+                values = (values - self.image_mean) / self.image_std
+                pixels.append(values.repeat(1, 1, repeats).flatten(1))
+        return torch.cat(pixels).to(self.backbone.model.visual.dtype)
+
+    @torch.no_grad()
+    def generate(self, batch, end_token_ids, max_new_tokens=128):
+        """Answers a batch collated for generation, greedily, by B lists of token ids without end tokens."""
+        llm = self.backbone.model.language_model
+        cache = DynamicCache(config=self.backbone.config.text_config)
+        mask = batch["attention"]["attention_mask"]
+        end_tokens = torch.tensor(end_token_ids, device=mask.device)
+        unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        answers = torch.full((len(mask), max_new_tokens), -1, device=mask.device)
+        with self._mixed_precision():
+            inputs = self._inputs(batch)
+            for step in range(max_new_tokens):
+                hidden = llm(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+                scores = self.backbone.lm_head(hidden[:, -1])
+                scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
+                token = scores.argmax(-1)
+                unfinished = unfinished & ~torch.isin(token, end_tokens)
+                if not unfinished.any():
+                    break
+                answers[:, step] = torch.where(unfinished, token, -1)
+                # The cache holds what came before, so from here on the LLM reads only the new token.
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                positions = (batch["next_position"] + step).expand(3, -1, -1)
+                inputs = {"inputs_embeds": self._embed(token[:, None])}
+                inputs |= {"position_ids": positions, "attention_mask": mask}
+        return [[token for token in row if token >= 0] for row in answers.tolist()]
+
+    # A first reading may skip the rest of the class: what ends an answer, what learns, what is saved.
+    def end_token_ids(self, tokenizer):
+        """The list of ids that end an answer, also those of the tokenizer and generation_config.json."""
+        ids = self.backbone.generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        return sorted({*ids, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None})
+
+    def add_lora(self, rank):
+        """Adds adapters of peft to the LLM's matrices, but for experts (which are no nn.Linear). W x becomes
+        W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685), where B, (out, rank), is zero at first.
+        """
+        adapters = [name for name, _ in self.named_parameters() if ".lora_" in name]
+        data.expect(not adapters, "--train lora: a model without adapters, as OUT/final is", adapters)
+        settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
+        inject_adapter_in_model(settings, self.backbone.model.language_model)
+
+    def layers(self):
+        """The layers of tower and LLM: FSDP gathers, and checkpointing recomputes, one at a time."""
+        return [*self.backbone.model.visual.blocks, *self.backbone.model.language_model.layers]
+
+    def parameter_groups(self):
+        """{"region", "projector", "llm", "vision", "lora": list of parameters}, each once."""
+        groups = {part: [] for part in ("region", "projector", "llm", "vision", "lora")}
+        for name, p in self.named_parameters():  # lm_head may share the embeddings, which come once
+            if ".lora_" in name:
+                part = "lora"
+            elif name.startswith("region_encoder."):
+                part = "region"
+            elif ".visual." in name:
+                part = "projector" if "merger" in name else "vision"
+            else:
+                part = "llm"
+            groups[part].append(p)
+        return groups
+
+    def save_pretrained(self, folder, settings, weights=None):
+        """Writes the backbone so that it loads with transformers alone, and the rest beside it.
+
+        settings: dict. weights: {name: tensor} to save in place of the parameters. Adapters are merged, W +
+        2 B A, in float32 (peft would do so in place, and round a W in bfloat16).
+        """
+        weights = weights or self.state_dict()
+        saved = {"backbone": {}, "region_encoder": {}}
+        for name, _ in self.named_parameters():  # each once, also where lm_head shares the embeddings
+            if ".lora_" in name:
+                continue
+            weight = weights[name].detach().float()
+            if ".base_layer.weight" in name:  # what peft calls a matrix that it adapts
+                layer = name.removesuffix(".base_layer.weight")
+                a, b = weights[f"{layer}.lora_A.default.weight"], weights[f"{layer}.lora_B.default.weight"]
+                weight = weight + LORA_SCALE * (b @ a)
+            part, name_in_part = name.replace(".base_layer.", ".").split(".", maxsplit=1)
+            saved[part][name_in_part] = weight
+        self.backbone.save_pretrained(folder, state_dict=saved["backbone"])
+        save_file(saved["region_encoder"], Path(folder, REGION_WEIGHTS))
+        self.save_settings(folder, settings)
+
+    def save_settings(self, folder, settings):
+        """Writes config.json and nanorefer.json."""
+        # transformers would write the dtype of one weight, which may be frozen in bfloat16.
+        self.backbone.config.dtype = torch.float32
+        self.backbone.config.save_pretrained(folder)
+        Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
+
+
+# ---- Attention within a sample ----
+# transformers hands the bounds of samples and frames only to an attention whose name contains "flash".
 ATTENTION = "flash_within_samples"
 
 
 def attention_within_samples(module, query, key, value, attention_mask, scaling, dropout=0.0, **options):
-    """Attention of a row of tokens within each sample (in the vision tower: within each frame or window).
+    """Attention within each sample of a row (in the vision tower: within each frame or window).
 
-    query, key, value: (1, heads, L, size of a head); key and value may have fewer heads. Of the options,
-    cu_seq_lens_q is int32, 0 and the end of each sample, and max_length_q the longest sample. Returns (1, L,
-    heads, size) and None. Padded batches (generation) have no bounds, and get transformers' own attention.
+    query, key, value: (1, heads, L, size); key and value may have fewer heads. cu_seq_lens_q: int32, 0 and
+    the end of each sample (none in a padded batch). max_length_q: int. Returns (1, L, heads, size) and None.
     """
     bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
     if bounds is None:
@@ -584,8 +530,7 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
     if not query.is_cuda:
-        out = attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal)
-        return out[None], None
+        return attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal)[None], None
     assert not dropout, f"varlen_attn has no dropout, found {dropout}"
     # Autocast does not know varlen_attn, and q_norm leaves query and key in float32.
     q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
@@ -596,31 +541,26 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
 
 @torch.compiler.disable  # because each row has other lengths, for which it would compile the loop anew
 def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
-    """Attention within one sample after another, (L, heads, size). Neighbours of equal length, such as the
-    frames of a video, are one batch.
-    """
+    """The same on a CPU, (L, heads, size). Neighbours of equal length (frames of a video) are one batch."""
     outputs, start = [], 0
     for length, group in groupby(bounds.diff().tolist()):
         count = len(list(group))
         rows = slice(start, start + count * length)
-        start += count * length
-        batched = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(*batched, None, dropout, is_causal, scale=scaling)
+        start = rows.stop
+        q, k, v = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_within_samples)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
-# Mixtures of experts multiply with _grouped_mm, which autocast does not know. In float32 it would be a loop
-# over the experts that waits for the GPU.
+# Experts multiply with _grouped_mm, which autocast does not know. In float32 it waits for the GPU.
 torch.library.register_autocast("aten::_grouped_mm", "cuda", torch.bfloat16)
 
 
 def pack(backbone):
-    """Makes a backbone of transformers read rows without padding, and never wait for the GPU in a training
-    step. Nothing that it computes changes, but for rounding.
-    """
+    """Makes a backbone read rows of several samples, and never wait for the GPU in a training step."""
     tower, llm = backbone.model.visual, backbone.model.language_model
     tower.config._attn_implementation = llm.config._attn_implementation = ATTENTION
     if hasattr(llm, "_deepstack_process"):
@@ -645,39 +585,41 @@ def each_sample_alone(linear_attention, hidden_states, sample_lengths=None, cu_s
 
 
 def add_at(hidden, index, rows):
-    """Returns hidden (B, L, D) plus rows (T, D) at index (T,), counted as in `place`.
-
-    transformers' own version takes a mask of the tokens, and so waits for the GPU to count them.
+    """hidden (B, L, D) plus rows (V, D) at the tokens index (V,), all samples counted in one go.
+    transformers' own version takes a mask, and so waits for the GPU to count its tokens.
     """
     return hidden.flatten(0, 1).index_add(0, index, rows.to(hidden.dtype)).view_as(hidden)
 
 
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
+MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
+# RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
+MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError)
+
+
 def find_file(path, name):
-    """Returns the path of a file that not every model has, or None. path: Hugging Face name or folder."""
+    """The path of a file that not every model has, or None. path: Hugging Face name or folder."""
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
 
 
 def load_processor(path, texts=(), **settings):
-    """Returns the Processor of "tiny", a Hugging Face name, or a folder (also one that train.py wrote).
+    """The Processor of "tiny", a Hugging Face name, or a folder. Raises data.DataError.
 
-    settings: fields of data.Settings. Those that are None or not given are the ones with which the folder's
-    model was trained, else defaults. texts: what the tiny model's tokenizer learns its words from. Raises
-    data.DataError where there is no such model.
+    settings: fields of data.Settings. What is None or not given is as the model was trained, or a default.
+    texts: what the tiny model's tokenizer learns its words from.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if path == "tiny":
         config, tokenizer, image_processor = build_tiny(texts)
         return Processor(tokenizer, image_processor, config, data.Settings(**given))
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
-        if cached_file(path, "config.json") is None:  # where nothing has this name, it raises OSError itself
+        if cached_file(path, "config.json") is None:
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
         settings_file = find_file(path, SETTINGS_FILE)
         if settings_file:
-            with open(settings_file) as file:
-                saved = json.load(file)
-            # Without a default for those that are missing: it may not be what the model was trained with.
+            saved = json.loads(Path(settings_file).read_text())
+            # No default stands in for a missing one: the model may have been trained with another.
             names = sorted(f.name for f in fields(data.Settings))
             fits = isinstance(saved, dict) and sorted(saved) == names
             data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
@@ -685,14 +627,13 @@ def load_processor(path, texts=(), **settings):
 
 
 def load_model(path, processor):
-    """Returns the ReferringVideoLLM of a path as for load_processor, in float32, on the CPU.
+    """The ReferringVideoLLM of a path as for load_processor, in float32, on the CPU. Raises data.DataError.
 
-    The tiny one has random weights, from torch's global seed. For others, raises data.DataError when weights
-    are missing, left over, or of another shape. A checkpoint of a run (OUT/step-NNNNNN) holds what learned;
-    the rest comes from the model that the run began with.
+    The tiny one has random weights, from torch's global seed. A checkpoint of a run (OUT/step-NNNNNN) holds
+    what learned; the rest comes from the model that the run began with.
     """
     if path == "tiny":
-        return ReferringVideoLLM(Qwen3VLForConditionalGeneration(processor.config), processor)
+        return ReferringVideoLLM(AutoModelForImageTextToText.from_config(processor.config), processor)
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
         ckpt_file = find_file(path, CHECKPOINT)
         if ckpt_file:
@@ -701,35 +642,25 @@ def load_model(path, processor):
             model = load_model(ckpt["config"]["model"], processor)
             if ckpt["config"]["lora_rank"]:
                 model.add_lora(ckpt["config"]["lora_rank"])
-            model.load_state_dict(model.state_dict() | ckpt["model"])  # raises RuntimeError
+            model.load_state_dict(model.state_dict() | ckpt["model"])
             return model
         model = ReferringVideoLLM(load_weights(AutoModelForImageTextToText, path), processor)
         if find_file(path, SETTINGS_FILE):  # train.py wrote this model
-            weights = load_file(cached_file(path, REGION_WEIGHTS))
-            model.region_encoder.load_state_dict(weights)
+            model.region_encoder.load_state_dict(load_file(cached_file(path, REGION_WEIGHTS)))
     return model
 
 
 def load_weights(model_class, path):
-    """Returns model_class.from_pretrained(path) in float32; data.DataError unless the weights fit exactly."""
-    model, report = model_class.from_pretrained(
-        path,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that the report names them too
-    )
+    """model_class.from_pretrained(path) in float32. Raises data.DataError unless the weights fit exactly."""
+    # Mismatched sizes that are "ignored" come into the report.
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = model_class.from_pretrained(path, **options)
     problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
     data.expect(not problems, "weights that fit the model exactly", problems)
     return model
 
 
-MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
-# RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
-MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError)
-
-
 # ---- The tiny model ----
-
 TINY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -741,59 +672,32 @@ TINY_TEMPLATE = (
 
 
 def build_tiny(texts):
-    """Returns (config, tokenizer, image processor) of a small Qwen3-VL, built as a published checkpoint is.
-
-    The tokenizer is byte-level BPE: frequent words of texts (an iterable of str) become one token each, and
-    any other text still has its bytes.
-    """
-    words = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    control_tokens = [f"<|{word}|>" for word in words]
-    byte_level = Tokenizer(tokenizer_models.BPE())
-    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_level.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    byte_level.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.add_tokens(control_tokens, special_tokens=True)
+    """(config, tokenizer, image processor) of a small Qwen3-VL, whose tokenizer learns from texts."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=500, min_frequency=0, show_progress=False)
+    ends = {"eos_token": END_OF_TURN, "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **ends)
+    control_tokens = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+    tokenizer.add_tokens([f"<|{name}|>" for name in control_tokens], special_tokens=True)
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
-    llm = {
-        "vocab_size": 512,  # at most 500 for the texts, 7 control tokens, 3 words, and the region placeholder
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "initializer_range": 0.16,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "mrope_interleaved": True,
-            "mrope_section": [6, 5, 5],  # frequencies for time, height and width
-        },
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "initializer_range": 0.06,
-        "num_heads": 2,
-        "patch_size": 8,
-        "out_hidden_size": 128,
-        "num_position_embeddings": 144,
-        "deepstack_visual_indexes": [0],
-    }
-    config = Qwen3VLConfig(
-        text_config=llm,
+    token_id = tokenizer.convert_tokens_to_ids
+    # The vocabulary: at most 500 of the texts, 7 control tokens, 3 words, and the region placeholder.
+    llm = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    llm |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "initializer_range": 0.16}
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    rope |= {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "patch_size": 8}
+    vision |= {"out_hidden_size": 128, "num_position_embeddings": 144, "deepstack_visual_indexes": [0]}
+    vision["initializer_range"] = 0.06
+    config = AutoConfig.for_model(
+        "qwen3_vl",
+        text_config=llm | {"rope_parameters": rope},
         vision_config=vision,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     half = [0.5, 0.5, 0.5]
