@@ -10,15 +10,14 @@
     data file --read_questions--> questions --Questions--> batches --generate_replies--> replies
         --> OUT/parts/*.jsonl --> OUT/predictions.jsonl, OUT/scores.json and a table
 
-Every answer of a conversation is one question: the model reads the conversation up to there, and replies
-greedily. A control asks them again, for a column of its own. Three ask those about regions with other masks:
-the whole frame (full), the masks of an object on other media (shuffle), or bounding boxes (box). blind asks
-all of them as text alone, with "the object" in place of `<region>`. What is still right then does not come
-from what was replaced.
+Each answer of a conversation is one question: the model reads the conversation up to there, and replies
+greedily. A control asks again with other masks: the whole frame (full), those of an object on other media
+(shuffle) or bounding boxes (box); or as text alone, with "the object" for `<region>` (blind). What is still
+right then does not come from what was replaced.
 
-data and the benchmarks run under torchrun, too. The same command resumes a run that was killed, and controls
-can be added later; the loss is computed again. A bad sample ends data (train.py --check lists all of them). A
-benchmark goes on without a bad entry, which gets an "error" in predictions.jsonl, and is wrong or not judged.
+data and the benchmarks run under torchrun, too. The same command resumes a run that was killed, or adds
+controls. A bad sample ends data (train.py --check lists them). A benchmark goes on without a bad entry, which
+gets an "error" in predictions.jsonl, and is wrong or not judged.
 """
 
 import argparse
@@ -28,7 +27,7 @@ import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, cycle
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py; to be set before torch is imported
@@ -58,10 +57,54 @@ def load(path, device=DEVICE):
     return models.load_model(path, processor).to(device).eval(), processor
 
 
+# ---- a question of your own ----
+def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
+    """Returns the model's reply to one question about a video or an image. Raises data.DataError.
+
+    media: a path, or a list of frame files. question: with one `<region>` for each object, in order.
+    objects: {frame index: mask} for each; an image is frame 0. A mask is an array (H, W), not 0 inside the
+    object, or what a data file has: RLE, or polygons (see box). preview: a PNG file to draw the objects in.
+    """
+    media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # "..." is not read
+    entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
+    sample = data.parse_sample(entry, (data.media_name(media),), "", 0)
+    dataset = Questions([sample], processor)
+    if preview:
+        train.preview(dataset, [0], preview, frames_shown=max(1, sum(map(len, objects))))
+    [reply] = generate_replies(model, dataset, [[(0, 0)]], max_new_tokens)
+    if isinstance(reply, data.DataError):
+        raise reply
+    return reply
+
+
+def to_annotation(objects):
+    """Returns objects, as ask takes them, as the "annotation" of a data file."""
+    annotation = []
+    for masks in objects:
+        annotation.append({str(k): {"segmentation": to_segmentation(mask)} for k, mask in masks.items()})
+    return annotation
+
+
+def to_segmentation(mask):
+    """Returns a mask as a data file may have it: an array (H, W) becomes RLE."""
+    if not isinstance(mask, np.ndarray):
+        return mask
+    data.expect(mask.ndim == 2, "a mask (H, W)", mask.shape)
+    rle = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    return rle | {"counts": rle["counts"].decode()}
+
+
+def box(x, y, w, h):
+    """Returns the polygon of a box with the upper left corner (x, y), in pixels of the frame."""
+    data.expect(w > 0 and h > 0, "a box x,y,w,h of a size above 0", (w, h))
+    left, top, right, bottom = map(float, (x, y, x + w, y + h))  # float: numpy's numbers are allowed
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
 # ---- questions, and what a control makes of them ----
 class Questions(data.ReferringDataset):
     """Samples, each encoded up to the question of one turn. Keys are (sample index, turn index) pairs.
-
     control: "none", or one of CONTROLS.
     """
 
@@ -85,24 +128,30 @@ class Questions(data.ReferringDataset):
     def choose_objects(self, sample, info, rng):
         """The masks of each object as the control has them, on the same frames."""
         objects = super().choose_objects(sample, info, rng)
-        if self.control == "full":
-            return [{frame: np.ones((1, 1), np.uint8) for frame in masks} for masks in objects]
-        if self.control == "box":
-            return [{frame: fill_box(mask) for frame, mask in masks.items()} for masks in objects]
-        if self.control == "shuffle":
-            return [dict(zip(masks, cycle(self._others_masks(sample, rng)))) for masks in objects]
+        for masks in objects:
+            if self.control == "shuffle":
+                others = self._masks_on_other_media(sample, rng)
+            for k, (frame, mask) in enumerate(masks.items()):
+                if self.control == "full":
+                    masks[frame] = np.ones((1, 1), np.uint8)
+                if self.control == "box":
+                    top, bottom, left, right = data.mask_bounds(mask)
+                    masks[frame] = np.zeros_like(mask)
+                    masks[frame][top:bottom, left:right] = 1
+                if self.control == "shuffle":
+                    masks[frame] = others[k % len(others)]  # if they are fewer, again from the first on
         return objects
 
-    def _others_masks(self, sample, rng):
-        """The masks of a random object of a random sample on other media."""
+    def _masks_on_other_media(self, sample, rng):
+        """The masks of a random object of a random sample on other media, as a list."""
         for i in rng.permutation(len(self)).tolist():
             with suppress(data.DataError):  # a bad sample cannot lend its masks; it has its own report
                 donor = self.samples[i]
                 if donor.objects and not files_of(donor) & files_of(sample):
-                    k = int(rng.integers(len(donor.objects)))
+                    k = rng.integers(len(donor.objects))
                     donor = replace(donor, objects=[donor.objects[k]])
                     [masks] = super().choose_objects(donor, self.media_of(donor).info, rng)
-                    return masks.values()
+                    return list(masks.values())
         raise data.DataError("expected a sample with regions on other media to take masks from, found none")
 
 
@@ -110,14 +159,6 @@ def files_of(sample):
     """The paths of a sample's media, as a set: media that share a frame file are the same."""
     media = [sample.media] if isinstance(sample.media, str) else sample.media
     return {os.path.normpath(path) for path in media}
-
-
-def fill_box(mask):
-    """uint8 (H, W) -> the same with its whole bounding box inside."""
-    top, bottom, left, right = data.mask_bounds(mask)
-    filled = np.zeros_like(mask)
-    filled[top:bottom, left:right] = 1
-    return filled
 
 
 def without_media(sample):
@@ -135,24 +176,22 @@ def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, worker
     end_token_ids = model.end_token_ids(tokenizer)
     batches = train.read_batches(dataset, batches_of_keys, device, workers, for_generation=True)
     for batch in tqdm(batches, "replies", len(batches_of_keys), leave=False, disable=train.rank() > 0):
-        texts = iter(())
+        texts = []  # the replies of samples that are not bad
         if not all(batch["errors"]):
             tokens = model.generate(batch, end_token_ids, max_new_tokens)
-            texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for error in batch["errors"]:
-            yield error or next(texts).strip()
+            yield error or texts.pop(0).strip()
 
 
 # ---- a whole data file or benchmark ----
-
-# What predictions.jsonl keeps of an entry.
+# What predictions.jsonl keeps of an entry:
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
 def read_questions(samples, strict):
-    """Returns a dict for each answer of each sample, which becomes a line of predictions.jsonl.
-
-    A bad entry becomes one question with an "error", if strict, or if all are bad, a DataError.
+    """Returns a dict for each answer of each sample, which becomes a line of predictions.jsonl. A bad entry
+    becomes one question with an "error"; it is raised if strict, or if all are bad.
     """
     questions = []
     for i in range(len(samples)):
@@ -160,15 +199,14 @@ def read_questions(samples, strict):
         entry = entry if isinstance(entry, dict) else {}
         common = {"id": position} | {name: entry[name] for name in ENTRY_FIELDS if name in entry}
         common |= {"type": str(entry.get("type") or "(no type)"), "sample": i}
-        sample = None
         try:
-            sample = samples[i]
+            turns, about_regions = samples[i].turns, False
         except data.DataError as error:
-            common["error"] = str(error)
             if strict:
                 raise
-        about_regions = sample is None  # a bad sample is asked with every control, to be wrong with all
-        for turn, (text, answer) in enumerate(sample.turns if sample else [("", None)]):
+            common["error"] = str(error)
+            turns, about_regions = [("", None)], True  # so that it counts in every column, as wrong
+        for turn, (text, answer) in enumerate(turns):
             # A question is also about regions if an earlier turn pointed at them.
             about_regions = about_regions or data.REGION_TAG in text
             asked = {"turn": turn, "question": text, "answer": answer, "regions": about_regions}
@@ -186,33 +224,32 @@ def evaluate(args):
     questions = read_questions(samples, strict=is_data)
     model, processor = load(args.model, args.device)
     open_run(args)
-    scores, name = {}, "pred"
+    scores = {}
     if is_data:
-        dataset, name = data.ReferringDataset(samples, processor), "exact"
+        dataset = data.ReferringDataset(samples, processor)
         scores["loss"] = train.mean_loss(model, dataset, args.batch_size, args.workers)
-    columns = {name: "none"} | {control: control for control in args.control}
+    columns = {"exact" if is_data else "pred": "none"} | {control: control for control in args.control}
     for column, control in columns.items():
-        dataset = Questions(samples, processor, control)
-        for i, reply in ask_all(model, dataset, questions, args).items():
+        replies = ask_all(model, Questions(samples, processor, control), questions, args)
+        for i, reply in replies.items():
             if isinstance(reply, data.DataError):
                 questions[i]["error"], reply = str(reply), None
             questions[i][column] = reply
-    errors = [q["error"] for q in questions if "error" in q]
-    if errors and (is_data or len(errors) == len(questions)):
-        raise data.DataError(f"{errors[0]} ({len(errors)} of {len(questions)} questions cannot be asked)")
-    for q in questions:
-        if "error" in q:  # it is wrong in each column for which it was to be asked
-            q |= {column: None for column, control in columns.items() if is_asked(q, control)}
+    bad = [q for q in questions if "error" in q]
+    if bad and (is_data or len(bad) == len(questions)):
+        raise data.DataError(f"{bad[0]['error']} ({len(bad)} of {len(questions)} questions cannot be asked)")
+    for q in bad:  # wrong in all columns, also where a control does without what is bad
+        q.update({column: None for column in columns if column in q})
     if train.rank() == 0:
         if is_data:
             scores["rows"] = score(questions, columns)
             print(f"loss {scores['loss']:.4f} per supervised token")
         elif args.command == "bench-q":
             scores["rows"] = score_choices(questions, columns)
-        if errors:
-            print(f"{len(errors)} of {len(questions)} questions could not be asked, such as: {errors[0]}")
+        if bad:
+            print(f"{len(bad)} of {len(questions)} questions could not be asked, such as: {bad[0]['error']}")
         train.write_jsonl(args.out / "predictions.jsonl", questions)
-        train.write_jsonl(args.out / "scores.json", [scores | {"not_asked": len(errors)}])
+        train.write_jsonl(args.out / "scores.json", [scores | {"not_asked": len(bad)}])
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -221,72 +258,72 @@ def evaluate(args):
 def open_run(args):
     """Says in OUT/run.json what is asked. Raises DataError if OUT holds replies to anything else."""
     names = ("command", "model", "media", "mode", "max_new_tokens")
-    run = {name: getattr(args, name, None) for name in names} | {"files": []}
-    paths = [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]  # in order, as questions are numbered
-    for path in paths:
-        run["files"].append([os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns])
-    runs = train.read_jsonl(args.out / "run.json")
-    is_same = runs == [run] or not (runs or args.out.exists() and os.listdir(args.out))
-    data.expect(is_same, f"--out {args.out}: a new folder, or that of a run of this command", runs)
-    if not train.gather_over_ranks(runs)[0] and train.rank() == 0:
+    run = {name: getattr(args, name) for name in names} | {"files": []}
+    for path in [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]:  # their order numbers the questions
+        status = os.stat(path)
+        run["files"].append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
+    old = train.read_jsonl(args.out / "run.json")
+    is_new = not args.out.exists() or not os.listdir(args.out)
+    allowed = f"--out {args.out}: a new folder, or that of a run of this command"
+    data.expect(is_new or old == [run], allowed, old)
+    train.gather_over_ranks(None)  # no rank writes before all have looked
+    if is_new and train.rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         train.write_jsonl(args.out / "run.json", [run])
 
 
-def is_asked(question, control):
-    """Whether there is anything in the question that the control replaces or takes away."""
-    return question["regions"] or control in ("none", "blind")
-
-
 def ask_all(model, dataset, questions, args):
-    """Returns {index of a question: reply, or DataError of a bad sample}, on every rank.
-
-    Each rank appends its replies to a file of its own as they come. What the files hold is not asked again.
+    """Returns on every rank {index of a question: reply, or DataError of a bad sample}; the reply is None if
+    the question has an "error" already. Replies are appended to OUT/parts as they come, and kept there.
     """
-    control, parts = dataset.control, args.out / "parts"
+    control, parts, replies = dataset.control, args.out / "parts", {}
     parts.mkdir(parents=True, exist_ok=True)
-    lines = chain.from_iterable(train.read_jsonl(path) for path in sorted(parts.glob(f"{control}-*.jsonl")))
-    replies = train.gather_over_ranks(dict(lines))[0]  # what rank 0 has read, before any rank writes
+    for path in parts.glob(f"{control}-*.jsonl"):
+        replies.update(train.read_jsonl(path))
+    replies = train.gather_over_ranks(replies)[0]  # what rank 0 has read, before any rank writes
     path = parts / f"{control}-{train.rank()}.jsonl"
     train.write_jsonl(path, train.read_jsonl(path))  # without the half line that a kill may have left
-    asked = [i for i, q in enumerate(questions) if is_asked(q, control)]
-    asked = [i for i in asked if i not in replies and "error" not in questions[i]]
-    batches = train.shared_out(asked, args.batch_size)
+    # Without regions, there is nothing for a control of masks to replace.
+    asked = [i for i, q in enumerate(questions) if q["regions"] or control in ("none", "blind")]
+    missing = [i for i in asked if i not in replies and "error" not in questions[i]]
+    batches = train.shared_out(missing, args.batch_size)
     keys = [[(questions[i]["sample"], questions[i]["turn"]) for i in batch] for batch in batches]
-    new, generated = {}, generate_replies(model, dataset, keys, args.max_new_tokens, args.workers)
+    generated = generate_replies(model, dataset, keys, args.max_new_tokens, args.workers)
+    new = {}
     for i, reply in zip(chain(*batches), generated):
         new[i] = reply
         if isinstance(reply, str):  # an error is not kept: the video may be there in the next run
             train.append_jsonl(path, (i, reply))
     for replies_of_rank in train.gather_over_ranks(new):
         replies |= replies_of_rank
-    return replies
+    return {i: replies.get(i) for i in asked}
 
 
 # ---- scores ----
 def score(questions, columns, suffix=""):
     """Prints a table, and returns it as {row: {"questions": n, column: {"right": n, "asked": n}, ...}}.
 
-    A question that was asked for a column has the key column + suffix. It is right if that equals its answer.
-    The rows are the types of questions, "about regions" (if only some are), and "all". The column "constant"
-    is added: always the most frequent answer to questions of this type, with or without regions, so that it
-    can be compared with the controls.
+    A question that was asked for a column has a reply under column + suffix, which is right if it equals the
+    answer. Rows: the types of questions, "about regions" (if only some are) and "all". The column "constant"
+    is added: always the most frequent answer to questions of this type, with or without regions.
     """
-    frequent, rows = defaultdict(Counter), defaultdict(list)
+    counts, rows = defaultdict(Counter), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["type"]):
-        frequent[q["type"], q["regions"]][q["answer"]] += q["answer"] is not None  # None: a bad entry
+        if q["answer"] is not None:  # None: a bad entry
+            counts[q["type"], q["regions"]][q["answer"]] += 1
         rows[q["type"] if q["type"] not in ("about regions", "all") else f"type {q['type']}"].append(q)
     for q in questions:
-        q["constant" + suffix] = frequent[q["type"], q["regions"]].most_common(1)[0][0]
+        answers = counts[q["type"], q["regions"]]
+        q["constant" + suffix] = max(answers, key=answers.get, default=None)
     about_regions = [q for q in questions if q["regions"]]
     if 0 < len(about_regions) < len(questions):
         rows["about regions"] = about_regions
     rows["all"] = questions
-    scores, width = {}, max(map(len, rows)) + 3
-    print(" " * width + "".join(f"{column:>18}" for column in (*columns, "constant")))
+    scores, columns, width = {}, [*columns, "constant"], max(map(len, rows)) + 3
+    print(" " * width + "".join(f"{column:>18}" for column in columns))
     for row, members in rows.items():
         scores[row], line = {"questions": len(members)}, f"{row:{width}}"
-        for column in (*columns, "constant"):
+        for column in columns:
             asked = [q for q in members if column + suffix in q]
             right = sum(q["answer"] is not None and q[column + suffix] == q["answer"] for q in asked)
             scores[row][column] = {"right": right, "asked": len(asked)}
@@ -296,40 +333,37 @@ def score(questions, columns, suffix=""):
     return scores
 
 
-def score_choices(questions, columns):
-    """Reads the letters of the replies to Bench-Q, and returns what score finds."""
-    for column in columns:
-        for q in questions:
-            if column in q:
-                q[f"{column}_choice"] = None if "error" in q else choose(q[column], read_options(q)[0])
-        unread = sum(q.get(f"{column}_choice", "") is None for q in questions)
-        print(f"{column}: {unread} replies name no option, and are wrong")
-    return score(questions, columns, "_choice")
+# "The correct answer is: ..."
+ANNOUNCED = re.compile(r"\A(the )?((best|correct|right|final) )?(answer|option)( is)?:?\s+", re.I)
+# A letter that is meant as an answer: "(B)", "(b)", "b)", "B.", "B:", or "B" at the end of a line.
+LETTER = re.compile(r"(?<!\w)\(?([A-Za-z])\)(?!\w)|\b([A-Z])(?:[.:](?!\w)|\s*$)", re.M)
 
 
-def score_file(args):
-    """Scores a file of replies to Bench-Q: {"id": ..., "pred": text} for each question, exactly once."""
-    questions = read_questions(Bench(data.read_samples(args.file), args), strict=False)
-    missing = {json.dumps(q["id"]): q for q in questions}
-    data.expect(len(missing) == len(questions), f"{args.file}: each id once", [q["id"] for q in questions])
-    lines, columns = data.read_samples(args.predictions), set()
-    for i in range(len(lines)):
-        line, place, *_ = lines.read(i)
-        with data.within(*place):
-            data.expect(isinstance(line, dict) and {"id", "pred"} <= line.keys(), "id and pred", line)
-            q = missing.pop(json.dumps(line["id"]), None)
-            data.expect(q is not None, "the id of a question, each once", line["id"])
-            for column in line.keys() & {"pred", *CONTROLS}:
-                columns.add(column)
-                q[column] = line[column]
-                if not isinstance(line[column], str):
-                    q["error"] = str(line.get("error", f"{column} is not a text"))
-    data.expect(not missing, f"{args.predictions}: a reply to each question", f"none to {', '.join(missing)}")
-    score_choices(questions, sorted(columns, key=("pred", *CONTROLS).index))
+def choose(reply, options):
+    """Returns the letter that a reply means, or None. options: {"A": text, ...}.
+
+    Without "The answer is" and markup, it is an option's letter, text, or both, up to case and punctuation.
+    Or it begins with a letter as in LETTER, and no other such letter follows, as in "(A) or (B)". (The
+    published scorer falls back to the first character, which takes "The ..." for T.)
+    """
+    reply = re.sub(r"\*\*|\\boxed|\\text|[{}$]", "", reply).strip()
+    answer = ANNOUNCED.sub("", reply)
+    meant = set()
+    for letter, text in options.items():
+        forms = words(letter), words(text), words(f"{letter} {text}")
+        # A text, too, may begin like "The answer is".
+        if words(answer) in forms or words(reply) == words(text):
+            meant.add(letter)
+    if not meant and LETTER.match(answer):
+        meant = {(in_brackets or plain).upper() for in_brackets, plain in LETTER.findall(answer)}
+    return meant.pop() if len(meant) == 1 and meant <= options.keys() else None
+
+
+def words(text):
+    return re.sub(r"[.,:;!?()\[\]'\"]", " ", text.casefold()).split()
 
 
 # ---- VideoRefer-Bench ----
-
 # As upstream asks: PixelRefer, VideoRefer/videorefer/eval/inference_videorefer_q_bench.py (its script for
 # VideoLLaMA3 has no brackets) and inference_videorefer_d_bench.py.
 BENCH_Q = "{} {}. Answer with the option's letter from the given choices directly."
@@ -359,8 +393,7 @@ class Bench:
                 question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
                 question = BENCH_Q.format(question, " ".join(entry["options"]))
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            entry = entry | {"conversations": turns}
-            sample = data.parse_sample(entry, place, media, position)
+            sample = data.parse_sample(entry | {"conversations": turns}, place, media, position)
             if self.args.mode == "multi":
                 return sample
             frame = str(entry.get("frame_idx"))
@@ -383,42 +416,41 @@ def read_options(entry):
     return options, match[1]
 
 
-ANNOUNCED = re.compile(r"(the )?((best|correct|right|final) )?(answer|option)( is)?:?\s+", re.I)
-# A letter that is meant as an answer: "(B)", "(b)", "b)", "B.", "B:", or "B" at the end of a line.
-LETTER = re.compile(r"(?<!\w)\(?([A-Za-z])\)(?!\w)|\b([A-Z])(?:[.:](?!\w)|\s*$)", re.M)
+def score_choices(questions, columns):
+    """Reads the option's letter from each reply to Bench-Q, and returns what score finds."""
+    for column in columns:
+        asked = [q for q in questions if column in q]
+        for q in asked:
+            q[f"{column}_choice"] = None if "error" in q else choose(q[column], read_options(q)[0])
+        unread = sum(q[f"{column}_choice"] is None for q in asked)
+        print(f"{column}: {unread} replies name no option, and are wrong")
+    return score(questions, columns, "_choice")
 
 
-def choose(reply, options):
-    """Returns the letter that a reply means, or None. options: {"A": text, ...}.
-
-    Without "The answer is" and markup, it is an option's letter, text, or both, up to case and punctuation.
-    Or it begins with a letter in a form above, and no other letter follows in such a form ("(A) or (B)").
-    (The published scorer falls back to the first character, which takes "The ..." for T.)
-    """
-    reply = re.sub(r"\*\*|\\boxed|\\text|[{}$]", "", reply).strip()
-    whole, reply = words(reply), re.sub(ANNOUNCED, "", reply, count=1) if ANNOUNCED.match(reply) else reply
-    meant = set()
-    for letter, text in options.items():
-        forms = words(letter), words(text), words(f"{letter} {text}")
-        if words(reply) in forms or whole == words(text):  # a text, too, may begin like "The answer is"
-            meant.add(letter)
-    if not meant and LETTER.match(reply):
-        meant = {(one or other).upper() for one, other in LETTER.findall(reply)}
-    return meant.pop() if len(meant) == 1 and meant <= options.keys() else None
-
-
-def words(text):
-    return re.sub(r"[.,:;!?()\[\]'\"]", " ", text.casefold()).split()
+def score_file(args):
+    """Scores a file of replies to Bench-Q: {"id": ..., "pred": text} for each question, once."""
+    questions = read_questions(Bench(data.read_samples(args.file), args), strict=False)
+    missing = {json.dumps(q["id"]): q for q in questions}
+    data.expect(len(missing) == len(questions), f"{args.file}: each id once", [q["id"] for q in questions])
+    lines, columns = data.read_samples(args.predictions), set()
+    for i in range(len(lines)):
+        line, place, *_ = lines.read(i)
+        with data.within(*place):
+            data.expect(isinstance(line, dict) and {"id", "pred"} <= line.keys(), "id and pred", line)
+            q = missing.pop(json.dumps(line["id"]), None)
+            data.expect(q is not None, "the id of a question, each once", line["id"])
+            for column in line.keys() & {"pred", *CONTROLS}:
+                columns.add(column)
+                q[column] = line[column]
+                if not isinstance(line[column], str):
+                    q["error"] = f"{column} is not a text"
+    data.expect(not missing, f"{args.predictions}: a reply to each question", f"none to {', '.join(missing)}")
+    score_choices(questions, [column for column in ("pred", *CONTROLS) if column in columns])
 
 
-# ---- the judge of descriptions ----
-
-ASPECTS = (
-    "Subject Correspondence",
-    "Appearance Description",
-    "Temporal Description",
-    "Hallucination Detection",
-)
+# ---- A first reading may end here. Below: the judge, --object, SAM 2, and the command line. ----
+ASPECTS = ("Subject Correspondence", "Appearance Description")
+ASPECTS += ("Temporal Description", "Hallucination Detection")
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
 # Blanks are [ \t], because \s would go on to the number that the next line may begin with.
 MARK = r"(\d+)(?:[ \t]*(?:/|out of)[ \t]*5)?(?![ \t]*/|[ \t]*out of\b|[ \t]*(?:-|to|or)[ \t]*\d|[.,]?\d)"
@@ -429,20 +461,21 @@ def read_marks(reply):
     marks = []
     for aspect in ASPECTS:  # as in "3. **Temporal Description**: 4/5"
         found = re.findall(rf"(?im)^[ \t\d.#*-]*{aspect}[ \t*]*:[ \t*]*{MARK}", reply)
-        marks.append(int(found[0]) if len(found) == 1 else 6)
-    return marks if max(marks) <= 5 else None
+        if len(found) != 1 or int(found[0]) > 5:
+            return None
+        marks.append(int(found[0]))
+    return marks
 
 
 def judge(args):
     """Has the descriptions of one column judged by a server of chat completions, and prints the mean marks.
-
-    Each reply becomes a line of judged.jsonl, beside the predictions, as it comes, and is not paid for again.
+    Each reply is kept in judged.jsonl, beside the predictions, and not paid for again.
     """
-    import openai  # not above, because it takes a second, and all else does without it
+    import openai  # takes a second, and all else does without it
 
     system, path = Path(args.prompt).read_text(), Path(args.predictions).with_name("judged.jsonl")
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    client = openai.OpenAI(base_url=args.url, api_key=key, max_retries=8, timeout=120)
+    api_key = os.environ.get("OPENAI_API_KEY", "none")
+    client = openai.OpenAI(base_url=args.url, api_key=api_key, max_retries=8, timeout=120)
     judged = {json.dumps(line["request"]): line for line in train.read_jsonl(path)}
     train.write_jsonl(path, judged.values())  # without the half line that a kill may have left
     lines, marks = data.read_samples(args.predictions), []
@@ -450,10 +483,10 @@ def judge(args):
         line, place, *_ = lines.read(i)
         with data.within(*place):
             valid = isinstance(line, dict) and args.column in line
+            valid = valid and ("caption" in line or line[args.column] is None)  # None: a bad entry
             data.expect(valid, f'an object with "caption" and "{args.column}"', line)
-            if line[args.column] is None:
-                continue  # a bad entry
-            data.expect("caption" in line, f'an object with "caption" and "{args.column}"', line)
+        if line[args.column] is None:
+            continue
         user = f"##Correct answer: {line['caption']}\n##Predicted answer: {line[args.column]}\n"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         request = {"model": args.judge, "messages": messages, "temperature": 0}
@@ -463,81 +496,36 @@ def judge(args):
                 answer = client.chat.completions.create(**request)
                 reply = answer.choices[0].message.content or ""  # None: withheld by a filter
             except (openai.OpenAIError, AttributeError, LookupError, TypeError) as error:  # or no completion
-                raise data.DataError(
-                    f"{error}. The same command goes on from here", f"--url {args.url}"
-                ) from None
+                reason = f"{error}. The same command goes on from here"
+                raise data.DataError(reason, f"--url {args.url}") from None
             judged[key] = {"id": line.get("id"), "request": request, "reply": reply, "model": answer.model}
             train.append_jsonl(path, judged[key])
         marks.append(read_marks(judged[key]["reply"]))
     read = [four for four in marks if four]
-    for aspect, mean in zip((*ASPECTS, "Average"), [*np.mean(read, axis=0), np.mean(read)] if read else []):
+    means = [*np.mean(read, axis=0), np.mean(read)] if read else []
+    for aspect, mean in zip((*ASPECTS, "Average"), means):
         print(f"{aspect:26}{mean:9.2f}")
     print(f"{args.column}: {len(marks)} replies, {len(marks) - len(read)} without four marks, left out")
 
 
-# ---- A first reading may end here. Below: a question of your own, SAM 2, and the command line. ----
-def ask(model, processor, media, question, objects=(), max_new_tokens=128, preview=None):
-    """Returns the model's reply to one question about a video or an image. Raises data.DataError.
-
-    media: a path, or a list of frame files. question: with one `<region>` for each object, in order. objects:
-    for each a dict {frame index: mask}; an image is frame 0. A mask is an array (H, W), not 0 inside the
-    object, or what a data file may have: RLE, or polygons in pixels of the frame (see box). preview: a path,
-    where the objects are drawn.
-    """
-    media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # "..." is not read
-    entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
-    sample = data.parse_sample(entry, (data.media_name(media),), "", 0)
-    dataset = Questions([sample], processor)
-    if preview:
-        train.preview(dataset, [0], preview, frames_shown=max(1, len(set().union(*objects))))
-    [reply] = generate_replies(model, dataset, [[(0, 0)]], max_new_tokens)
-    if isinstance(reply, data.DataError):
-        raise reply
-    return reply
-
-
-def to_annotation(objects):
-    """Returns objects, as ask takes them, as the "annotation" of a data file."""
-    annotation = []
-    for masks in objects:
-        annotation.append({str(i): {"segmentation": to_segmentation(mask)} for i, mask in masks.items()})
-    return annotation
-
-
-def to_segmentation(mask):
-    """Returns a mask as a data file may have it: an array (H, W) becomes RLE."""
-    if not isinstance(mask, np.ndarray):
-        return mask
-    data.expect(mask.ndim == 2, "a mask (H, W)", mask.shape)
-    rle = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
-    return rle | {"counts": rle["counts"].decode()}
-
-
-def box(x, y, w, h):
-    """Returns the polygon of a box with the upper left corner (x, y), in pixels of the frame."""
-    data.expect(w > 0 and h > 0, "a box x,y,w,h of a size above 0", (w, h))
-    left, top, right, bottom = map(float, (x, y, x + w, y + h))  # float: numpy's numbers are allowed
-    return [left, top, right, top, right, bottom, left, bottom]
-
-
-def read_object(words, info):
-    """Returns an object of the command line, ["FRAME:MASK", ...], as track takes it. info: data.MediaInfo."""
+def read_object(pointed, info):
+    """Returns one --object, ["FRAME:MASK", ...], as track takes it: {frame: mask}. info: data.MediaInfo."""
     masks = {}
-    for word in words:
-        frame, mask = re.fullmatch(r"(?:(\d+):)?(.*)", word).groups()
-        frame = int(frame) if frame else 0 if info.is_image else None
-        data.expect(frame is not None and frame not in masks, "--object FRAME:MASK, each frame once", word)
+    for text in pointed:
+        frame, mask = re.fullmatch(r"(?:(\d+):)?(.*)", text).groups()
+        is_named = frame is not None or info.is_image
+        frame = int(frame or 0)
+        data.expect(is_named and frame not in masks, "--object FRAME:MASK, each frame once", text)
         if not re.fullmatch(r"[-\d.,]+", mask):
             with data.readable("a picture, or a mask x,y,...", "--object", mask):
                 masks[frame] = np.asarray(Image.open(mask).convert("L"))
             continue
-        with data.readable("numbers x,y,...", "--object", word):
+        with data.readable("numbers x,y,...", "--object", text):
             numbers = [float(number) for number in mask.split(",")]
         corners = box(*numbers) if len(numbers) == 4 else numbers
         inside = all(0 <= x <= info.width for x in corners[0::2])
         inside = inside and all(0 <= y <= info.height for y in corners[1::2])
-        data.expect(inside, f"--object inside the picture, {info.width}x{info.height} (width x height)", word)
+        data.expect(inside, f"--object inside the picture, {info.width}x{info.height} (width x height)", text)
         masks[frame] = tuple(corners) if len(corners) == 2 else corners
     return masks
 
@@ -553,14 +541,13 @@ def load_tracker(path, device=DEVICE):
 
 
 def track(media, objects, model, region_frames=data.Settings.region_frames):
-    """Returns the objects with masks on region_frames frames (or on all that have one already, if those are
-    more), which SAM 2 finds. Raises data.DataError.
+    """Returns the objects with the masks (H, W) that SAM 2 finds on region_frames frames, spread over the
+    video, or on all that have a mask already, if those are more. Raises data.DataError.
 
     media, objects: as for ask, but a mask may also be a point inside the object: a tuple (x, y) in pixels of
     the frame. A mask that fills its bounding box is taken for a box around the object. Any other is the
-    object, and stays as it is. model: see load_tracker. The frames are spread over the video, and are all
-    that SAM 2 sees of it, so that memory does not depend on its length. An object's frames on which SAM 2
-    sees nothing are left out. Masks come as arrays (H, W).
+    object, and stays as it is. model: see load_tracker. It sees these frames alone, so that memory does not
+    depend on the video's length. Frames on which it sees nothing of an object are left out.
     """
     video, name = data.open_media(media), data.media_name(media)
     height, width, size = video.info.height, video.info.width, model.config.image_size
@@ -585,8 +572,9 @@ def track(media, objects, model, region_frames=data.Settings.region_frames):
                 drawn[frame] = prompt["input_masks"]
             prompter.add_inputs_to_inference_session(session, frames.index(frame), 0, **prompt)
             model(session, frames.index(frame))
-        for reverse in (False, True) if masks else ():  # from the first of these frames on
-            for output in model.propagate_in_video_iterator(session, reverse=reverse):
+        for reverse in (False, True):  # from the first of these frames on
+            outputs = model.propagate_in_video_iterator(session, reverse=reverse) if masks else ()
+            for output in outputs:
                 logits = F.interpolate(output.pred_masks, (height, width), mode="bilinear")
                 found[frames[output.frame_idx]] = (logits[0, 0] > 0).cpu().numpy()
         tracked.append({frame: mask for frame, mask in sorted((found | drawn).items()) if mask.any()})
@@ -603,7 +591,7 @@ def frames_to_track(objects, num_frames, count):
         data.expect(frame in range(num_frames), f"a frame index from 0 to {num_frames - 1}", frame)
         if others:  # the frame takes the place of the nearest one
             others.pop(np.argmin([abs(other - frame) for other in others]))
-    return sorted({*pointed, *others})
+    return sorted(pointed + others)
 
 
 def to_prompt(mask, height, width):
@@ -626,30 +614,18 @@ def to_prompt(mask, height, width):
 # ---- the command line ----
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.set_defaults(mode="multi")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("ask", "data", "bench-q", "bench-d", "score", "judge"):
-        command = commands.add_parser(name, allow_abbrev=False)
-        command.set_defaults(mode="multi")
-        add = command.add_argument
-        if name == "judge":
-            add("predictions", help="JSONL with caption and pred, such as bench-d writes")
-            add("--prompt", required=True, help="the judge's system prompt: the published system.txt")
-            add("--url", default="https://api.openai.com/v1", help="a server; its key is in OPENAI_API_KEY")
-            add("--judge", default="gpt-4o", help="the server's model (default: gpt-4o)")
-            add("--column", choices=("pred", *CONTROLS), default="pred", help="(default: pred)")
-            continue
-        if name == "score":
-            add("file", help="VideoRefer-Bench-Q.json")
-            add("predictions", help="JSONL with id and pred of each question, such as bench-q writes")
-            continue
+    for name in ("ask", "data", "bench-q", "bench-d"):
+        add = commands.add_parser(name, allow_abbrev=False).add_argument
         add("--model", required=True, help="a folder that train.py wrote, or a pretrained backbone")
         add("--max-new-tokens", type=int, default=128, help="(default: 128)")
         add("--device", default=DEVICE, help="cuda or cpu (default: cuda if there is one)")
         if name == "ask":
             add("question", help="with one <region> for each --object, in order")
             add("--video", "--image", required=True, help="a file, or a folder of frames")
-            mask = "x,y,w,h (a box), x1,y1,x2,y2,x3,y3,... (a polygon), a picture (all that is not black)"
-            mask = f"MASK: {mask} or, with --track, x,y (a click); of an image without FRAME:"
+            mask = "a box x,y,w,h, a polygon x,y,x,y,..., a picture (all that is not black)"
+            mask += " or, with --track, a click x,y; of an image without FRAME:"
             add("--object", nargs="+", action="append", default=[], metavar="FRAME:MASK", help=mask)
             add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
             add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
@@ -662,8 +638,17 @@ def parse(argv=None):
         add("--workers", type=int, default=2, help="processes of a rank that read data (default: 2)")
         add("--out", type=Path, required=True, help="a new folder, or that of a run to resume")
         if name != "data":
-            on_frames = "masks on the published frame alone (default), or on all"
-            add("--mode", choices=("single", "multi"), default="single", help=on_frames)
+            modes = "masks of frame_idx alone (default), or all"
+            add("--mode", choices=("single", "multi"), default="single", help=modes)
+    add = commands.add_parser("score", allow_abbrev=False).add_argument
+    add("file", help="VideoRefer-Bench-Q.json")
+    add("predictions", help="JSONL with id and pred of each question, such as bench-q writes")
+    add = commands.add_parser("judge", allow_abbrev=False).add_argument
+    add("predictions", help="JSONL with caption and pred, such as bench-d writes")
+    add("--prompt", required=True, help="the judge's system prompt: the published system.txt")
+    add("--url", default="https://api.openai.com/v1", help="a server; its key is in OPENAI_API_KEY")
+    add("--judge", default="gpt-4o", help="the server's model (default: gpt-4o)")
+    add("--column", choices=("pred", *CONTROLS), default="pred", help="(default: pred)")
     args = parser.parse_args(argv)
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("workers", 0)):
         if getattr(args, name, least) < least:
@@ -681,7 +666,7 @@ def main(argv=None):
     if args.command != "ask":
         return evaluate(args)
     info = data.open_media(args.video).info
-    objects = [read_object(words, info) for words in args.object]
+    objects = [read_object(pointed, info) for pointed in args.object]
     clicks = [mask for masks in objects for mask in masks.values() if isinstance(mask, tuple)]
     data.expect(args.track or not clicks, "--track for a click", clicks)
     model, processor = load(args.model, args.device)
