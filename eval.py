@@ -263,7 +263,7 @@ def open_run(args):
         status = os.stat(path)
         run["files"].append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
     old = train.read_jsonl(args.out / "run.json")
-    is_new = not args.out.exists() or not os.listdir(args.out)
+    is_new = all(path.suffix == ".tmp" for path in args.out.glob("*"))  # a kill may have left run.json.tmp
     allowed = f"--out {args.out}: a new folder, or that of a run of this command"
     data.expect(is_new or old == [run], allowed, old)
     train.gather_over_ranks(None)  # no rank writes before all have looked
@@ -675,7 +675,8 @@ def main(argv=None):
         objects = track(args.video, objects, sam, processor.settings.region_frames)
     if args.save_masks:
         train.write_jsonl(args.save_masks, [{"video": args.video, "annotation": to_annotation(objects)}])
-    print(ask(model, processor, args.video, args.question, objects, args.max_new_tokens, args.preview))
+    reply = ask(model, processor, args.video, args.question, objects, args.max_new_tokens, args.preview)
+    train.print0(reply)
 
 
 if __name__ == "__main__":

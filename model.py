@@ -25,6 +25,7 @@ each sample. `pack` teaches a backbone to read it.
 import copy
 import json
 import math
+import pickle
 import re
 from dataclasses import fields
 from functools import partial
@@ -205,7 +206,7 @@ class Processor:
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         try:
             theirs = self.tokenizer.apply_chat_template(messages, **options)
-        except (TemplateError, ValueError) as error:  # ValueError: there is none
+        except (TemplateError, TypeError, ValueError) as error:  # ValueError: there is none
             raise data.DataError(f"expected a chat template, found: {error}") from None
         if theirs not in (ours, ours.replace(self.thoughts, "", 1)):  # the second is Qwen3.5's
             raise data.DataError(f"expected a chat template that writes {ours!r}, found {theirs!r}")
@@ -594,7 +595,7 @@ def add_at(hidden, index, rows):
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
 # RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
-MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError)
+MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError, pickle.UnpicklingError)
 
 
 def find_file(path, name):
