@@ -136,9 +136,7 @@ def make_samples(count, sides):
                 dict.fromkeys(map(int, frames), (top, top + sides[0] // 4, left, left + sides[1] // 4))
             )
         media = None if kind == "text" else f"{i}.{'png' if 'image' in kind else 'mp4'}"
-        samples.append(
-            data.Sample(("memory", f"sample {i}"), i, media, [(question, answer)], objects, sides, "")
-        )
+        samples.append(data.Sample(("memory", f"sample {i}"), i, media, [(question, answer)], objects, sides))
     return samples
 
 
@@ -345,7 +343,9 @@ def our_step(model, parameters, optimizer, micro_batches, watch):
     """What train.train does with a step's micro-batches."""
     loss_sum = train.backward(model, micro_batches)
     watch.mark("vision")
-    loss_sum, norm = torch.stack([loss_sum, train.gradient_norm(parameters)]).tolist()
+    loss_sum, norm = torch.stack(
+        [loss_sum, torch.nn.utils.get_total_norm([p.grad for p in parameters])]
+    ).tolist()
     tokens = sum(len(batch["targets"]) for batch in micro_batches)
     for p in parameters:
         p.grad *= min(1 / tokens, 1 / norm)
