@@ -35,7 +35,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -343,6 +343,9 @@ class ReferringDataset(Dataset):
             return evenly(frames, self.settings.region_frames)
 
         frames = sorted(sample.objects[i])
+        with within(f"object {i}"):  # whichever frames are drawn
+            most = f"frame indices below {info.num_frames}, the number of frames"
+            expect(frames[-1] < info.num_frames, most, frames[-1])
         masks = {frame: mask_on(frame, sample, i, info) for frame in choose(frames)}
         if not all(mask.any() for mask in masks.values()):
             # An empty mask says that the object is hidden. Choose anew among the frames where it is visible.
@@ -405,8 +408,6 @@ class ReferringDataset(Dataset):
 def mask_on(frame, sample, object_index, info):
     """The mask of one of a sample's objects on an annotated frame: uint8 (H, W), at its own resolution."""
     with within(f"object {object_index}", f"frame {frame}"):
-        last = max(sample.objects[object_index])  # an error whichever frames are drawn in an epoch
-        expect(last < info.num_frames, f"frame indices below {info.num_frames}, the number of frames", last)
         size = sample.size or (info.height, info.width)
         return decode_mask(sample.objects[object_index][frame], *size)
 
@@ -632,8 +633,10 @@ def _find_samples(file):
     """
     decoder = json.JSONDecoder(parse_int=float)
     head = re.match(rb"(?:\xef\xbb\xbf)?\s*(\[?)\s*", file.read(4096))  # UTF-8 may begin with a mark
-    between, last = (",", "]") if head[1] else ("", "")
-    gap = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*")
+    # What stands between two values and behind the last one: white space, and one of these marks.
+    gap, between, last = re.compile(r"[ \t\r]*(\n?)[ \t\r\n]*"), ["\n"], ["\n", ""]
+    if head[1]:
+        gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
     offset, size = head.end(), CHUNK
     while True:
         file.seek(offset)
@@ -646,7 +649,7 @@ def _find_samples(file):
                 chunk[begin:end].decode()  # raises a UnicodeDecodeError
                 after = gap.match(text, end)
                 is_last = after.end() == len(text)
-                if after[1] != (last if is_last else between) or (is_last and not is_end):
+                if after[1] not in (last if is_last else between) or (is_last and not is_end):
                     raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
                 yield offset + begin, offset + end
                 if is_last:
@@ -934,6 +937,24 @@ def _check_size(picture, info, name):
     expect(size == first, f"{name} of the first frame's height and width {first}", size)
 
 
+# What brings an image of this EXIF orientation upright. (ImageOps.exif_transpose does so, too, but writes all
+# other tags anew, and fails where one is malformed.)
+EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image):
+    """The EXIF orientation of a PIL image, 1 to 8, or None. (PIL turns a TIFF itself.)"""
+    return None if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
+
+
 class Images:
     """An image, or the images of a folder or list, in their order: a video without a clock."""
 
@@ -942,8 +963,8 @@ class Images:
         self.nbytes = 150 * len(files)  # about what their paths take in memory, for a cache to count
         self.times = [k / UNKNOWN_FPS for k in range(len(files))]
         with readable("an image that decodes", self.files[0]), Image.open(self.files[0]) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            width, height = (ImageOps.exif_transpose(image) if is_turned else image).size
+            lies_down = _orientation(image) in (5, 6, 7, 8)
+            width, height = reversed(image.size) if lies_down else image.size
         self.info = MediaInfo(len(files), UNKNOWN_FPS, height, width, is_image)
 
     def read(self, indices):
@@ -952,8 +973,9 @@ class Images:
         pictures = {}
         for k in wanted:
             with readable("an image that decodes", self.files[k]), Image.open(self.files[k]) as image:
-                # Turned as EXIF says (as Hugging Face's load_image does).
-                pictures[k] = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                turn = EXIF_TURNS.get(_orientation(image))
+                turned = image if turn is None else image.transpose(turn)
+                pictures[k] = np.asarray(turned.convert("RGB"))
                 _check_size(pictures[k], self.info, "an image")
         return pictures
 
@@ -1015,16 +1037,14 @@ class Video:
         """Returns {frame index: picture}; fewer than are wanted if anything is odd."""
         pictures, index, index_of = {}, -1, dict(zip(self.pts, count()))
         with open_video(self.path) as (container, stream):
-            # H.264 frames that are not wanted and that no other frame refers to (most B-frames) are left out.
-            skips = stream.codec.canonical_name == "h264"
-            needed = {self.pts[k] for k in wanted} if skips else None
-            frames = shown_frames(container, stream, needed)
+            needed = {self.pts[k] for k in wanted}
+            frames = needed_frames(container, stream, needed)
             for k in wanted:
                 keyframe = self.keyframes[bisect_right(self.keyframes, k) - 1]
                 is_first = keyframe > index + MAX_REORDER  # if it is nearer, a seek saves nothing
                 if is_first:
                     container.seek(self.pts[keyframe], stream=stream)
-                    frames = shown_frames(container, stream, needed)
+                    frames = needed_frames(container, stream, needed)
                 while index < k or is_first:
                     frame = next(frames, None)
                     index = -1 if frame is None or frame.is_corrupt else index_of.get(frame.pts, -1)
@@ -1066,6 +1086,7 @@ def open_video(path):
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         kinds = [stream.type for stream in container.streams]
         expect(streams, "a video stream", f"only {kinds} (or cover art)")
+        expect(streams[0].codec_context, "a codec that FFmpeg knows", kinds)
         # A DataLoader runs a process a core, and one thread is the exact, deterministic way.
         streams[0].thread_count = 1
         yield container, streams[0]
@@ -1075,8 +1096,8 @@ def list_packets(container, stream):
     """Returns (first frame, pts, keyframes) of a Video in which it is safe to seek, else three times None.
 
     It is safe if the container stores pts; the file begins with a keyframe, the first frame to be shown; each
-    pts occurs once; and who starts at a later keyframe knows all that the decoder must: the parameter sets do
-    not change after the first packet (as they may where files were joined).
+    pts occurs once; and who starts at a later keyframe knows all that the decoder must: all parameter sets
+    are those of the file's header (where files were joined, there may be others).
     """
     counted = None, None, None
     codec, extradata = stream.codec.canonical_name, stream.codec_context.extradata or b""
@@ -1084,16 +1105,18 @@ def list_packets(container, stream):
         return counted
     if codec in ("h264", "hevc") and extradata[:1] != b"\1":  # no NAL units behind their lengths
         return counted
-    first, known, all_pts, shown, keyframe_pts = None, b"", [], [], []
+    first, all_pts, shown, keyframe_pts = None, [], [], []
     for packet in container.demux(stream):
         content = bytes(packet)
-        known = known or extradata + content
-        is_changed = any(part not in known for part in parameter_sets(content, codec, extradata))
+        is_changed = any(part not in extradata for part in parameter_sets(content, codec, extradata))
         is_odd = packet.is_corrupt or packet.has_sidedata("new_extradata")
         if is_changed or is_odd or not (all_pts or packet.is_keyframe):
             return counted
         if first is None:
-            first = next(iter(packet.decode()), None)
+            try:
+                first = next(iter(packet.decode()), None)
+            except av.error.InvalidDataError:
+                return counted
         if content:  # the last packet is empty: it flushes the decoder
             all_pts.append(packet.pts)
             if not packet.is_discard:  # an edit list hides these
@@ -1124,19 +1147,22 @@ def parameter_sets(content, codec, extradata):
         start = end + length_size
 
 
-def shown_frames(container, stream, needed=None):
-    """Yields the decoded frames, as a player shows them: it goes on behind a packet that does not decode.
-
-    needed: pts. Frames with other pts may be left out, if no other frame refers to them.
-    """
+def shown_frames(container, stream):
+    """Yields all frames, as a player shows them: it goes on behind a packet that does not decode."""
     with suppress(av.error.InvalidDataError):  # where a file is cut off
         for packet in container.demux(stream):
-            is_needed = needed is None or packet.pts in needed
-            stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             frames = []
             with suppress(av.error.InvalidDataError):
                 frames = packet.decode()
             yield from frames
+
+
+def needed_frames(container, stream, needed):
+    """Yields frames; those whose pts are not needed, and to which no other frame refers, may be missing."""
+    for packet in container.demux(stream):
+        is_needed = packet.pts in needed or stream.codec.canonical_name != "h264"
+        stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
+        yield from packet.decode()
 
 
 if __name__ == "__main__":

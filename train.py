@@ -392,7 +392,7 @@ def fill_in_defaults(config, processor, num_samples):
     fits = config.batch_size > 0 and config.batch_size % world_size() == 0
     data.expect(fits, f"--batch-size: a multiple of the {world_size()} ranks", config.batch_size)
     if config.epochs is not None:
-        config.steps = math.ceil(round(config.epochs * num_samples) / config.batch_size)
+        config.steps = math.ceil(config.epochs * num_samples / config.batch_size - 1e-9)  # 1.1 is a bit more
     config.val_every = config.val_every or config.steps
     if config.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -506,6 +506,7 @@ def errors_in_one_line():
         raise SystemExit(f"error: {error}") from None
     finally:
         # Workers ignore the SIGTERM that Python sends them at its end, and it would wait for them for ever.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
         for worker in multiprocessing.active_children():
             worker.kill()
 
@@ -644,6 +645,10 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
+    # The second name of a frozen weight (an lm_head that shares the embeddings) is not ignored.
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if not p.requires_grad:
+            weights.pop(name, None)
     if rank() > 0:
         return
     is_folder = config.model != "tiny" and os.path.exists(config.model)
@@ -679,6 +684,8 @@ def read_checkpoint(config, num_samples, num_val_samples):
 
 def load_checkpoint(model, optimizer, ckpt):
     """Each rank reads the whole of what save_checkpoint wrote, and takes its share."""
+    missing = {name for name, p in model.named_parameters() if p.requires_grad} - ckpt["model"].keys()
+    data.expect(not missing, "a checkpoint with all weights that learn", f"none for {sorted(missing)}")
     state = {"model_state_dict": ckpt["model"], "optim_state_dict": ckpt["optimizer"]}
     options = StateDictOptions(full_state_dict=True, strict=False)  # frozen weights are not in it
     set_state_dict(model, optimizer, **state, options=options)
@@ -837,6 +844,7 @@ def open_run(given):
     config = Config(**given)
     names = ("final", "config.json", "metrics.jsonl")
     found = [name for name in names if os.path.exists(f"{config.out}/{name}")]
+    found += map(str, checkpoints(config.out))
     if not config.check:
         data.expect("final" not in found, f"--out {config.out}: a folder without a finished run", found)
         data.expect(config.resume or not found, f"--out {config.out}: a new folder, or --resume", found)
@@ -845,14 +853,16 @@ def open_run(given):
         for name in given.keys() - MAY_CHANGE:
             same = f"--{name.replace('_', '-')} {saved[name]}, as in the run that is resumed"
             data.expect(given[name] == saved[name], same, given[name])
-        config = Config(**saved | given)
+        config = Config(**saved | given | {"out": config.out})
     data.expect(config.data, "--data: files to learn from", config.data)
     learn = config.train or DEFAULTS["tiny" if config.model == "tiny" else "pretrained"]["train"]
     is_used = {"lr": learn != "region", "region_lr": "region" in learn, "lora_rank": "lora" in learn}
     for name, used in is_used.items():
         data.expect(used or name not in given, f"a part in --train that uses {name}", learn)
     data.expect(config.val or "val_every" not in given, "--val for --val-every", config.val)
-    data.expect(config.check or not (config.preview or config.problems), "--check for its files", given)
+    for path in filter(None, (config.preview, config.problems)):
+        data.expect(config.check, "--check for --preview and --problems", path)
+        data.expect(os.path.isdir(os.path.dirname(os.path.abspath(path))), "a folder that exists", path)
     return config
 
 

@@ -17,6 +17,7 @@ import time
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 
+import decord  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -24,11 +25,6 @@ from PIL import Image  # noqa: E402
 import data  # noqa: E402
 import model as models  # noqa: E402
 import train  # noqa: E402
-
-try:
-    import decord
-except ImportError:  # there are wheels for x86-64 alone
-    decord = None
 
 SAMPLES = 8  # different samples at most, spread over the data file
 RUNS = 24  # how often each way reads a sample; all samples equally often
@@ -64,10 +60,10 @@ def plain_sample(processor, sample):
         ]
 
     cells = math.prod(processor.frame_size(height, width)) // processor.factor**2
-    prompt = processor.video_prompt(sampled, reader.get_avg_fps(), cells)
+    prompt = processor.video_prompt([frame / reader.get_avg_fps() for frame in sampled], cells)
     tokens = [min(len(frames), settings.region_tokens) for frames in annotated]
     still_patches = [processor.still_patches(picture) for picture in pictures]
-    encoded = processor.encode(sample.turns, "video", prompt, tokens)
+    encoded = processor.encode(sample.turns, prompt, tokens)
     return processor.video_patches(video), still_patches, masks, encoded
 
 
@@ -85,7 +81,7 @@ def choose_samples(samples):
     usable = []
     for i in data.evenly(range(len(samples)), 100):
         sample = samples[i]
-        if sample.objects and not data.media_info(sample.media).is_image:
+        if sample.objects and not data.open_media(sample.media).info.is_image:
             usable.append(i)
     if not usable:
         raise SystemExit("expected samples with regions in a video, found none")
@@ -93,13 +89,10 @@ def choose_samples(samples):
 
 
 def main(arguments):
-    if decord is None:
-        print("decord is not installed (its wheels are for x86-64 alone): there is nothing to compare with")
-        return
-    config = train.parse(["--data", *arguments])
+    config = train.parse(["--check", "--data", *arguments])  # which, unlike a run, needs no new folder
     if config.window:
         raise SystemExit(f"--window: expected none, as both ways read whole frames; found {config.window}")
-    samples = data.read_samples(config.data, config.media, config.outside_paths)
+    samples = data.read_samples(config.data, config.media)
     given = {name: getattr(config, name) for name in vars(data.Settings())}
     given["window"] = 0
     processor = models.load_processor(config.model, data.sample_texts(samples), **given)

@@ -179,15 +179,73 @@ def remux(source, target, change):
         for k, packet in enumerate(p for p in old.demux(video=0) if p.size):
             data = change(k, bytes(packet))
             if data is not None:
-                changed = av.Packet(data)
-                changed.stream, changed.time_base, changed.is_keyframe = (
-                    stream,
-                    packet.time_base,
-                    packet.is_keyframe,
-                )
-                changed.pts, changed.dts, changed.duration = packet.pts, packet.dts, packet.duration
-                new.mux(changed)
+                mux_copy(new, stream, packet, data, 0)
     return Path(target)
+
+
+def tail_of(source, target, keyframe, skip=0):
+    """Copy a video's packets from a keyframe (counted from 0) on, but for the first `skip`."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream, keyframes, taken, start = new.add_stream_from_template(old.streams.video[0]), -1, 0, None
+        for packet in old.demux(video=0):
+            keyframes += packet.size > 0 and packet.is_keyframe
+            if packet.size and keyframes >= keyframe:
+                taken += 1
+                if taken > skip:
+                    start = packet.dts if start is None else start
+                    mux_copy(new, stream, packet, bytes(packet), -start)
+    return Path(target)
+
+
+def joined(first, second, target, taken=None):
+    """Copy two MP4s' packets into one file, without encoding: `taken` of the first (all), then the second's.
+    The header has the first's parameter sets; the second's stand in its first packet, once."""
+    with av.open(str(first)) as old, av.open(str(second)) as other, av.open(str(target), "w") as new:
+        stream, sets = new.add_stream_from_template(old.streams.video[0]), parameter_sets(other)
+        packets = [packet for packet in old.demux(video=0) if packet.size]
+        time_base = packets[0].time_base
+        packets = packets[:taken]
+        for packet in packets:
+            mux_copy(new, stream, packet, bytes(packet), 0)
+        end = round(Fraction(len(packets), RATE) / time_base)
+        for k, packet in enumerate(packet for packet in other.demux(video=0) if packet.size):
+            mux_copy(new, stream, packet, sets * (k == 0) + bytes(packet), end)
+    return Path(target)
+
+
+def parameter_sets(container):
+    """The parameter sets in an MP4's header, each behind 4 bytes with its length, as packets hold them."""
+    codec = container.streams.video[0].codec_context
+    content, sets = codec.extradata, []
+    if codec.name == "h264":  # avcC: for SPS, then PPS, their number and each behind its 2 bytes of length
+        assert content[0] == 1 and content[4] & 3 == 3
+        position, lists = 5, [31, 255]
+        for mask in lists:
+            count, position = content[position] & mask, position + 1
+            for _ in range(count):
+                size = int.from_bytes(content[position : position + 2], "big")
+                sets.append(content[position + 2 : position + 2 + size])
+                position += 2 + size
+    else:  # hvcC: arrays, each with its kind, number of elements, and these
+        assert content[0] == 1 and content[21] & 3 == 3
+        position = 23
+        for _ in range(content[22]):
+            kind, count = content[position] & 63, int.from_bytes(content[position + 1 : position + 3], "big")
+            position += 3
+            for _ in range(count):
+                size = int.from_bytes(content[position : position + 2], "big")
+                sets += [content[position + 2 : position + 2 + size]] if kind in (32, 33, 34) else []
+                position += 2 + size
+    return b"".join(len(part).to_bytes(4, "big") + part for part in sets)
+
+
+def mux_copy(container, stream, packet, content, later):
+    """Mux a copy of a packet with this content, with its times so much later."""
+    copy = av.Packet(content)
+    copy.stream, copy.time_base, copy.is_keyframe = stream, packet.time_base, packet.is_keyframe
+    copy.pts, copy.duration = packet.pts + later, packet.duration
+    copy.dts = None if packet.dts is None else packet.dts + later
+    container.mux(copy)
 
 
 def write_bench(folder):

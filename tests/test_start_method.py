@@ -18,6 +18,7 @@ import shapes
 from torch.utils.data import DataLoader
 
 import data
+import eval as evaluation
 import model
 
 TOP = Path(__file__).resolve().parent.parent
@@ -52,13 +53,16 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_a_worker_that_inherits_nothing_makes_the_same_batches(world, method):
+@pytest.mark.parametrize("method, asks", [("forkserver", False), ("spawn", False), ("spawn", True)])
+def test_a_worker_that_inherits_nothing_makes_the_same_batches(world, method, asks):
     samples = data.read_samples(world / "bad.json")
     processor = model.load_processor("tiny", data.sample_texts(samples))
-    dataset = data.ReferringDataset(samples, processor, single_frame=0.5, seed=3, control="shuffle")
-    collate = partial(data.collate, processor=processor)
-    steps = [[(0, 0), (0, 1), (0, 2)], [(1, 3), (1, 4)]]  # sample 1 is the bad one
+    dataset, collate = data.ReferringDataset(samples, processor, single_frame=0.5, seed=3), data.collate
+    steps = [[(0, 0), (0, 1), (0, 2)], [(1, 3), (1, 4)]]  # keys: epoch and sample, of which 1 is the bad one
+    if asks:
+        dataset = evaluation.Questions(samples, processor, "shuffle")
+        steps = [[(0, 0), (1, 0), (2, 0)], [(3, 0), (4, 0)]]  # keys: sample and turn
+    collate = partial(collate, processor=processor, for_generation=asks)
     loader = DataLoader(
         dataset,
         batch_sampler=steps,
@@ -97,17 +101,17 @@ def run_by_forkserver(tmp_path, *command):
 def test_the_scripts_run_with_forkserver(world, tmp_path):
     shown = run_by_forkserver(tmp_path, "-c", "import multiprocessing as m; print(m.get_start_method())")
     assert shown == "forkserver\n"
-    files = ("--data", world / "train.json", "--workers", 1)
+    files, workers = ("--data", world / "train.json"), ("--workers", 1)
 
-    found = run_by_forkserver(tmp_path, "data.py", world / "train.json", "--workers", 1)
+    found = run_by_forkserver(tmp_path, "train.py", *files, *workers, "--check")
     assert "6 samples, 6 of them right" in found
 
     run_by_forkserver(
-        tmp_path, "train.py", *files, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run"
+        tmp_path, "train.py", *files, *workers, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run"
     )
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
 
     final = tmp_path / "run/final"
-    limit = ("--max-new-tokens", 1)
-    run_by_forkserver(tmp_path, "eval.py", *files, "--model", final, *limit, "--out", tmp_path / "scores")
+    options = (*workers, "--model", final, "--max-new-tokens", 1, "--out", tmp_path / "scores")
+    run_by_forkserver(tmp_path, "eval.py", "data", world / "train.json", *options)
     assert json.loads((tmp_path / "scores/scores.json").read_text())["not_asked"] == 0

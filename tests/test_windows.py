@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from fractions import Fraction
 from math import ceil, floor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import data
 import eval as evaluation
 import model as models
+import train
 
 REGION_PIXELS = (
     100 * 100
@@ -259,11 +261,11 @@ def test_objects_with_the_same_window_share_a_still_and_others_do_not(tmp_path, 
     objects = [{"0": rle(full), "1": rle(full)}, {"0": rle(ring), "1": rle(moved)}, {"0": rle(far)}]
     turns = [{"from": "human", "value": "<region> <region> <region>?"}, {"from": "gpt", "value": "No."}]
     entry = {"video": "clip", "conversations": turns, "annotation": objects}
-    loaded, load = [], data._load_image
-    monkeypatch.setattr(data, "_load_image", lambda file: loaded.append(file.name) or load(file))
+    loaded, load = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: loaded.append(Path(file).name) or load(file))
     dataset = dataset_of(tmp_path, [entry], tiny(window=2))
     encoded = dataset[0, 0]
-    assert loaded == ["0.png", "1.png", "2.png"]
+    assert loaded == ["0.png", "0.png", "1.png", "2.png"]  # the first time for the size
     assert encoded["region_still"] == [0, 1, 0, 2, 3] and len(encoded["still_patches"]) == 4
     windows = [(0, (25, 45, 45, 65)), (1, (25, 45, 45, 65)), (1, (26, 46, 45, 65)), (0, (0, 20, 95, 115))]
     for (frame, (top, bottom, left, right)), patches in zip(windows, encoded["still_patches"]):
@@ -273,7 +275,7 @@ def test_objects_with_the_same_window_share_a_still_and_others_do_not(tmp_path, 
     shares = [cells.mean(dtype=float) * 400 for cells in encoded["coverage"]]
     assert shares == pytest.approx([100, 100, 64, 100, 100], rel=1e-5)
     again = dataset[1, 0]
-    assert len(loaded) == 3
+    assert len(loaded) == 4
     np.testing.assert_array_equal(again["still_patches"], encoded["still_patches"])
 
 
@@ -305,7 +307,8 @@ def test_controls_take_the_window_of_the_mask_that_they_put_in_place(tmp_path):
     entries = [image_sample(tmp_path, f"{i}.png", [(30, 37, 10 * i, 10 * i + 8)]) for i in range(1, 3)]
     processor = tiny(window=2)
     for control, window in (("full", (0, 72, 0, 128)), ("shuffle", (25, 41, 16, 32))):
-        encoded = dataset_of(tmp_path, entries, processor, control=control)[0, 0]
+        samples = dataset_of(tmp_path, entries, processor).samples
+        encoded = evaluation.Questions(samples, processor, control)[0, 0]
         top, bottom, left, right = window
         crop = Image.open(tmp_path / "1.png").crop((left, top, right, bottom))
         grid = encoded["still_grids"][encoded["region_still"][0]]
@@ -412,14 +415,17 @@ def test_eval_asks_with_the_window_that_was_saved(checkpoint, tmp_path, mixed):
     _, saved = evaluation.load(tmp_path / "final")
     assert saved.settings == processor.settings and saved.settings.window == 3
     samples = dataset_of(tmp_path, mixed, saved).samples
-    expected = data.ReferringDataset(samples, processor).question(1, 0)
-    asked = data.Questions(samples, saved)[1, 0]
+    expected = data.ReferringDataset(samples, processor)[0, 1]
+    asked = evaluation.Questions(samples, saved)[1, 0]
     assert asked["region_still"][0] == 1
     np.testing.assert_array_equal(asked["still_patches"][1], expected["still_patches"][1])
     assert models.load_processor(tmp_path / "final", window=0).settings.window == 0  # given anew
 
 
-@pytest.mark.parametrize("window", [-1, 1.5, "2", None, True])
-def test_a_window_is_a_whole_number(window):
-    with pytest.raises(data.DataError, match="--window: a whole number from 0, found"):
-        data.Settings(window=window)
+@pytest.mark.parametrize("window", ["-1", "1.5", "two"])
+def test_a_window_is_a_whole_number(tmp_path, capsys, window):
+    options = ["--data", "data.json", "--out", str(tmp_path / "out")]
+    assert train.parse([*options, "--window=0"]).window == 0
+    with pytest.raises(SystemExit):
+        train.parse([*options, f"--window={window}"])
+    assert "error: " in (shown := capsys.readouterr().err) and "--window: " in shown
