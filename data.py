@@ -666,7 +666,9 @@ def _find_samples(file):
 
 def _syntax_error(file, offset, reason):
     file.seek(0)
-    line = 1 + file.read(offset).count(b"\n")
+    line = 1
+    for start in range(0, offset, CHUNK):
+        line += file.read(min(CHUNK, offset - start)).count(b"\n")
     return DataError(f"line {line}, byte {offset} of the file: {reason}")
 
 
@@ -1152,7 +1154,7 @@ def shown_frames(container, stream):
     with suppress(av.error.InvalidDataError):  # where a file is cut off
         for packet in container.demux(stream):
             frames = []
-            with suppress(av.error.InvalidDataError):
+            with suppress(av.FFmpegError):
                 frames = packet.decode()
             yield from frames
 

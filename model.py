@@ -78,8 +78,8 @@ FAMILIES = {
 
 
 class Processor:
-    """Turns a conversation and its frames into a checkpoint's token ids and patches, as AutoProcessor would
-    (whose video half needs torchvision). settings: data.Settings.
+    """Turns a conversation and its frames into token ids and patches, in place of AutoProcessor, whose video
+    half needs torchvision. settings: data.Settings.
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
@@ -174,8 +174,8 @@ class Processor:
         starts = range(0, len(times), self.temporal_patch_size)
         if not self.timestamps:
             return self.vision_start + self.video_pad * (cells * len(starts)) + self.vision_end
-        # Only pairs are enclosed, as in transformers 4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published.
-        # (5.10 encloses the whole video, too.)
+        # vision_start and vision_end enclose pairs alone, as in transformers 4.57 and 5.2, when Qwen3-VL and
+        # Qwen3.5 came out. (5.10 encloses the whole video, too.)
         text = ""
         for start in starts:
             pair = times[start : start + self.temporal_patch_size]  # or an odd last frame alone
@@ -186,8 +186,8 @@ class Processor:
     def chat(self, turns, media_prompt):
         """A conversation in pieces: prompt, answer (with its end token), prompt, answer, ..., line break.
 
-        Qwen3.5's own template leaves the empty thoughts out of all turns but the last. Here they stay, as in
-        trl's template for training it, so that training shows each turn as it is asked.
+        Empty thoughts stay in all turns, as in trl's template for training Qwen3.5, so that training shows
+        each turn as it is asked. (Qwen3.5's own template keeps them in the last one alone.)
         """
         pieces, before = [], self.system
         for question, answer in turns:
@@ -213,7 +213,6 @@ class Processor:
 
     def encode(self, turns, media_prompt, region_tokens, for_generation=False):
         """A conversation as (input_ids, labels), int64 (L,) each; labels are IGNORE_INDEX but for answers.
-
         media_prompt: what the media tag becomes. region_tokens: how many placeholders each `<region>` tag
         becomes. for_generation: stop where the last answer would begin.
         """
@@ -239,11 +238,11 @@ class Processor:
         return np.array(input_ids), np.array(labels)
 
     def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
-        """Position ids, int64 (3, L): time, row and column, as the backbone counts. See data.EMPTY_SAMPLE."""
+        """Position ids, int64 (3, L): time, row and column. The arguments: see data.EMPTY_SAMPLE."""
         ids = torch.from_numpy(input_ids)[None]
         is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
         options = {"mm_token_type_ids": is_image.int() + 2 * is_video.int()}
-        options["second_per_grid_ts"] = torch.tensor([seconds_per_pair])  # where there are no timestamps
+        options["second_per_grid_ts"] = torch.tensor([seconds_per_pair])  # read by Qwen2.5-VL alone
         if kind:
             options[f"{kind}_grid_thw"] = torch.tensor([prompt_grid])
         positions, _ = self.empty_backbone.get_rope_index(ids, **options)
@@ -303,8 +302,8 @@ class RegionEncoder(nn.Module):
     def _position(self, boxes):
         """P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
 
-        From sinusoids alone, the direction of a motion takes several times as long to learn. All is computed
-        in float32, also under autocast and FSDP: bfloat16 would give t in steps of 1/256.
+        From sinusoids alone, the direction of a motion takes several times as long to learn. Float32 also
+        under autocast and FSDP, because bfloat16 would give t in steps of 1/256.
         """
         scaled = 2 * boxes - 1
         frequencies = 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
@@ -318,10 +317,8 @@ class RegionEncoder(nn.Module):
 
 @torch.no_grad()
 def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
-    """Joins neighbours in time until an object of n frames has u tokens (VideoRefer, section 3.2.2).
-
-    The n - u most similar pairs are joined (by cosine; of equal ones the earlier). A token is the average of
-    the frames joined to it.
+    """Makes u tokens of an object's n frames (VideoRefer, section 3.2.2): the n - u most similar pairs of
+    neighbours are joined (by cosine; of equal ones the earlier), and each run of joined frames is averaged.
 
     pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames, region_tokens:
     n and u of each object. num_tokens: T, the sum of u. Returns float32 (T, R): a row's share in each token.
@@ -385,8 +382,7 @@ class ReferringVideoLLM(nn.Module):
 
     def _hidden(self, batch):
         """What lm_head reads, (rows, L, D)."""
-        llm = self.backbone.model.language_model
-        return llm(**self._inputs(batch), use_cache=False).last_hidden_state
+        return self.backbone.model.language_model(**self._inputs(batch), use_cache=False).last_hidden_state
 
     def _inputs(self, batch):
         """What the LLM reads, as its keyword arguments."""
@@ -410,7 +406,7 @@ class ReferringVideoLLM(nn.Module):
 
     def _pixels(self, batch):
         """Normalises the patches of all stills, then all videos, as the checkpoint's image processor does."""
-        copies = self.backbone.config.vision_config.temporal_patch_size  # of a still, to fill a patch
+        copies = self.backbone.config.vision_config.temporal_patch_size  # of a still
         pixels = []
         for patches, repeats in ((batch["still_patches"], copies), (batch["video_patches"], 1)):
             if len(patches):
@@ -482,10 +478,9 @@ class ReferringVideoLLM(nn.Module):
         return groups
 
     def save_pretrained(self, folder, settings, weights=None):
-        """Writes the backbone so that it loads with transformers alone, and the rest beside it.
-
-        settings: dict. weights: {name: tensor} to save in place of the parameters. Adapters are merged, W +
-        2 B A, in float32 (peft would do so in place, and round a W in bfloat16).
+        """Writes the backbone so that it loads with transformers alone, and the rest beside it. Adapters are
+        merged, W + 2 B A, in float32. (peft would do so in place, and round a W that is frozen in bfloat16.)
+        settings: dict. weights: {name: tensor} to save in place of the parameters.
         """
         weights = weights or self.state_dict()
         saved = {"backbone": {}, "region_encoder": {}}
@@ -586,15 +581,13 @@ def each_sample_alone(linear_attention, hidden_states, sample_lengths=None, cu_s
 
 
 def add_at(hidden, index, rows):
-    """hidden (B, L, D) plus rows (V, D) at the tokens index (V,), all samples counted in one go.
-    transformers' own version takes a mask, and so waits for the GPU to count its tokens.
-    """
+    """Adds rows (V, D) at index (V,) of hidden (B, L, D). transformers' own waits for the size of a mask."""
     return hidden.flatten(0, 1).index_add(0, index, rows.to(hidden.dtype)).view_as(hidden)
 
 
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
-# RuntimeError: names or shapes that do not fit; KeyError: another file with the name of a checkpoint.
+# RuntimeError: names or shapes that do not fit. KeyError, UnpicklingError: no checkpoint, but named as one.
 MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError, pickle.UnpicklingError)
 
 
@@ -620,7 +613,7 @@ def load_processor(path, texts=(), **settings):
         settings_file = find_file(path, SETTINGS_FILE)
         if settings_file:
             saved = json.loads(Path(settings_file).read_text())
-            # No default stands in for a missing one: the model may have been trained with another.
+            # A missing one gets no default, because the model may have been trained with another.
             names = sorted(f.name for f in fields(data.Settings))
             fits = isinstance(saved, dict) and sorted(saved) == names
             data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)

@@ -764,14 +764,16 @@ def preview(dataset, sample_indices, path, frames_shown=3):
         lines = [", ".join([*sample.place, data.media_name(sample.media or "text only")])]
         for question, answer in sample.turns:
             question = re.sub(data.REGION_TAG, lambda tag, n=numbers: f"<region {next(n)}>", question)
-            lines += [f"Q: {question}", f"A: {answer}"]
+            lines.append(f"Q: {question}  A: {answer}")
         text = "\n".join(textwrap.fill(" ".join(line.split()), 150) for line in lines)
         with data.within(*sample.place):
             tiles = _tiles(dataset, sample, frames_shown) if sample.media else []
         rows.append((text, tiles[:6]))
         rows += [("", tiles[k : k + 6]) for k in range(6, len(tiles), 6)]
-    figure = Figure((14, 2.7 * len(rows)), layout="constrained")
-    for (text, tiles), part in zip(rows, figure.subfigures(len(rows), squeeze=False)[:, 0]):
+    heights = [2.4 + 0.2 * text.count("\n") for text, _ in rows]  # inches
+    figure = Figure((14, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(rows), height_ratios=heights, squeeze=False)[:, 0]
+    for (text, tiles), part in zip(rows, parts):
         part.suptitle(text, x=0, ha="left", fontsize=9, parse_math=False)
         axes = part.subplots(1, 6)
         for ax, (title, picture, outlines) in zip(axes, tiles):
