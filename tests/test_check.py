@@ -262,9 +262,9 @@ def test_a_problem_names_its_file(folder):
         (["--num-frames", 0], "--num-frames: expected a number from 1, found 0"),
         (["--region-frames", -2], "--region-frames: expected a number from 1, found -2"),
         (["--window", -1], "--window: expected a number from 0, found -1"),
-        (["--problems", "absent/p.jsonl"], "No such file or directory: 'absent/p.jsonl'"),
-        (["--no-check", "--preview", "p.png"], "expected --check for its files"),
-        (["--no-check", "--problems", "p.jsonl"], "expected --check for its files"),
+        (["--problems", "absent/p.jsonl"], "expected a folder that exists, found 'absent/p.jsonl'"),
+        (["--no-check", "--preview", "p.png"], "expected --check for --preview and --problems"),
+        (["--no-check", "--problems", "p.jsonl"], "expected --check for --preview and --problems"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_one_line(folder, monkeypatch, capsys, options, message):
