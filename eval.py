@@ -421,7 +421,8 @@ def score_choices(questions, columns):
     for column in columns:
         asked = [q for q in questions if column in q]
         for q in asked:
-            q[f"{column}_choice"] = None if "error" in q else choose(q[column], read_options(q)[0])
+            is_read = "error" not in q and isinstance(q[column], str)  # null: it could not be asked
+            q[f"{column}_choice"] = choose(q[column], read_options(q)[0]) if is_read else None
         unread = sum(q[f"{column}_choice"] is None for q in asked)
         print(f"{column}: {unread} replies name no option, and are wrong")
     return score(questions, columns, "_choice")
@@ -442,8 +443,6 @@ def score_file(args):
             for column in line.keys() & {"pred", *CONTROLS}:
                 columns.add(column)
                 q[column] = line[column]
-                if not isinstance(line[column], str):
-                    q["error"] = f"{column} is not a text"
     data.expect(not missing, f"{args.predictions}: a reply to each question", f"none to {', '.join(missing)}")
     score_choices(questions, [column for column in ("pred", *CONTROLS) if column in columns])
 
