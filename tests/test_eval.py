@@ -169,6 +169,10 @@ def test_accuracy_by_type_worked_by_hand(tmp_path, capsys):
     evaluation.main(["score", *map(str, files)])
     output = capsys.readouterr().out
     assert output.startswith("pred: 1 replies name no option") and output.splitlines()[-1].split()[1] == "1/5"
+    write_lines(replies_file, [whole[0], whole[1] | {"box": None}, *whole[2:]])  # wrong for box alone
+    evaluation.main(["score", *map(str, files)])
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert (last[1], last[4]) == ("2/5", "0/1")
 
 
 def test_a_benchmark_whose_ids_repeat_is_refused(tmp_path):
