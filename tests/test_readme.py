@@ -1,0 +1,111 @@
+"""README.md keeps what it promises: its commands and snippets run as they stand there, in their order.
+
+The files that they name are small ones of ours: random checkpoints under the names of published models. What
+they answer is the concern of the other tests.
+"""
+
+import json
+import re
+import shutil
+
+import pytest
+import shapes
+from checkpoints import make_checkpoint, make_sam
+from helpers import TOP, box, read_lines, run, sample, write_json
+from PIL import Image
+
+import data
+
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (TOP / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+# .ci/run runs these. A script of tests/ may take hours.
+ELSEWHERE = ("python3 -m venv", "python tests/")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, toy, final):
+    """What a user of README has: data, videos, and models under their names."""
+    folder = tmp_path_factory.mktemp("user")
+    make_checkpoint(folder / "Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl")
+    make_sam(folder / "facebook/sam2.1-hiera-tiny")
+    shutil.copytree(toy, folder / "toy")
+    for name in ("toy/run", "out"):
+        shutil.copytree(final, folder / name / "final")
+    (folder / "videos").mkdir()
+    video, image = folder / "videos/a.mp4", folder / "b.jpg"
+    # As large as the coordinates in README need, and longer than frame 36.
+    objects = [{"colour": "red", "shape": "square", "r": 10, "path": [(50, 22)]}]
+    shapes.write_video(video, [shapes.draw(objects, "navy", 0, scale=4)] * 40)
+    for copy in ("a.mp4", "videos/b.mp4"):
+        shutil.copy(video, folder / copy)
+    Image.fromarray(shapes.draw(objects, "navy", 0, scale=4)).save(image)
+    Image.fromarray(shapes.draw(objects, "black", 0, scale=4)).save(folder / "cup.png")
+    masks = {36: box(160, 48, 80, 80)}
+    captions = [sample("What is <region>?", "A square.", masks, video=name) for name in ("a.mp4", "b.mp4")]
+    captions += [sample("What is this?", "Nothing.", video="lost.mp4")]
+    write_json(folder / "videorefer-short-caption-500k.json", captions)
+    for name in ("captions", "detailed", "qa", "held_out", "data"):
+        write_json(folder / f"{name}.json", captions[:2])
+    bench = json.loads((toy / "bench_q.json").read_text())[::4]
+    write_json(folder / "VideoRefer-Bench-Q.json", bench)
+    write_json(folder / "VideoRefer-Bench-D.json", [entry | {"caption": "It moves."} for entry in bench])
+    shutil.copytree(toy / "videos", folder / "videos/videos")
+    (folder / "other_model.jsonl").write_text(
+        "".join(json.dumps({"id": entry["id"], "pred": entry["Answer"]}) + "\n" for entry in bench)
+    )
+    return folder
+
+
+def test_all_commands_run_as_they_stand_in_the_readme(folder):
+    """Truth: a user types them one after another."""
+    commands = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+    commands = [command for command in commands if not command.startswith(ELSEWHERE)]
+    assert len(commands) > 10
+    for command in commands:
+        program = re.sub(r"^(python|torchrun --nproc_per_node 8) ", "", command)
+        if program.startswith("eval.py judge"):  # it needs a server: see test_eval.py
+            assert "--prompt" in run("eval.py judge --help")
+            continue
+        printed = run(program, ranks=2 if command.startswith("torchrun") else 1, folder=folder)
+        if program.startswith("eval.py score"):
+            assert re.search(r"all .* 4/4", printed)
+    entry = read_lines(folder / "masks.json")[0]
+    assert entry["video"] == "a.mp4" and len(entry["annotation"]) == 1
+    assert Image.open(folder / "preview.png").width > 500
+
+
+def test_all_snippets_of_python_run(folder, monkeypatch, capsys):
+    """Truth: what they print or write can be used by the commands."""
+    monkeypatch.chdir(folder)
+    snippets = [text for language, text in BLOCKS if language == "python"]
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(snippet, {})
+    assert capsys.readouterr().out
+    # From clicks to a data file, and from the published file to those whose videos are there.
+    run("train.py --data data.json --check", folder=folder)
+    held_out, captions = (
+        json.loads((folder / name).read_text()) for name in ("held_out.json", "captions.json")
+    )
+    assert len(held_out) == 2 and not captions
+
+
+def test_each_line_of_the_format_is_a_sample(folder):
+    """The counts in it are shortened with dots, so the masks of the others are read, and no pixels."""
+    [text] = [text for language, text in BLOCKS if language == "jsonc"]
+    lines = [line for line in text.splitlines() if not line.startswith("//")]
+    (folder / "format.jsonl").write_text("\n".join(lines))
+    samples = data.read_samples(folder / "format.jsonl")
+    found = [(sample.media and sample.media[-5:], list(map(len, sample.objects))) for sample in samples]
+    kinds = [("a.mp4", [1]), ("a.mp4", [2, 1]), ("b.jpg", [1]), ("b.jpg", []), ("a.mp4", []), (None, [])]
+    assert found == kinds
+    with pytest.raises(data.DataError, match="counts"):
+        data.decode_mask(samples[0].objects[0][36], 720, 1280)
+    for i in (1, 2):
+        for masks in samples[i].objects:
+            for mask in masks.values():
+                assert data.decode_mask(mask, 720, 1280).any()
+
+
+def test_the_files_that_the_readme_names_exist():
+    for path in set(re.findall(r"\btests/[\w.]+\.\w+", (TOP / "README.md").read_text())):
+        assert (TOP / path).exists(), path
