@@ -90,8 +90,7 @@ def read_samples(paths, media=None):
     """Returns a sequence of Sample, each parsed when it is accessed (see parse_sample for the checks).
 
     paths: one or several, each a JSON array or JSONL. media: the folder that media paths are relative to
-    (default: each file's own). Raises DataError here if a file as a whole cannot be read, and on access if a
-    sample is wrong.
+    (default: each file's own). Raises DataError, here if a file as a whole cannot be read, or on access.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     return Samples([os.fspath(path) for path in paths], media and os.fspath(media))
@@ -249,8 +248,8 @@ class View(NamedTuple):
 class ReferringDataset(Dataset):
     """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
 
-    dataset[epoch, i] depends on (seed, epoch, i) alone, except after time-outs, which depend on load. A
-    sample that cannot be used comes back as its DataError. Raised, it would end the worker.
+    dataset[epoch, i] depends on (seed, epoch, i) alone. A sample that cannot be used comes back as its
+    DataError; raised, it would end the worker.
 
     processor: a model.Processor. single_frame: the probability that an object is cut to one random annotated
     frame (the paper trains on a mix of both modes). cache_bytes: memory for decoded frames.
@@ -377,10 +376,7 @@ class ReferringDataset(Dataset):
         return media
 
     def _read_pictures(self, path, media, views):
-        """Returns {view: uint8 (*view.size, 3)}.
-
-        A frame that is needed for views that the cache lacks is decoded once, however many these are.
-        """
+        """Returns {view: uint8 (*view.size, 3)}. A frame is decoded once for all its views."""
         pictures = {view: self.cache.get((path, view)) for view in views}
         missing = [view for view in pictures if pictures[view] is None]
         frames = {}
@@ -406,7 +402,7 @@ class ReferringDataset(Dataset):
 
 
 def mask_on(frame, sample, object_index, info):
-    """The mask of one of a sample's objects on an annotated frame: uint8 (H, W), at its own resolution."""
+    """The mask of an object on an annotated frame: uint8 (H, W), at its own resolution."""
     with within(f"object {object_index}", f"frame {frame}"):
         size = sample.size or (info.height, info.width)
         return decode_mask(sample.objects[object_index][frame], *size)
@@ -421,13 +417,11 @@ def evenly(items, count):
 def collate(samples, processor, for_generation=False):
     """Joins encoded samples to one batch (a dict). Samples that are DataErrors are left out of it.
 
-    A batch to learn from is one row of tokens: the samples stand one after another, nothing is padded, and
-    attention stays within each sample. For generation the samples are rows, padded on the left. Every index
-    that the model needs is made here, because a GPU that first has to tell the CPU how many placeholders or
-    cells there are stands still until the CPU has answered.
+    A batch to learn from is one row of tokens without padding. For generation the samples are rows, padded on
+    the left. Every index is made here, because a GPU that has to ask the CPU for one stands still meanwhile.
 
-    B samples, L tokens in a row (of which training has one), S supervised tokens, P and Q patches, C cells, V
-    visual tokens, T region tokens, O objects, R region frames, M cells of all region frames.
+    B samples, L tokens in a row, S supervised tokens, P and Q patches, C cells, V visual tokens, T region
+    tokens, O objects, R region frames, M cells of all region frames.
 
         errors           for each of the given samples its DataError or None
         ids, num_tokens  list of B; int, without padding
@@ -466,8 +460,7 @@ def collate(samples, processor, for_generation=False):
     grids += [video["prompt_grid"] for video in videos]
     cell = processor.merge_size**2  # patches
     if not grids:
-        # The tower runs even without media, then for one black cell: in training the ranks wait for each
-        # other's gradients of every parameter, and under FSDP also for its weights.
+        # The tower runs even without media, then for one black cell, because ranks wait for each other.
         patches = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
         grids = [(1, processor.merge_size, processor.merge_size)]
     batch["still_patches"] = _concatenate(patches, np.uint8)
@@ -543,17 +536,13 @@ def sample_texts(samples, limit=10_000):
 
 
 # ---- the index of a data file ----
-
 INDEX_FORMAT = 3  # to be raised when the content of an index file means something else
 CHUNK = 1 << 24  # bytes of a file that are in memory at a time, unless a sample is longer
 MAX_SAMPLE = 1 << 28  # bytes; what does not parse within so many is reported as a syntax error
 
 
 class Samples:
-    """The sequence that read_samples returns. It holds no samples, so it may be handed to worker processes.
-
-    Each access opens a file and reads the few bytes where the index says that the sample is.
-    """
+    """What read_samples returns. Each access reads a few bytes, where the index says that the sample is."""
 
     def __init__(self, paths, media):
         self.paths, self.media = paths, media
@@ -603,9 +592,8 @@ def file_version(file):
 def open_index(path):
     """Returns (the data file's version, int64 (samples, 2): where each sample begins and ends, in bytes).
 
-    Finding the samples of a file of gigabytes takes minutes, so the index is saved in the user's cache folder
-    (data folders are often read-only), from where all processes of a machine map it into memory. Its name
-    tells the version of the data file that it was made for: a file that has changed gets a new index.
+    Finding the samples of a file of gigabytes takes minutes, so the index is saved in the user's cache
+    folder, from where all processes map it into memory. Its name depends on the data file's version.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     with readable("a readable file", path), open(path, "rb") as file:
@@ -628,8 +616,7 @@ def _find_samples(file):
     """Yields (first byte, last byte + 1) of each element of a JSON array or line of JSONL.
 
     Every sample is parsed, so that a syntax error is reported before training starts. The parser gets a part
-    of the file as Latin-1, where a character is a byte, so its positions are offsets. Odd numbers and keys
-    are left to Samples.read, whose errors name the sample.
+    of the file as Latin-1, where a character is a byte, so its positions are offsets.
     """
     decoder = json.JSONDecoder(parse_int=float)
     head = re.match(rb"(?:\xef\xbb\xbf)?\s*(\[?)\s*", file.read(4096))  # UTF-8 may begin with a mark
@@ -673,7 +660,6 @@ def _syntax_error(file, offset, reason):
 
 
 # ---- checks of a sample and its masks ----
-
 MAX_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Keys of other formats, which say that frames or masks are others than they look like.
@@ -690,10 +676,7 @@ def shorten(value):
 
 
 def parse_sample(entry, place, media_folder, position):
-    """Checks one JSON value and returns its Sample, or raises DataError.
-
-    place: (file, sample name). position: the sample's id if the entry has no "id".
-    """
+    """Returns the Sample of one JSON value, whose id is the position if it has none. Raises DataError."""
     expect(isinstance(entry, dict), "a JSON object", entry)
     for key in UNKNOWN_KEYS:
         expect(entry.get(key) is None, f"no {key}, a key that is not read and would change the meaning", key)
@@ -768,10 +751,8 @@ def _parse_turns(conversations, has_media):
 
 
 def _parse_objects(entry, media):
-    """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}].
-
-    In an image, an object under `masks` may also be its SEG itself. Where the SEG is null or absent, the
-    object is hidden.
+    """The objects' masks: `annotation` [{"36": {"segmentation": SEG}}] or the later `masks` [{"36": SEG}], of
+    an image [SEG]. Where the SEG is null or absent, the object is hidden.
     """
     is_image = isinstance(media, str) and is_image_path(media)
     given = {key: entry[key] for key in ("annotation", "masks") if entry.get(key) is not None}
@@ -804,7 +785,7 @@ def rle_runs(counts):
 
     A character holds 5 bits of a number, the lowest first (offset 48; bit 0x20: more characters follow; bit
     0x10 of the last: the number is negative). From the fourth run on, it is the difference to the run two
-    before. With seven characters, pycocotools shifts bits out of a C int and reads another number.
+    before. pycocotools misreads numbers of seven characters.
     """
     runs, value, shift = [], 0, 0
     for char in counts:
@@ -835,7 +816,6 @@ def check_same_shape(size, frame_size, name):
 
 
 # ---- reading files ----
-
 # What libraries raise about files that are missing, broken or of another kind.
 FILE_ERRORS = (OSError, ValueError, RecursionError, av.FFmpegError)
 FILE_ERRORS += (SyntaxError, struct.error, Image.DecompressionBombError)  # PIL
@@ -859,8 +839,8 @@ def readable(expected, *places, errors=FILE_ERRORS):
 def time_limit(name):
     """Raises DataError if what is done within takes longer than READ_SECONDS.
 
-    A signal does it, which only a main thread can receive, such as a DataLoader's worker is. It is handled
-    once a call of a library returns: behind it stands the DataLoader's own timeout (train.read_batches).
+    A signal does it, which main threads alone receive, and once a call of a library returns: behind it stands
+    the DataLoader's own timeout (train.read_batches).
     """
 
     def stop(*_):
@@ -879,7 +859,6 @@ def time_limit(name):
 
 
 # ---- the inside of a media file ----
-
 # Demuxers that may open a file. FFmpeg's others draw a .txt as a film of letters, or fetch a playlist's URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
@@ -903,8 +882,7 @@ def open_media(path):
     seconds since the first; and read(indices), which gives {frame index: uint8 (H, W, 3) RGB}.
 
     path: of a file, or of a folder of images, or a list of paths of images, which keep their order. Frame k
-    is the k-th shown, counted from 0, as it is displayed. What cannot be had is a DataError, never another
-    frame. The file does not stay open and no pixels are held, so the object may live in a cache.
+    is the k-th shown, as it is displayed. What cannot be had is a DataError, never another frame.
     """
     if isinstance(path, (list, tuple)):
         expect(path, "at least one frame file", path)
@@ -939,8 +917,7 @@ def _check_size(picture, info, name):
     expect(size == first, f"{name} of the first frame's height and width {first}", size)
 
 
-# What brings an image of this EXIF orientation upright. (ImageOps.exif_transpose does so, too, but writes all
-# other tags anew, and fails where one is malformed.)
+# What brings an image of this EXIF orientation upright. (ImageOps.exif_transpose fails on malformed tags.)
 T = Image.Transpose
 EXIF_TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
 EXIF_TURNS |= {6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}
@@ -983,8 +960,7 @@ class Video:
     a seek provably leads to the same frames (list_packets), their pts (presentation times) are listed without
     decoding: sorted, they are the times of frame 0, 1, 2, ... To read frame k, decoding starts at the last
     keyframe at or before k, and continues until a frame with the pts of k comes out. If anything about that
-    is odd, everything is decoded. (decord 0.6.0 returns wrong frames without an error after many a seek, and
-    its successor decord2 3.4.0 after some.)
+    is odd, everything is decoded.
 
     pts: of each frame, rising; None where frames are counted. keyframes: frames where decoding may start.
     """
@@ -1044,8 +1020,7 @@ class Video:
                 while index < k or is_first:
                     frame = next(frames, None)
                     index = -1 if frame is None or frame.is_corrupt else index_of.get(frame.pts, -1)
-                    # A seek may lead to an earlier keyframe. In H.264 with intra refresh, a "keyframe" is
-                    # where a gradual refresh begins, and other frames come out first.
+                    # A seek may lead to an earlier keyframe, or (H.264's intra refresh) to other frames.
                     if index < 0 or (is_first and (index > keyframe or index not in self.keyframes)):
                         return pictures
                     is_first = False
@@ -1054,7 +1029,6 @@ class Video:
         return pictures
 
     def _decode_all(self, wanted):
-        """The same, from the first packet on."""
         pictures, index_of = {}, dict(zip(self.pts or [], count()))
         with open_video(self.path) as (container, stream):
             for number, frame in enumerate(shown_frames(container, stream)):
@@ -1092,8 +1066,7 @@ def list_packets(container, stream):
     """Returns (first frame, pts, keyframes) of a Video in which it is safe to seek, else three times None.
 
     It is safe if the container stores pts; the file begins with a keyframe, the first frame to be shown; each
-    pts occurs once; and who starts at a later keyframe knows all that the decoder must: all parameter sets
-    are those of the file's header (where files were joined, there may be others).
+    pts occurs once; and all parameter sets are those of the header (where files were joined, there are more).
     """
     counted = None, None, None
     codec, extradata = stream.codec.canonical_name, stream.codec_context.extradata or b""
@@ -1127,9 +1100,9 @@ def list_packets(container, stream):
 
 
 def parameter_sets(content, codec, extradata):
-    """Yields the parameter sets (SPS, PPS, in HEVC also VPS) in a packet of H.264 or HEVC.
+    """Yields the parameter sets of H.264 or HEVC (SPS, PPS, VPS) in a packet.
 
-    It consists of NAL units, each behind its length (ISO/IEC 14496-15). Other codecs have none.
+    It consists of NAL units, each behind its length (ISO/IEC 14496-15).
     """
     if codec not in ("h264", "hevc"):
         return
