@@ -35,6 +35,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import Type as SideData
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from torch.nn.utils.rnn import pad_sequence
@@ -118,11 +119,14 @@ def decode_mask(segmentation, height, width):
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
     for polygon in polygons:
         valid = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        expect(valid, "[x1, y1, x2, y2, ...]: at least 3 points, an even count of numbers", polygon)
-        near = all(type(number) in (int, float) for number in polygon)
-        near = near and all(-width <= x <= 2 * width for x in polygon[0::2])  # False for NaN
-        near = near and all(-height <= y <= 2 * height for y in polygon[1::2])
-        expect(near, f"polygon points (x, y) in pixels, near the {width}x{height} frame", polygon)
+        valid = valid and all(type(number) in (int, float) for number in polygon)
+        expect(valid, "[x1, y1, x2, y2, ...]: numbers of 3 points at least (a box has 4 corners)", polygon)
+        for axis, side, numbers in (("x", width, polygon[0::2]), ("y", height, polygon[1::2])):
+            least, most = min(numbers), max(numbers)
+            inside = all(-EDGE <= number <= side + EDGE for number in numbers)  # False for NaN
+            size = f"{width}x{height}, or height and width, if it is drawn on another size"
+            expect(inside, f"a polygon inside the frame, {size}", f"{axis} from {least} to {most}")
+    expect(max(map(max, polygons)) > 1, "polygons in pixels", f"none above {max(map(max, polygons))}")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
 
 
@@ -660,6 +664,7 @@ def _syntax_error(file, offset, reason):
 
 
 # ---- checks of a sample and its masks ----
+EDGE = 2  # pixels by which a polygon may reach beyond the frame: COCO's own touch the border
 MAX_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Keys of other formats, which say that frames or masks are others than they look like.
@@ -678,6 +683,7 @@ def shorten(value):
 def parse_sample(entry, place, media_folder, position):
     """Returns the Sample of one JSON value, whose id is the position if it has none. Raises DataError."""
     expect(isinstance(entry, dict), "a JSON object", entry)
+    expect("conversations" in entry, 'a sample with "conversations"', f"the keys {[*entry]}")
     for key in UNKNOWN_KEYS:
         expect(entry.get(key) is None, f"no {key}, a key that is not read and would change the meaning", key)
     media = _parse_media(entry, media_folder)
@@ -771,13 +777,24 @@ def _parse_objects(entry, media):
                 with within(f"frame {key[:20]!r}"):
                     expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
                     expect(int(key) not in found, "each frame once", key)
+                    if key != str(int(key)):
+                        _check_position(key, media)
                     if name == "annotation" and mask is not None:
                         expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
+                        expect("segmentation" in mask or not mask, '"segmentation", or no key', [*mask])
                         mask = mask.get("segmentation")
                     found[int(key)] = mask
             objects.append({frame: mask for frame, mask in found.items() if mask is not None})
             expect(objects[i], "a mask on at least one frame", sorted(found))
     return objects
+
+
+def _check_position(key, media):
+    """Refuses "00010" where this is the name of another frame than number 10 in a folder or list."""
+    files = media if isinstance(media, tuple) else images_in(media) if os.path.isdir(media or "") else ()
+    names = [os.path.splitext(os.path.basename(file))[0] for file in files]
+    number = names.index(key) if key in names else int(key)
+    expect(number == int(key), f"positions as keys: {key} is the name of frame {number}", key)
 
 
 def rle_runs(counts):
@@ -890,12 +907,17 @@ def open_media(path):
     path = os.fspath(path)
     with readable("a media file or a folder of images", path):
         if os.path.isdir(path):
-            names = [name for name in os.listdir(path) if is_image_path(name) and not name.startswith(".")]
-            expect(names, "images in the folder", "none")
-            names.sort(key=_natural_order)
-            return Images([os.path.join(path, name) for name in names], is_image=False)
+            files = images_in(path)
+            expect(files, "images in the folder", "none")
+            return Images(files, is_image=False)
         expect(os.path.getsize(path), "a file that is not empty", 0)
     return Images([path], is_image=True) if is_image_path(path) else Video(path)
+
+
+def images_in(folder):
+    """The paths of a folder's images, in natural order."""
+    names = [name for name in os.listdir(folder) if is_image_path(name) and not name.startswith(".")]
+    return [os.path.join(folder, name) for name in sorted(names, key=_natural_order)]
 
 
 def _natural_order(name):
@@ -928,6 +950,14 @@ def _orientation(image):
     return None if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation)
 
 
+def as_rgb(image):
+    """A PIL image as uint8 (H, W, 3). PIL itself clips 16-bit grey at 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    expect(image.mode not in ("I", "F"), "a picture of 8 or 16 bits a channel", f"PIL's mode {image.mode}")
+    return np.asarray(image.convert("RGB"))
+
+
 class Images:
     """An image, or the images of a folder or list, in their order: a video without a clock."""
 
@@ -947,8 +977,7 @@ class Images:
         for k in wanted:
             with readable("an image that decodes", self.files[k]), Image.open(self.files[k]) as image:
                 turn = EXIF_TURNS.get(_orientation(image))
-                turned = image if turn is None else image.transpose(turn)
-                pictures[k] = np.asarray(turned.convert("RGB"))
+                pictures[k] = as_rgb(image if turn is None else image.transpose(turn))
                 _check_size(pictures[k], self.info, "an image")
         return pictures
 
@@ -986,7 +1015,7 @@ class Video:
             self.times = [float((time - times[0]) * time_base) for time in times]
             rate = (n - 1) / ((times[-1] - times[0]) * time_base)
         height, width = first.height, first.width
-        if round(first.rotation / 90) % 2:
+        if lies_down(display_matrix(first)):
             height, width = width, height
         self.info = MediaInfo(n, float(rate), height, width, is_image=False)
         self.nbytes = 100 * n  # about what times and pts take
@@ -1040,9 +1069,27 @@ class Video:
         return pictures
 
 
+def display_matrix(frame):
+    """(a, b, c, d): the player shows the pixel (x, y) at (ax + cy, bx + dy), apart from scale and shift."""
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    numbers = np.frombuffer(matrix, np.int32) if matrix else [1, 0, 0, 0, 1]  # rows of three numbers
+    return [int(numbers[i]) for i in (0, 1, 3, 4)]
+
+
+def lies_down(matrix):
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
+
+
 def as_displayed(frame):
-    """uint8 (H, W, 3) RGB, turned as the file says. Pixels that are not square stay so, as in masks."""
-    return np.rot90(frame.to_ndarray(format="rgb24", threads=1), round(frame.rotation / 90))
+    """uint8 (H, W, 3) RGB, turned or mirrored as the file says. Pixels that are not square stay so, as in
+    masks."""
+    picture = frame.to_ndarray(format="rgb24", threads=1)
+    a, b, c, d = matrix = display_matrix(frame)
+    x, y = a, d  # negative: to be mirrored
+    if lies_down(matrix):
+        picture, x, y = picture.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(picture[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1])
 
 
 @contextmanager
