@@ -508,7 +508,7 @@ def _join_tokens(samples, processor, for_generation):
     }
     if for_generation:
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
-        joined["input_ids"] = pad(ids, padding_value=processor.tokenizer.pad_token_id)
+        joined["input_ids"] = pad(ids, padding_value=processor.config.vision_start_token_id)  # is not seen
         joined["position_ids"] = pad([row.T for row in positions]).permute(2, 0, 1)
         joined["attention"] = {"attention_mask": pad([torch.ones_like(row) for row in ids])}
         return joined

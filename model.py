@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jinja2 import TemplateError
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
@@ -58,6 +58,7 @@ from kernels import masked_average_pool
 REGION_TOKEN = "<|region_pad|>"  # the placeholder of a region token
 SETTINGS_FILE = "nanorefer.json"  # the data.Settings that a model was trained with
 REGION_WEIGHTS = "region_encoder.safetensors"
+UNREAD_FILES = ("video_preprocessor_config.json", "processor_config.json")  # AutoProcessor reads them
 CHECKPOINT = "training.pt"  # what a run has learned so far, without frozen weights
 LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 
@@ -85,16 +86,24 @@ class Processor:
     def __init__(self, tokenizer, image_processor, config, settings):
         family = config.model_type
         data.expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
+        is_plain = not hasattr(config, "quantization_config")
+        data.expect(is_plain, "weights that are not quantised", "quantization_config in config.json")
+        layers = getattr(config.text_config, "layer_types", ())
+        data.expect("sliding_attention" not in layers, "attention to the whole sample", "use_sliding_window")
         self.system, self.thoughts, self.timestamps = FAMILIES[family]
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.config, self.settings = config, settings
+        self.unread_files = {}  # name: text
         vision = config.vision_config
         self.patch_size, self.temporal_patch_size = vision.patch_size, vision.temporal_patch_size
         self.merge_size = vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size  # pixels along the side of a cell
         # Limits of a still's area in pixels. Despite their names, both edges are areas.
-        self.max_pixels = min(image_processor.size["longest_edge"], settings.region_pixels)
-        self.min_pixels = min(image_processor.size["shortest_edge"], self.max_pixels)
+        least, most = (image_processor.size.get(edge) for edge in ("shortest_edge", "longest_edge"))
+        expected = "size: shortest_edge and longest_edge in preprocessor_config.json"
+        data.expect(least and most, expected, dict(image_processor.size))
+        self.max_pixels = min(most, settings.region_pixels)
+        self.min_pixels = min(least, self.max_pixels)
         names = ("image", "video", "vision_start", "vision_end")
         ids = [getattr(config, f"{name}_token_id") for name in names]
         tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -103,8 +112,10 @@ class Processor:
         self.image_pad, self.video_pad, self.vision_start, self.vision_end = tokens
         tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
         self.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-        # What no text may contain: control tokens and, where a prompt has empty ones, thoughts.
-        refused = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        # What no text may contain: control tokens and, where a prompt has empty ones, thoughts. (Some models
+        # have our tags as tokens.)
+        refused = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        refused = sorted(refused - {data.REGION_TAG, "<image>", "<video>"})
         self.refused = re.compile("|".join(map(re.escape, refused + self.thoughts.split())))
         # A backbone without layers and without memory for weights, which knows how positions count.
         config = copy.deepcopy(config)
@@ -121,11 +132,17 @@ class Processor:
             tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
         # All families use this class; AutoImageProcessor may choose one that needs torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        return cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
+        processor = cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
+        for name in UNREAD_FILES:
+            if file := find_file(path, name):
+                processor.unread_files[name] = Path(file).read_text()
+        return processor
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        for name, text in self.unread_files.items():
+            Path(folder, name).write_text(text)
 
     def still_size(self, height, width):
         """The (height, width) that an image or a whole frame is resized to."""
@@ -453,8 +470,6 @@ class ReferringVideoLLM(nn.Module):
         """Adds adapters of peft to the LLM's matrices, but for experts (which are no nn.Linear). W x becomes
         W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685), where B, (out, rank), is zero at first.
         """
-        adapters = [name for name, _ in self.named_parameters() if ".lora_" in name]
-        data.expect(not adapters, "--train lora: a model without adapters, as OUT/final is", adapters)
         settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
         inject_adapter_in_model(settings, self.backbone.model.language_model)
 
@@ -497,12 +512,25 @@ class ReferringVideoLLM(nn.Module):
         self.backbone.save_pretrained(folder, state_dict=saved["backbone"])
         save_file(saved["region_encoder"], Path(folder, REGION_WEIGHTS))
         self.save_settings(folder, settings)
+        # transformers may name and cut the weights otherwise, but none may be missing.
+        written = 0
+        for file in Path(folder).glob("*.safetensors"):
+            with safe_open(file, "pt") as weights_file:
+                written += sum(
+                    math.prod(weights_file.get_slice(name).get_shape()) for name in weights_file.keys()
+                )
+        expected = sum(weight.numel() for part in saved.values() for weight in part.values())
+        data.expect(written == expected, f"{folder} with {expected} weights", written)
 
     def save_settings(self, folder, settings):
         """Writes config.json and nanorefer.json."""
+        config = self.backbone.config
         # transformers would write the dtype of one weight, which may be frozen in bfloat16.
-        self.backbone.config.dtype = torch.float32
-        self.backbone.config.save_pretrained(folder)
+        config.dtype = torch.float32
+        # It does not load the layers that guess further tokens, so that others should not look for them.
+        for part in (config, config.text_config):
+            part.__dict__.pop("mtp_num_hidden_layers", None)
+        config.save_pretrained(folder)
         Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
 
 
@@ -520,7 +548,6 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     bounds, longest = options.get("cu_seq_lens_q"), options.get("max_length_q")
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    assert not options.get("sliding_window"), "expected attention to the whole sample, found a sliding window"
     is_causal = options.get("is_causal", module.is_causal)  # the tower gives it, the LLM does not
     # torch 2.11 knows no groups of query heads that share a key.
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
@@ -607,6 +634,9 @@ def load_processor(path, texts=(), **settings):
         config, tokenizer, image_processor = build_tiny(texts)
         return Processor(tokenizer, image_processor, config, data.Settings(**given))
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
+        is_folder = Path(path).is_dir()
+        data.expect(is_folder or "/" in path, MODEL_FILES, path)  # transformers would try for 40 s
+        data.expect(not Path(path, "final").is_dir(), f"a model, such as {path}/final", f"the run {path}")
         if cached_file(path, "config.json") is None:
             raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
@@ -651,6 +681,9 @@ def load_weights(model_class, path):
     model, report = model_class.from_pretrained(path, **options)
     problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
     data.expect(not problems, "weights that fit the model exactly", problems)
+    # transformers attaches those that lie beside a model, and would not save them.
+    adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    data.expect(not adapters, "a model without adapters (merge them first)", adapters)
     return model
 
 

@@ -53,6 +53,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -289,6 +290,7 @@ def train(config):
     steps = f"{config.steps} steps of {config.batch_size} samples"
     print0(f"{config.model}: {steps} out of {len(samples)}, on {world_size()} x {device.type}")
 
+    leave_out([], bad, first_step, config, len(samples))  # --max-bad may be lower than before
     sigterms, stop = [], False
     signal.signal(signal.SIGTERM, lambda *_: sigterms.append(True))
     steps = range(first_step, config.steps)
@@ -296,7 +298,7 @@ def train(config):
     for step in progress:
         # Measure on held-out data what the steps before this one have learned.
         if config.val and step % config.val_every == 0:
-            measure(model, held_out, config, step)
+            measure(model, held_out, config, step, sigterms)
 
         # ---- one step ----
         # Forward and backward. Dropout, if the backbone has any, draws from the seed. (So does the DataLoader
@@ -362,7 +364,7 @@ def train(config):
     else:
         save_final(model, processor, config)
         if config.val:
-            measure(model, held_out, config, config.steps)
+            measure(model, held_out, config, config.steps, sigterms)
         print0(f"saved {config.out}/final")
     if dist.is_initialized():
         # As the last owner of the process group, DDP would wait for gloo's threads while it holds
@@ -528,10 +530,11 @@ def leave_out(errors, bad, step, config, num_samples):
 
 # ---- held-out data ----
 @torch.no_grad()
-def mean_loss(model, dataset, batch_size, workers):
+def mean_loss(model, dataset, batch_size, workers, stop=()):
     """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
 
-    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks.
+    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks. stop: where it
+    is not empty on a rank, all give up and return None.
     """
     keys = shared_out([(0, i) for i in range(len(dataset))], batch_size)
     loss_sum, tokens, errors = 0.0, 0, []
@@ -540,26 +543,29 @@ def mean_loss(model, dataset, batch_size, workers):
         loss_sum += model(batch).item()
         tokens += len(batch["targets"])
         errors += filter(None, batch["errors"])
+        if any(gather_over_ranks(bool(stop))):
+            return None
     loss_sums, tokens, errors = zip(*gather_over_ranks((loss_sum, tokens, errors)))
     for error in sum(errors, []):
         raise error
     return sum(loss_sums) / sum(tokens)
 
 
-def measure(model, held_out, config, step):
-    """Logs the loss on held-out data. Every rank must call it.
+def measure(model, held_out, config, step, stop):
+    """Logs the loss on held-out data, unless a signal comes (stop). Every rank must call it.
 
     Training does not notice, because the random numbers of a step begin at a seed of its own.
     """
     model.eval()
     # A compiled layer has a few variants at most, and they are for training.
     with torch.compiler.set_stance("force_eager"):
-        loss = mean_loss(model, held_out, config.micro_batch, config.workers)
+        loss = mean_loss(model, held_out, config.micro_batch, config.workers, stop)
     model.train()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass, it keeps weights for a backward pass
-    print0(f"after {step} steps: val_loss {loss:.4f}")
-    log(config, "metrics.jsonl", {"step": step, "val_loss": loss})
+    if loss is not None:
+        print0(f"after {step} steps: val_loss {loss:.4f}")
+        log(config, "metrics.jsonl", {"step": step, "val_loss": loss})
 
 
 # ---- files ----
@@ -572,8 +578,16 @@ def atomic_write(path):
     temporary = f"{os.path.abspath(path)}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        yield temporary
+        with data.readable("a file that can be written", path, errors=(OSError, SafetensorError)):
+            try:
+                yield temporary
+            except RuntimeError as error:  # of torch.save, which does not say what the disk said
+                raise error.__context__ or error from None
         if os.path.isdir(temporary):
+            mask = os.umask(0)
+            os.umask(mask)
+            for file in os.listdir(temporary):  # safetensors hides its files from all other users
+                os.chmod(f"{temporary}/{file}", 0o666 & ~mask)
             os.sync()  # a checkpoint must outlive a power cut
         os.replace(temporary, path)
     finally:
@@ -658,7 +672,9 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
         os.makedirs(folder)
         model.save_settings(folder, asdict(processor.settings))
         processor.save_pretrained(folder)
-        torch.save(ckpt | {"config": asdict(config) | {"model": base}}, f"{folder}/{models.CHECKPOINT}")
+        ckpt["config"] = asdict(config) | {"model": base}
+        with open(f"{folder}/{models.CHECKPOINT}", "wb") as file:  # whose errors say what is wrong
+            torch.save(ckpt, file)
     for folder in checkpoints(config.out)[: -config.keep]:
         os.remove(folder / models.CHECKPOINT)  # first, so that a kill leaves nothing that looks whole
         shutil.rmtree(folder)
