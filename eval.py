@@ -226,6 +226,9 @@ def evaluate(args):
     open_run(args)
     scores = {}
     if is_data:
+        for q in questions:  # a tokenizer may compose letters: an answer is compared in the form of a reply
+            ids = processor.tokenizer(q["answer"], add_special_tokens=False)["input_ids"]
+            q["answer"] = processor.tokenizer.decode(ids).strip()
         dataset = data.ReferringDataset(samples, processor)
         scores["loss"] = train.mean_loss(model, dataset, args.batch_size, args.workers)
     columns = {"exact" if is_data else "pred": "none"} | {control: control for control in args.control}
@@ -452,12 +455,14 @@ ASPECTS = ("Subject Correspondence", "Appearance Description")
 ASPECTS += ("Temporal Description", "Hallucination Detection")
 # "4", "4/5" or "4 out of 5"; no other scale ("4 / 10"), no range ("4-5", "3 to 4") and no fraction ("4.5").
 # Blanks are [ \t], because \s would go on to the number that the next line may begin with.
-MARK = r"(\d+)(?:[ \t]*(?:/|out of)[ \t]*5)?(?![ \t]*/|[ \t]*out of\b|[ \t]*(?:-|to|or)[ \t]*\d|[.,]?\d)"
+MARK = (
+    r"(\d+)(?:\.0)?(?:[ \t]*(?:/|out of)[ \t]*5)?(?![ \t]*/|[ \t]*out of\b|[ \t]*(?:-|to|or)[ \t]*\d|[.,]?\d)"
+)
 
 
 def read_marks(reply):
     """Returns a judge's four marks from 0 to 5, or None unless each aspect has one line with a mark."""
-    marks = []
+    marks, reply = [], reply.split("</think>")[-1]
     for aspect in ASPECTS:  # as in "3. **Temporal Description**: 4/5"
         found = re.findall(rf"(?im)^[ \t\d.#*-]*{aspect}[ \t*]*:[ \t*]*{MARK}", reply)
         if len(found) != 1 or int(found[0]) > 5:
@@ -488,12 +493,15 @@ def judge(args):
             continue
         user = f"##Correct answer: {line['caption']}\n##Predicted answer: {line[args.column]}\n"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        request = {"model": args.judge, "messages": messages, "temperature": 0}
+        request = {"model": args.judge, "messages": messages}
+        request |= {} if args.no_temperature else {"temperature": 0}
         key = json.dumps(request)
         if key not in judged:
             try:
                 answer = client.chat.completions.create(**request)
                 reply = answer.choices[0].message.content or ""  # None: withheld by a filter
+                if isinstance(reply, list):  # of parts: texts, and perhaps thoughts
+                    reply = "".join(part.get("text", "") for part in reply)
             except (openai.OpenAIError, AttributeError, LookupError, TypeError) as error:  # or no completion
                 reason = f"{error}. The same command goes on from here"
                 raise data.DataError(reason, f"--url {args.url}") from None
@@ -517,16 +525,36 @@ def read_object(pointed, info):
         data.expect(is_named and frame not in masks, "--object FRAME:MASK, each frame once", text)
         if not re.fullmatch(r"[-\d.,]+", mask):
             with data.readable("a picture, or a mask x,y,...", "--object", mask):
-                masks[frame] = np.asarray(Image.open(mask).convert("L"))
+                masks[frame] = read_mask(*re.fullmatch(r"(.+?)(?::(\d+))?", mask).groups())
             continue
         with data.readable("numbers x,y,...", "--object", text):
             numbers = [float(number) for number in mask.split(",")]
         corners = box(*numbers) if len(numbers) == 4 else numbers
-        inside = all(0 <= x <= info.width for x in corners[0::2])
-        inside = inside and all(0 <= y <= info.height for y in corners[1::2])
-        data.expect(inside, f"--object inside the picture, {info.width}x{info.height} (width x height)", text)
+        for axis, side, numbers in (("x", info.width, corners[0::2]), ("y", info.height, corners[1::2])):
+            inside = all(0 <= number <= side for number in numbers)
+            picture = f"--object {text} inside the picture, {info.width}x{info.height}"
+            data.expect(
+                inside, picture, f"{axis} from {min(numbers, default=0):g} to {max(numbers, default=0):g}"
+            )
         masks[frame] = tuple(corners) if len(corners) == 2 else corners
     return masks
+
+
+def read_mask(path, number=None):
+    """Returns the mask of a picture, bool (H, W): of a palette (as in DAVIS) the object with this number; what
+    is opaque, if a part is not; else what is brighter than half of the brightest.
+    """
+    image = Image.open(path)
+    if number is not None or image.mode == "P":
+        data.expect(image.mode in ("P", "L"), f"a picture with numbers of objects for :{number}", image.mode)
+        objects = np.asarray(image)
+        found = sorted({*np.unique(objects).tolist()} - {0})
+        chosen = int(number) if number else found[0] if len(found) == 1 else None
+        data.expect(chosen in found, f"{path}:NUMBER, one of the objects in it", f"the objects {found}")
+        return objects == chosen
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    brightness = alpha if alpha.min() < alpha.max() else data.as_rgb(image).max(axis=2)
+    return brightness > brightness.max() / 2
 
 
 # ---- SAM 2: from a click to masks on more frames ----
@@ -623,7 +651,7 @@ def parse(argv=None):
         if name == "ask":
             add("question", help="with one <region> for each --object, in order")
             add("--video", "--image", required=True, help="a file, or a folder of frames")
-            mask = "a box x,y,w,h, a polygon x,y,x,y,..., a picture (all that is not black)"
+            mask = "a box x,y,w,h, a polygon x,y,x,y,..., a picture (FILE.png; of several objects FILE.png:2)"
             mask += " or, with --track, a click x,y; of an image without FRAME:"
             add("--object", nargs="+", action="append", default=[], metavar="FRAME:MASK", help=mask)
             add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
@@ -647,6 +675,7 @@ def parse(argv=None):
     add("--prompt", required=True, help="the judge's system prompt: the published system.txt")
     add("--url", default="https://api.openai.com/v1", help="a server; its key is in OPENAI_API_KEY")
     add("--judge", default="gpt-4o", help="the server's model (default: gpt-4o)")
+    add("--no-temperature", action="store_true", help="do not ask for temperature 0, which some refuse")
     add("--column", choices=("pred", *CONTROLS), default="pred", help="(default: pred)")
     args = parser.parse_args(argv)
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("workers", 0)):
@@ -675,7 +704,8 @@ def main(argv=None):
     if args.save_masks:
         train.write_jsonl(args.save_masks, [{"video": args.video, "annotation": to_annotation(objects)}])
     reply = ask(model, processor, args.video, args.question, objects, args.max_new_tokens, args.preview)
-    train.print0(reply)
+    # What a terminal would obey is shown as an escape.
+    train.print0("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in reply))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ class Processor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.config, self.settings = config, settings
         self.unread_files = {}  # name: text
+        self.changed = []  # settings that are not those of the model's training, as texts
         vision = config.vision_config
         self.patch_size, self.temporal_patch_size = vision.patch_size, vision.temporal_patch_size
         self.merge_size = vision.spatial_merge_size
@@ -647,7 +648,11 @@ def load_processor(path, texts=(), **settings):
             names = sorted(f.name for f in fields(data.Settings))
             fits = isinstance(saved, dict) and sorted(saved) == names
             data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
-        return Processor.from_pretrained(path, data.Settings(**saved | given))
+        processor = Processor.from_pretrained(path, data.Settings(**saved | given))
+        if settings_file:
+            changed = {name: value for name, value in given.items() if saved[name] != value}
+            processor.changed = [f"{name} {saved[name]} -> {value}" for name, value in changed.items()]
+        return processor
 
 
 def load_model(path, processor):

@@ -265,6 +265,8 @@ def train(config):
     texts = data.sample_texts(samples) if config.model == "tiny" else ()
     processor = models.load_processor(ckpt_path or config.model, texts, **settings)
     fill_in_defaults(config, processor, len(samples))
+    if processor.changed:
+        print0(f"unlike before in {config.model}: {', '.join(processor.changed)}")
     if config.check:
         samples = data.read_samples([*config.data, *(config.val or [])], config.media)
         return check(config, samples, processor) if rank() == 0 else None
