@@ -499,6 +499,7 @@ def judge(args):
         if key not in judged:
             try:
                 answer = client.chat.completions.create(**request)
+                data.expect(answer.choices, "a completion", getattr(answer, "error", answer))
                 reply = answer.choices[0].message.content or ""  # None: withheld by a filter
                 if isinstance(reply, list):  # of parts: texts, and perhaps thoughts
                     reply = "".join(part.get("text", "") for part in reply)
@@ -541,8 +542,8 @@ def read_object(pointed, info):
 
 
 def read_mask(path, number=None):
-    """Returns the mask of a picture, bool (H, W): of a palette (as in DAVIS) the object with this number; what
-    is opaque, if a part is not; else what is brighter than half of the brightest.
+    """Returns the mask of a picture, bool (H, W): of a palette (as in DAVIS) the object with this number;
+    what is opaque, if a part is not; else what is brighter than half of the brightest.
     """
     image = Image.open(path)
     if number is not None or image.mode == "P":
