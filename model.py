@@ -510,17 +510,15 @@ class ReferringVideoLLM(nn.Module):
                 weight = weight + LORA_SCALE * (b @ a)
             part, name_in_part = name.replace(".base_layer.", ".").split(".", maxsplit=1)
             saved[part][name_in_part] = weight
+        expected = sum(weight.numel() for part in saved.values() for weight in part.values())
         self.backbone.save_pretrained(folder, state_dict=saved["backbone"])
         save_file(saved["region_encoder"], Path(folder, REGION_WEIGHTS))
         self.save_settings(folder, settings)
-        # transformers may name and cut the weights otherwise, but none may be missing.
+        # transformers may name and cut the weights in another way, but none may be missing.
         written = 0
-        for file in Path(folder).glob("*.safetensors"):
-            with safe_open(file, "pt") as weights_file:
-                written += sum(
-                    math.prod(weights_file.get_slice(name).get_shape()) for name in weights_file.keys()
-                )
-        expected = sum(weight.numel() for part in saved.values() for weight in part.values())
+        for path in Path(folder).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                written += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
         data.expect(written == expected, f"{folder} with {expected} weights", written)
 
     def save_settings(self, folder, settings):

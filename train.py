@@ -580,7 +580,7 @@ def atomic_write(path):
     temporary = f"{os.path.abspath(path)}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with data.readable("a file that can be written", path, errors=(OSError, SafetensorError)):
+        with data.readable("a file that can be written", os.fspath(path), errors=(OSError, SafetensorError)):
             try:
                 yield temporary
             except RuntimeError as error:  # of torch.save, which does not say what the disk said
