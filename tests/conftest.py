@@ -1,7 +1,7 @@
 """Three rules for tests.
 
-(a) A test compares what a user can see with a truth that none of our code computed: pycocotools, transformers'
-    own model or processor, float64, a closed form, another decoder. Its first line names both.
+(a) A test compares what a user can see with a truth that none of our code computed: pycocotools, the model or
+    processor of transformers, float64, a closed form, another decoder. Its first line names both.
 (b) One fault, one test. Values go into a loop; another family or process only where it can change the result;
     and no process is started that helpers.py can give.
 (c) No name with an underscore and no sentence is asserted, and no function of ours is patched: of a message,
