@@ -74,8 +74,6 @@ KINDS = ("colour", "shape", "direction", "relation")
 
 
 # ---- one run ----
-
-
 def run(name, seed, folder):
     """Trains and evaluates one arm. Returns its line of results.jsonl."""
     arm, world, out = ARMS[name], folder / ARMS[name].world, run_folder(folder, name, seed)
@@ -136,8 +134,6 @@ def keep_first_mask(final):
 
 
 # ---- all runs ----
-
-
 def run_folder(folder, name, seed):
     return folder / "runs" / re.sub(r"\W+", "-", f"{name} {seed}")
 
@@ -155,14 +151,10 @@ def run_in_process(name, seed, folder, threads):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-    print(f"{name}, seed {seed}: " + (f"failed, see {log}" if code else "done"), flush=True)
-    return code
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=True)
 
 
 # ---- the tables ----
-
-
 def percents(runs, row, column="exact"):
     """runs: the rows of eval.py's table for each seed. Returns the percentages of right answers."""
     return [100 * rows[row][column]["right"] / rows[row][column]["asked"] for rows in runs]
@@ -214,13 +206,9 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="run one arm with one seed alone")
     args = parser.parse_args(argv)
-    if args.seeds < 1 or args.jobs < 1:
-        parser.error(f"--seeds, --jobs: expected 1 or more, found {args.seeds} and {args.jobs}")
     results = args.folder / "results.jsonl"
     if args.run:
         name, seed = args.run
-        if name not in ARMS or not seed.isdecimal():
-            parser.error(f"--run: expected an arm out of {', '.join(ARMS)}, and a seed, found {args.run}")
         train.append_jsonl(results, run(name, int(seed), args.folder))
         return
     for world in ("toy", "small"):
@@ -230,10 +218,8 @@ def main(argv=None):
     threads = max(1, cores // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = missing_runs(train.read_jsonl(results), args.seeds)
-        codes = list(pool.map(lambda pair: run_in_process(*pair, args.folder, threads), runs))
+        list(pool.map(lambda pair: run_in_process(*pair, args.folder, threads), runs))
     print_tables(train.read_jsonl(results))
-    if any(codes):
-        raise SystemExit("some runs failed")
 
 
 if __name__ == "__main__":

@@ -54,13 +54,11 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--out", default="curves.png", help="the picture, a PNG (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        figure = draw(args.runs)
-    except data.DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    figure = draw(args.runs)
     with train.atomic_write(args.out) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 if __name__ == "__main__":
-    main()
+    with train.errors_in_one_line():
+        main()

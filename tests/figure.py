@@ -14,7 +14,6 @@ them with different answers. Right: all test questions about objects, of every c
 import argparse
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,42 +42,28 @@ LONGEST = 8  # characters of an answer that are shown; blind, the model may repe
 
 
 # ---- asking ----
-
-
 def find_models(toy, run):
-    """Returns {number of finished steps: folder} of the checkpoints, with RUN/final as the last.
-
-    Raises data.DataError if the run is not finished, or has not kept its first checkpoints.
-    """
-    folders, final = {int(path.name[5:]): path for path in train.checkpoints(run)}, run / "final"
+    """Returns {number of finished steps: folder} of the checkpoints, with RUN/final as the last."""
+    folders = {int(path.name[5:]): path for path in train.checkpoints(run)}
     losses = [line for line in train.read_jsonl(run / "metrics.jsonl") if "loss" in line]
-    distances = [after - before for before, after in pairwise(folders)]
-    has_first = distances and min(folders) <= max(distances)
     command = f"python train.py --data {toy}/train.json --out {run} --save-every 70 --keep 8"
-    expected = f"{run}: a finished run with all its checkpoints ({command})"
-    found = [Path(folder).name for folder in (*folders.values(), final) if Path(folder).is_dir()]
-    data.expect(has_first and losses and final.is_dir(), expected, found)
-    return folders | {losses[-1]["step"] + 1: str(final)}
+    data.expect(folders and losses, f"{run}: a finished run with its checkpoints ({command})", [*folders])
+    return folders | {losses[-1]["step"] + 1: run / "final"}
 
 
 def ask(model, toy, out, controls):
     """Has eval.py ask a model the questions of toy/test.json, unless OUT has its scores already."""
-    options = ["data", str(toy / "test.json"), "--model", str(model), "--out", str(out)]
-    if controls:
-        options += ["--control", *controls]
-    evaluation.open_run(evaluation.parse(options))  # refuses scores of another model or test.json
     if not (out / "scores.json").exists():
-        evaluation.main(options)
+        options = ["data", str(toy / "test.json"), "--model", str(model), "--out", str(out)]
+        evaluation.main([*options, *(["--control", *controls] if controls else [])])
 
 
 # ---- drawing ----
-
-
 def draw(toy, run, models):
     """Returns the Figure of what the models, {step: folder}, have answered in RUN/asked."""
     scores = {}
     for step in sorted(models):
-        path = run / "asked" / Path(models[step]).name / "scores.json"
+        path = run / "asked" / models[step].name / "scores.json"
         scores[step] = json.loads(path.read_text())["rows"]
     questions = train.read_jsonl(run / "asked" / "final" / "predictions.jsonl")
     figure = Figure(figsize=(9, 5.4), dpi=200)
@@ -191,14 +176,10 @@ def main(argv=None):
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote")
     parser.add_argument("--out", default="figure.png", help="the picture, a PNG (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        models = find_models(args.toy, args.run)
-        for model in models.values():
-            name = Path(model).name
-            ask(model, args.toy, args.run / "asked" / name, CONTROLS if name == "final" else ())
-        figure = draw(args.toy, args.run, models)
-    except (data.DataError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    models = find_models(args.toy, args.run)
+    for model in models.values():
+        ask(model, args.toy, args.run / "asked" / model.name, CONTROLS if model.name == "final" else ())
+    figure = draw(args.toy, args.run, models)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -207,4 +188,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with train.errors_in_one_line():
+        main()

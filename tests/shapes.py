@@ -57,21 +57,8 @@ def outline(shape, x, y, r):
     if shape == "triangle":
         return [(x, y - r), (x + r, y + r), (x, y + r), (x - r, y + r)]
     a = r / 3
-    steps = [
-        (-a, -r),
-        (a, -r),
-        (a, -a),
-        (r, -a),
-        (r, a),
-        (a, a),
-        (a, r),
-        (-a, r),
-        (-a, a),
-        (-r, a),
-        (-r, -a),
-        (-a, -a),
-    ]
-    return [(x + dx, y + dy) for dx, dy in steps]
+    corners = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a)]  # half of a cross
+    return [(x + dx, y + dy) for dx, dy in corners + [(-dx, -dy) for dx, dy in corners]]
 
 
 def deal(rng, radius=RADIUS):
@@ -130,9 +117,7 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-# ---------------------------------------------------------------------------------- masks in every form
-
-
+# ---- masks in every form ----
 def segmentation(obj, frame, form, scale=1):
     """Returns one object's mask on one frame, in one of the forms that a data file may hold."""
     points = outline(obj["shape"], *obj["path"][frame], obj["r"])
@@ -172,8 +157,7 @@ def masks(rng, obj, frames, scale):
     return entry
 
 
-# ---------------------------------------------------------------------------------- questions
-
+# ---- questions ----
 ASK = {
     "colour": "What colour is <region>?",
     "shape": "What shape is <region>?",
