@@ -126,7 +126,9 @@ def decode_mask(segmentation, height, width):
             inside = all(-EDGE <= number <= side + EDGE for number in numbers)  # False for NaN
             size = f"{width}x{height}, or height and width, if it is drawn on another size"
             expect(inside, f"a polygon inside the frame, {size}", f"{axis} from {least} to {most}")
-    expect(max(map(max, polygons)) > 1, "polygons in pixels", f"none above {max(map(max, polygons))}")
+    numbers = [number for polygon in polygons for number in polygon]
+    is_share = max(numbers) <= 1 and any(number % 1 for number in numbers)
+    expect(not is_share, "polygons in pixels", f"numbers up to {max(numbers)}")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
 
 
@@ -633,7 +635,7 @@ def _find_samples(file):
         file.seek(offset)
         chunk = file.read(size)
         text, is_end, begin = chunk.decode("latin-1"), len(chunk) < size, 0
-        expect(text[:1] not in ("", "]"), "at least one sample", "none")
+        expect(offset > head.end() or text[:1] not in ("", "]"), "at least one sample", "none")
         try:
             while True:
                 _, end = decoder.raw_decode(text, begin)
