@@ -14,8 +14,7 @@ import statistics
 import sys
 import time
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(here))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import decord  # noqa: E402
 import numpy as np  # noqa: E402
@@ -39,8 +38,7 @@ def resize(frames, size):
 
 
 def plain_sample(processor, sample):
-    """Reads a sample of a video plainly. Returns the patches of the video and of the annotated frames,
-    the masks, and (input_ids, labels)."""
+    """Returns the patches of a video and of its annotated frames, the masks, and (input_ids, labels)."""
     settings = processor.settings
     annotated = [data.evenly(sorted(masks), settings.region_frames) for masks in sample.objects]
     stills = sorted(set().union(*annotated))
@@ -55,10 +53,8 @@ def plain_sample(processor, sample):
 
     masks = []
     for segmentations, frames in zip(sample.objects, annotated):
-        masks += [
-            data.decode_mask(segmentations[frame], height, width).astype(np.float32) for frame in frames
-        ]
-
+        decoded = [data.decode_mask(segmentations[frame], height, width) for frame in frames]
+        masks += [mask.astype(np.float32) for mask in decoded]
     cells = math.prod(processor.frame_size(height, width)) // processor.factor**2
     prompt = processor.video_prompt([frame / reader.get_avg_fps() for frame in sampled], cells)
     tokens = [min(len(frames), settings.region_tokens) for frames in annotated]
@@ -68,58 +64,47 @@ def plain_sample(processor, sample):
 
 
 def num_bytes(value):
-    """Returns the bytes of all arrays in nested lists, tuples and dicts."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(num_bytes(item) for item in value)
-    return getattr(value, "nbytes", 0)
+    """The bytes of all arrays in nested lists, tuples and dicts."""
+    value = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(num_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
 
 
 def choose_samples(samples):
-    """Returns the indices of up to SAMPLES samples with regions in a video."""
-    usable = []
-    for i in data.evenly(range(len(samples)), 100):
-        sample = samples[i]
-        if sample.objects and not data.open_media(sample.media).info.is_image:
-            usable.append(i)
-    if not usable:
-        raise SystemExit("expected samples with regions in a video, found none")
-    return data.evenly(usable, SAMPLES)
+    """The indices of up to SAMPLES samples with regions in a video."""
+
+    def is_usable(sample):
+        return sample.objects and not data.open_media(sample.media).info.is_image
+
+    usable = [i for i in data.evenly(range(len(samples)), 100) if is_usable(samples[i])]
+    return data.evenly(usable, SAMPLES) if usable else sys.exit("expected regions in a video, found none")
 
 
 def main(arguments):
     config = train.parse(["--check", "--data", *arguments])  # which, unlike a run, needs no new folder
     if config.window:
-        raise SystemExit(f"--window: expected none, as both ways read whole frames; found {config.window}")
+        sys.exit(f"--window: expected none, as both ways read whole frames; found {config.window}")
     samples = data.read_samples(config.data, config.media)
-    given = {name: getattr(config, name) for name in vars(data.Settings())}
-    given["window"] = 0
+    given = {name: getattr(config, name) for name in vars(data.Settings())} | {"window": 0}
     processor = models.load_processor(config.model, data.sample_texts(samples), **given)
     dataset = data.ReferringDataset(samples, processor, cache_bytes=0)
     chosen = choose_samples(samples)
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     milliseconds, megabytes = {"ours": [], "plain": []}, {"ours": [], "plain": []}
-    for _ in range(math.ceil(RUNS / len(chosen))):
-        for i in chosen:
-            for way in milliseconds:
-                start = time.process_time()
-                sample = dataset[0, i] if way == "ours" else plain_sample(processor, samples[i])
-                milliseconds[way].append(1000 * (time.process_time() - start))
-                megabytes[way].append(num_bytes(sample) / 1e6)
-                if isinstance(sample, data.DataError):
-                    raise sample
-
-    torch.set_num_threads(threads)
+    for i in [*chosen] * math.ceil(RUNS / len(chosen)):
+        for way in milliseconds:
+            start = time.process_time()
+            sample = dataset[0, i] if way == "ours" else plain_sample(processor, samples[i])
+            milliseconds[way].append(1000 * (time.process_time() - start))
+            if isinstance(sample, data.DataError):
+                raise sample
+            megabytes[way].append(num_bytes(sample) / 1e6)
 
     print(f"a sample: medians of {len(milliseconds['ours'])} runs over {len(chosen)} samples, on one core")
-    for way in milliseconds:
-        cost, size = statistics.median(milliseconds[way]), statistics.median(megabytes[way])
-        print(f"{way:>6}: {cost:8.1f} ms, {size:8.2f} MB")
-    ratio = statistics.median(milliseconds["plain"]) / statistics.median(milliseconds["ours"])
-    print(f"ours is {ratio:.2f} times as fast")
+    cost = {way: statistics.median(times) for way, times in milliseconds.items()}
+    for way in cost:
+        print(f"{way:>6}: {cost[way]:8.1f} ms, {statistics.median(megabytes[way]):8.2f} MB")
+    print(f"ours is {cost['plain'] / cost['ours']:.2f} times as fast")
 
 
 if __name__ == "__main__":

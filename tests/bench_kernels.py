@@ -7,8 +7,7 @@ case on the CPU, which says nothing about a GPU.
 Pooling makes one multiplication and one addition for each number that it reads, so its time is that of the
 bytes that go to and from memory. Take case "batch": 64 frames of 27 x 27 cells with 3584 columns of bfloat16,
 together 334 MB, and 128 regions, two on each frame, that cover 38 % of their frames on average. The least
-that each version has to move, in MB, as `bytes_moved` counts it (it ignores what caches save when a row is
-read twice):
+that each version has to move, in MB (`bytes_moved`, which ignores what caches save):
 
                                                                                forward   forward + backward
     fused          reads the rows that a mask touches and writes (R, D)                257          593
@@ -18,21 +17,19 @@ read twice):
     eager          (x * mask / area).sum(-1).sum(-1): three arrays (R, D, h, w)       3060         6071
     reference      the touched rows copied, converted to float32, multiplied, added   3559         8299
 
-In the forward, embedding_bag moves as little as the kernel. But to list the cells with a weight the host has
-to wait until the GPU has counted them, and the backward sorts that list. bmm needs frames of one size, so
-ragged ones would first be copied into a padded batch. Every version has to write the 334 MB of the gradient
-of all cells.
+embedding_bag has to list the cells with a weight, for which the host waits until the GPU has counted them,
+and to sort that list in the backward. bmm needs frames of one size. What a version needs beside features is
+made before its time is taken.
 """
 
-import os
 import statistics
 import sys
 import time
 from collections import deque
 from functools import partial
+from pathlib import Path
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(here))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -60,75 +57,39 @@ def make_masks(frames, side, regions, full):
 def bytes_moved(case, itemsize):
     """Returns {version: (bytes of the forward, of forward and backward)}, the least that each can move."""
     frames, side, D, regions, full = CASES[case]
-    masks = make_masks(frames, side, regions, full)
-    M, covered, row = masks.numel(), int(masks.sum()), D * itemsize
-    features = frames * side**2 * row  # (N, D)
-    product = M * row  # (R, D, h, w)
-    touched = covered * row  # (covered, D)
-    touched_float32 = covered * D * 4
-    features_float32 = frames * side**2 * D * 4
-    out = len(masks) * row
-    forward = {
-        "fused": touched + out + 4 * M,
-        "embedding_bag": touched + out + covered * (8 + itemsize),
-        "bmm": features + out + M * itemsize,
-        "compiled": product + out + M * itemsize,
-        # The product, the quotient, the sum over a row and the sum over the rest, each read and written.
-        "eager": (features + product) + 2 * product + (product + product // side) + (product // side + out),
-        # All rows in float32, the touched ones selected, multiplied and added up.
-        "reference": features + features_float32 + 5 * touched_float32 + out,
+    masks, row = make_masks(frames, side, regions, full), D * itemsize
+    M, covered = masks.numel(), int(masks.sum())
+    features, out = frames * side**2 * row, len(masks) * row  # (N, D), (R, D)
+    product, touched = M * row, covered * row  # (R, D, h, w), (covered, D)
+    features_float32, touched_float32 = (4 * size // itemsize for size in (features, touched))
+    # eager: the product, the quotient, the sum over a row and the sum over the rest, each read and written.
+    sums = product + 2 * (product // side) + out
+    # reference: all rows in float32, the touched ones selected, multiplied and added up. Backward: a gradient
+    # for each touched row, multiplied, and added to zeros, which are converted in the end.
+    both = {
+        "fused": (touched + out + 4 * M, out + features + 4 * M),
+        # Backward: zeros everywhere, then the rows of its list.
+        "embedding_bag": (touched + out + covered * (8 + itemsize), out + features + touched),
+        "bmm": (features + out + M * itemsize, out + features + M * itemsize),
+        "compiled": (product + out + M * itemsize, out + features + M * itemsize),
+        "eager": (features + 3 * product + sums, out + 3 * product + (product + features) * (regions > 1)),
+        "reference": (
+            features + features_float32 + 5 * touched_float32 + out,
+            out + 6 * touched_float32 + 2 * features_float32 + features,
+        ),
     }
-    backward = {
-        "fused": out + features + 4 * M,
-        "embedding_bag": out + features + touched,  # zeros everywhere, then the rows of its list
-        "bmm": out + features + M * itemsize,
-        "compiled": out + features + M * itemsize,
-        "eager": out + product + 2 * product + (product + features if regions > 1 else 0),
-        # A gradient for each touched row, multiplied, and added to zeros, which are converted in the end.
-        "reference": out + 6 * touched_float32 + 2 * features_float32 + features,
-    }
-    return {name: (forward[name], forward[name] + backward[name]) for name in forward}
-
-
-def fused(features, weights, frame_start, weight_start):
-    """The kernels of this project, whatever NANOREFER_POOL says."""
-    return kernels.FusedMaskedAveragePool.apply(features, weights, frame_start, weight_start)
+    return {name: (forward, forward + backward) for name, (forward, backward) in both.items()}
 
 
 def eager(features, mask, area):
-    """VideoRefer's expression.
-
-    features: (N, D). mask: (frames, regions, 1, h, w). area: (frames, regions, 1, 1, 1).
-    """
+    """VideoRefer's expression. mask: (frames, regions, 1, h, w). area: (frames, regions, 1, 1, 1)."""
     frames, regions, _, h, w = mask.shape
     x = features.view(frames, 1, h, w, -1).permute(0, 1, 4, 2, 3)  # (frames, 1, D, h, w)
     return (x * mask / area).sum(-1).sum(-1).view(frames * regions, -1)
 
 
-def bmm(features, share):
-    """One matrix product for each frame.
-
-    features: (N, D). share: (frames, regions, h * w), rows that sum to 1.
-    """
-    frames, regions, cells = share.shape
-    return torch.bmm(share, features.view(frames, cells, -1)).view(frames * regions, -1)
-
-
-def embedding_bag(features, rows, offsets, share):
-    """Weighted sums of listed rows.
-
-    features: (N, D). rows, share: (covered,). offsets: (R,), where each list begins.
-    """
-    return F.embedding_bag(rows, features, offsets, mode="sum", per_sample_weights=share)
-
-
 def make_versions(case, device, dtype, copies):
-    """Returns a list of `copies` features (N, D), and {name: function of features, which returns (R, D)}.
-
-    What a version needs beside features is made here, so it is not timed: for embedding_bag the list of
-    cells, for bmm and the eager expression masks in the dtype of features. All frames have one size, so bmm
-    needs no padding, and the eager expression broadcasts a frame over its regions without a copy.
-    """
+    """Returns a list of `copies` features (N, D), and {name: function of features, which returns (R, D)}."""
     frames, side, D, regions, full = CASES[case]
     N, R = frames * side**2, frames * regions
     masks = make_masks(frames, side, regions, full).to(device)
@@ -141,45 +102,36 @@ def make_versions(case, device, dtype, copies):
     rows = frame_start[region] + cell
     offsets = torch.searchsorted(region, torch.arange(R, device=device))
     row_share = share.view(R, -1)[region, cell]
-    mask = masks.to(dtype).view(frames, regions, 1, side, side)
-    area = area.to(dtype).view(frames, regions, 1, 1, 1)
-
-    index = {"weights": weights, "frame_start": frame_start, "weight_start": weight_start}
+    shape, index = (frames, regions, 1), (weights, frame_start, weight_start)
+    mask, area = masks.to(dtype).view(*shape, side, side), area.to(dtype).view(*shape, 1, 1)
+    options = {"offsets": offsets, "mode": "sum", "per_sample_weights": row_share}
     versions = {
-        "fused": partial(fused, **index),
-        "embedding_bag": partial(embedding_bag, rows=rows, offsets=offsets, share=row_share),
-        "bmm": partial(bmm, share=share),
+        "fused": lambda x: kernels.FusedMaskedAveragePool.apply(x, *index),
+        "embedding_bag": partial(F.embedding_bag, rows, **options),
+        "bmm": lambda x: torch.bmm(share, x.view(frames, side**2, D)).view(R, D),
         "eager": partial(eager, mask=mask, area=area),
-        "reference": partial(kernels.masked_average_pool_reference, **index),
+        "reference": lambda x: kernels.masked_average_pool_reference(x, *index),
     }
-    features = []
-    for _ in range(copies):
-        x = torch.randn(N, D, device=device, dtype=dtype)
-        x += 1  # averages near 1, whatever the size of the region
-        features.append(x.requires_grad_())
-    return features, versions
+    # Averages near 1, whatever the size of the region.
+    features = [torch.randn(N, D, device=device, dtype=dtype).add_(1) for _ in range(copies)]
+    return [x.requires_grad_() for x in features], versions
 
 
 def median_ms(call, copies, device):
-    """Returns the median time of call(i) in ms.
-
-    i goes round `copies` inputs, and the last results are kept, so that caches hold neither.
+    """The median time of call(i) in ms. i goes round `copies` inputs, and the last results are kept, so that
+    caches hold neither.
     """
-    results = deque(maxlen=copies)
+    results, times = deque(maxlen=copies), []
     for i in range(3):  # these compile and, on a GPU, tune the block sizes
         results.append(call(i % copies))
-    times = []
-    if device == "cpu":
-        for i in range(5):
-            start = time.perf_counter()
-            results.append(call(i % copies))
-            times.append(1000 * (time.perf_counter() - start))
-        return statistics.median(times)
     for _ in range(5):
+        if device == "cpu":
+            start = time.perf_counter()
+            results.append(call(0))
+            times.append(1000 * (time.perf_counter() - start))
+            continue
         torch.cuda.synchronize()
-        # The GPU sleeps for about 10 ms. Meanwhile the host queues all calls, so that its own time is not
-        # measured.
-        torch.cuda._sleep(20_000_000)
+        torch.cuda._sleep(20_000_000)  # for about 10 ms, while the host queues all calls
         events = []
         for i in range(20):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -190,26 +142,6 @@ def median_ms(call, copies, device):
         torch.cuda.synchronize()
         times += [start.elapsed_time(stop) for start, stop in events]
     return statistics.median(times)
-
-
-def copy_speed(device):
-    """Returns the speed of copying 1 GiB on the device in GB/s, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) / 1e6 / median_ms(lambda i: target.copy_(source), 1, device)
-
-
-def time_version(version, features, expected, device):
-    """Returns (ms of the forward, ms of forward and backward), after a comparison with expected (R, D)."""
-    grad = torch.randn_like(expected, dtype=features[0].dtype)
-    with torch.no_grad():
-        error = float((version(features[0]).float() - expected).abs().max())
-        assert error < 0.05, f"expected an error below 0.05, found {error}"
-        forward = median_ms(lambda i: version(features[i]), len(features), device)
-    both = median_ms(
-        lambda i: torch.autograd.grad(version(features[i]), features[i], grad), len(features), device
-    )
-    return forward, both
 
 
 def bench(case, device, dtype, speed_of_copy=None):
@@ -229,14 +161,20 @@ def bench(case, device, dtype, speed_of_copy=None):
     with torch.no_grad():
         expected = versions["reference"](features[0]).float()
     for name, version in versions.items():
+        grad = torch.randn_like(expected, dtype=dtype)
+        forward = lambda i, version=version: version(features[i])  # noqa: E731
+        both = lambda i, f=forward, grad=grad: torch.autograd.grad(f(i), features[i], grad)  # noqa: E731
         try:
-            times = time_version(version, features, expected, device)
+            with torch.no_grad():
+                error = float((forward(0).float() - expected).abs().max())
+                assert error < 0.05, f"expected an error below 0.05, found {error}"
+                times = [median_ms(forward, copies, device)]
+            times.append(median_ms(both, copies, device))
         except torch.cuda.OutOfMemoryError:
             print(f"{case:8}{name:15}out of memory")
             continue
-        for direction, ms, moved in zip(
-            ("forward", "forward + backward"), times, bytes_moved(case, itemsize)[name]
-        ):
+        directions = ("forward", "forward + backward")
+        for direction, ms, moved in zip(directions, times, bytes_moved(case, itemsize)[name]):
             speed = moved / 1e6 / ms
             of_copy = f"{speed / speed_of_copy:9.0%}" if speed_of_copy else ""
             print(f"{case:8}{name:15}{direction:19}{ms:9.4f}{moved / 1e6:8.0f}{speed:7.0f}{of_copy}")
@@ -252,7 +190,9 @@ def main():
         print(header)
         bench("small", "cpu", torch.float32)
         return
-    speed_of_copy = copy_speed("cuda")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    speed_of_copy = 2 * len(source) / 1e6 / median_ms(lambda i: target.copy_(source), 1, "cuda")  # GB/s
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, bfloat16. A copy on the device: {speed_of_copy:.0f} GB/s.")
     print(f"{header}{'of copy':>9}   (MB: the least that it can move)")

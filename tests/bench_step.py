@@ -1,11 +1,8 @@
 """Prints what a training step costs, beside the plain loop: `python tests/bench_step.py [--size 2b]`.
 
-It needs no data, no checkpoint and no network: models of the published sizes with random weights learn from
-random pictures, encoded as data.py encodes samples. "ours" is the step of train.py. "plain" is what most
-training scripts do: a batch padded on the right, an attention mask, `model(**batch, labels=labels).loss` of
-transformers with its sdpa attention, gradient clipping, AdamW. Its regions are pooled and merged in loops, as
-in VideoRefer's code, and it has the very parameters of the other. Both learn the same from the same samples
-(tests/test_train.py compares their gradients).
+Models of the published sizes with random weights learn from random pictures. "ours" is the step of train.py.
+"plain" is what most training scripts do: a batch padded on the right, transformers' own `model(**batch).loss`
+with sdpa attention, gradient clipping, AdamW. Its regions are pooled in a loop. It has the same parameters.
 
     tokens/s   of the LLM, without padding
     MFU        the operations that a step needs, over those that a large matrix product makes in the same
@@ -21,17 +18,15 @@ Without a GPU it runs a tiny model, for half a minute.
 import argparse
 import copy
 import importlib
-import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(here))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 for name in ("av", "pycocotools", "peft"):  # for videos, masks and adapters, of which there are none here
     try:
         importlib.import_module(name)
@@ -40,10 +35,10 @@ for name in ("av", "pycocotools", "peft"):  # for videos, masks and adapters, of
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from torch.utils._pytree import tree_map  # noqa: E402
+from torch.utils.benchmark import Timer  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -55,135 +50,66 @@ import model as models  # noqa: E402
 import train  # noqa: E402
 
 STEPS = 4  # different steps, each of other samples
-
-# From config.json of Qwen/Qwen3-VL-2B-Instruct and Qwen/Qwen3-VL-8B-Instruct on huggingface.co; the rest is
-# as transformers has it by default.
-SIZES = {
-    "2b": {
-        "text_config": {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-        },
-        "vision_config": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "out_hidden_size": 2048,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tie_word_embeddings": True,
-    },
-    "8b": {
-        "text_config": {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision_config": {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "out_hidden_size": 4096,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        "tie_word_embeddings": False,
-    },
-}
-SHARED = {
-    "text_config": {
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5000000,
-            "mrope_interleaved": True,
-            "mrope_section": [24, 20, 20],
-        },
-    },
-    "vision_config": {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304},
-}
-
-# ---- samples ----
-
-WORDS = (
-    "the a red small person car dog tree walks turns behind before in front of left right slowly then and it"
+# From config.json of Qwen/Qwen3-VL-2B-Instruct and Qwen/Qwen3-VL-8B-Instruct on huggingface.co: hidden size,
+# intermediate size, layers, heads; of the tower also the layers for deepstack.
+LLM = {"2b": (2048, 6144, 28, 16), "8b": (4096, 12288, 36, 32)}
+TOWER = {"2b": (1024, 4096, 24, 16, [5, 11, 17]), "8b": (1152, 4304, 27, 16, [8, 16, 24])}
+WORDS = "the a red small person car dog tree walks turns behind before in front of left right slowly then"
+QUESTIONS = (
+    "Describe what this is about .",
+    "<image>\nDescribe the picture .",
+    "<video>\nDescribe the video .",
+    "<image>\nWhat is <region> ?",
+    "<video>\nWhat is <region> doing ?",
+    "<video>\nIs <region> left of <region> ?",  # each on 8 frames
 )
-QUESTIONS = {
-    "text": "Describe what this is about .",
-    "image": "<image>\nDescribe the picture .",
-    "video": "<video>\nDescribe the video .",
-    "image region": "<image>\nWhat is <region> ?",
-    "video region": "<video>\nWhat is <region> doing ?",
-    "video regions": "<video>\nIs <region> left of <region> ?",
-}
+
+
+def published_config(size, tokens):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    llm = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128} | dict(zip(names, LLM[size]))
+    rope = {"rope_type": "default", "rope_theta": 5000000, "mrope_interleaved": True}
+    llm["rope_parameters"] = rope | {"mrope_section": [24, 20, 20]}
+    names = ("hidden_size", "intermediate_size", "depth", "num_heads", "deepstack_visual_indexes")
+    tower = {"patch_size": 16, "num_position_embeddings": 2304, "out_hidden_size": LLM[size][0]}
+    tower |= dict(zip(names, TOWER[size]))
+    return Qwen3VLConfig(text_config=llm, vision_config=tower, tie_word_embeddings=size == "2b", **tokens)
 
 
 def make_samples(count, sides):
-    """Returns data.Samples of all kinds. Each object is a box, {frame: (top, bottom, left, right)}."""
     rng, samples = np.random.default_rng(0), []
     for i in range(count):
-        kind, question = list(QUESTIONS.items())[i % len(QUESTIONS)]
+        question = QUESTIONS[i % len(QUESTIONS)]
         answer = " ".join(rng.choice(WORDS.split(), rng.integers(10, 120)))
-        objects = []
+        media, objects = question.partition("\n")[0] if "\n" in question else None, []
         for _ in range(question.count("<region>")):
-            frames = [0] if "image" in kind else rng.choice(240, 8 if kind == "video regions" else 1, False)
-            top, left = (int(rng.integers(side // 2)) for side in sides)
-            objects.append(
-                dict.fromkeys(map(int, frames), (top, top + sides[0] // 4, left, left + sides[1] // 4))
-            )
-        media = None if kind == "text" else f"{i}.{'png' if 'image' in kind else 'mp4'}"
+            frames = [0] if media == "<image>" else rng.choice(240, 8 if "left" in question else 1, False)
+            (top, left), mask = (int(rng.integers(side // 2)) for side in sides), np.zeros(sides, np.uint8)
+            mask[top : top + sides[0] // 4, left : left + sides[1] // 4] = 1
+            objects.append(dict.fromkeys(sorted(map(int, frames)), mask))
         samples.append(data.Sample(("memory", f"sample {i}"), i, media, [(question, answer)], objects, sides))
     return samples
 
 
 class RandomPictures(data.ReferringDataset):
-    """Samples whose media are noise, and whose masks are boxes."""
-
     def media_of(self, sample):
-        is_image = sample.media.endswith("png")
+        is_image = sample.media == "<image>"
         info = data.MediaInfo(1 if is_image else 240, 24.0, *sample.size, is_image)
-        times = [k / info.fps for k in range(info.num_frames)]
-        return SimpleNamespace(info=info, times=times, read=lambda frames: self.read(sample, frames))
-
-    def read(self, sample, frames):
         picture = np.random.default_rng(sample.id).integers(0, 256, (*sample.size, 3), np.uint8)
-        return dict.fromkeys(frames, picture)
+        times = [k / info.fps for k in range(info.num_frames)]
+        return SimpleNamespace(info=info, times=times, read=lambda frames: dict.fromkeys(frames, picture))
 
     def choose_objects(self, sample, info, rng):
-        objects = []
-        for boxes in sample.objects:
-            objects.append({frame: np.zeros(sample.size, np.uint8) for frame in sorted(boxes)})
-            for frame, (top, bottom, left, right) in boxes.items():
-                objects[-1][frame][top:bottom, left:right] = 1
-        return objects
+        return sample.objects
 
 
-def encode_steps(options, processor):
-    """Returns STEPS lists of micro-batches of encoded samples, in random order."""
+def make_steps(options, processor):
+    """Returns STEPS lists of micro-batches, of samples in random order."""
     sides = (180, 320) if options.size == "tiny" else (720, 1280)
     dataset = RandomPictures(make_samples(STEPS * options.batch_size, sides), processor)
-    order = np.random.default_rng(1).permutation(len(dataset)).tolist()
-    encoded = [dataset[0, i] for i in order]
-    micro_batches = []
-    for start in range(0, len(encoded), options.batch_size):
-        step = encoded[start : start + options.batch_size]
-        micro_batches.append(
-            [step[i : i + options.micro_batch] for i in range(0, len(step), options.micro_batch)]
-        )
-    return micro_batches
-
-
-# ---- models ----
-
-
-def published_config(size):
-    """Returns the keyword arguments of Qwen3VLConfig for a published size."""
-    parts = {name: SIZES[size][name] | SHARED[name] for name in SHARED}
-    return parts | {"tie_word_embeddings": SIZES[size]["tie_word_embeddings"]}
+    order = train.Order(len(dataset), options.batch_size, STEPS, 0, 0, 1)
+    steps = [[*train.micro_batches_of([keys], options.micro_batch)] for keys in order]
+    return [[data.collate([dataset[key] for key in keys], processor) for keys in step] for step in steps]
 
 
 def build(size, parts, device):
@@ -192,10 +118,8 @@ def build(size, parts, device):
     settings = data.Settings()
     if size != "tiny":
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        tokens = {name: getattr(config, name) for name in names}
-        config = Qwen3VLConfig(**published_config(size), **tokens)
-        half = [0.5, 0.5, 0.5]
-        pixels = {"shortest_edge": 65536, "longest_edge": 16777216}
+        config = published_config(size, {name: getattr(config, name) for name in names})
+        half, pixels = [0.5] * 3, {"shortest_edge": 65536, "longest_edge": 16777216}
         images = Qwen2VLImageProcessorPil(size=pixels, image_mean=half, image_std=half, patch_size=16)
         settings = data.Settings(**data.PRETRAINED_PIXELS)
     processor = models.Processor(tokenizer, images, config, settings)
@@ -221,271 +145,150 @@ def plain_twin(model):
     return plain.train()
 
 
-# ---- the plain loop ----
+def plain_batch(batch, processor):
+    """A collated batch as a plain model of transformers reads it, {"inputs": ..., "regions": ...}."""
+    ids, config, images = batch["input_ids"][0], processor.config, processor.image_processor
+    labels = torch.full_like(ids, data.IGNORE_INDEX)
+    labels[batch["target_index"] + 1] = batch["targets"]
+    lengths = batch["attention"]["sample_lengths"]
+    rows = {"input_ids": (ids, processor.tokenizer.pad_token_id), "labels": (labels, data.IGNORE_INDEX)}
+    rows["attention_mask"] = torch.ones_like(ids), 0
+    inputs = {name: pad_sequence(x.split(lengths), True, pad) for name, (x, pad) in rows.items()}
+    ids = inputs["input_ids"]
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id) + 2 * (ids == config.video_token_id).int()
+
+    def put(names, patches, grids, repeat=1):
+        mean, std = (torch.tensor(x)[:, None] for x in (images.image_mean, images.image_std))
+        values = (patches.unflatten(1, (3, -1)).float() / 255 - mean) / std
+        return dict(zip(names, (values.repeat(1, 1, repeat).flatten(1), grids))) if len(grids) else {}
+
+    # Images come first, then what is shown of regions, then videos.
+    grids, copies = batch["tower"]["grid_thw"], processor.temporal_patch_size
+    cells = grids.prod(1) // processor.merge_size**2
+    num_images, num_shown, _ = batch["cell_counts"]
+    ends = [int((cells.cumsum(0) <= end).sum()) for end in (num_images, num_images + num_shown)]
+    of_images, of_shown, of_videos = grids.tensor_split(ends)
+    split = num_images * processor.merge_size**2
+    stills = batch["still_patches"]
+    regions = put(("pixels", "grids"), stills[split:], of_shown, copies) if num_shown else {}
+    inputs |= put(("pixel_values", "image_grid_thw"), stills[:split], of_images, copies)
+    inputs |= put(("pixel_values_videos", "video_grid_thw"), batch["video_patches"], of_videos)
+    regions |= batch["regions"] | {"frame_start": batch["regions"]["frame_start"] - num_images}
+    where = (ids == processor.region_token_id).flatten().nonzero()[:, 0]
+    return {"inputs": inputs, "where": where, "regions": regions, "num_tokens": len(batch["targets"])}
 
 
-def plain_batch(samples, processor):
-    """The arguments of a plain model of transformers for encoded samples, and what their regions need."""
-    pad, config = processor.tokenizer.pad_token_id, processor.config
-    longest = max(len(sample["input_ids"]) for sample in samples)
-
-    def padded(name, value):
-        rows = [np.pad(s[name], (0, longest - len(s[name])), constant_values=value) for s in samples]
-        return torch.from_numpy(np.stack(rows))
-
-    def pixels(patches, repeat):
-        mean, std = (np.array(x, np.float32)[:, None] for x in (images.image_mean, images.image_std))
-        values = (
-            np.concatenate(patches).reshape(sum(map(len, patches)), 3, -1) / np.float32(255) - mean
-        ) / std
-        return torch.from_numpy(np.tile(values, repeat).reshape(len(values), -1))
-
-    images, copies = processor.image_processor, processor.temporal_patch_size
-    ids = padded("input_ids", pad)
-    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-    inputs = {"input_ids": ids, "labels": padded("labels", data.IGNORE_INDEX), "mm_token_type_ids": kinds}
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    inputs["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-    with_image = [sample for sample in samples if sample["kind"] == "image"]
-    if with_image:
-        inputs["pixel_values"] = pixels([sample["still_patches"][0] for sample in with_image], copies)
-        inputs["image_grid_thw"] = torch.tensor([sample["prompt_grid"] for sample in with_image])
-    with_video = [sample for sample in samples if sample["kind"] == "video"]
-    if with_video:
-        inputs["pixel_values_videos"] = pixels([sample["video_patches"] for sample in with_video], 1)
-        inputs["video_grid_thw"] = torch.tensor([sample["prompt_grid"] for sample in with_video])
-
-    regions = {"is_region": ids == processor.region_token_id, "frames": [], "objects": []}
-    stills, grids = [], []
-    for sample in samples:
-        if not sample["object_frames"]:
-            continue
-        for weights, still, box in zip(sample["coverage"], sample["region_still"], sample["boxes"]):
-            regions["frames"].append((len(stills) + still, torch.from_numpy(weights), torch.tensor(box)))
-        regions["objects"] += zip(sample["object_frames"], sample["region_tokens"])
-        stills += sample["still_patches"]
-        grids += [(1, *grid) for grid in sample["still_grids"]]
-    if regions["frames"]:
-        regions["pixels"], regions["grids"] = pixels(stills, copies), torch.tensor(grids)
-    return {"inputs": inputs, "regions": regions}
-
-
-def plain_regions(plain, encoder, regions):
-    """Returns the region tokens, (T, D)."""
-    cells = plain.model.visual(regions["pixels"], grid_thw=regions["grids"]).pooler_output
-    cells = cells.split(
-        (regions["grids"].prod(1) // plain.config.vision_config.spatial_merge_size**2).tolist()
-    )
-    pooled = [(w[:, None] * cells[i]).sum(0) / w.sum() for i, w, _ in regions["frames"]]
-    boxes = [box for _, _, box in regions["frames"]]
-    tokens, token_boxes, start = [], [], 0
-    for count, keep in regions["objects"]:
-        rows, places = torch.stack(pooled[start : start + count]), torch.stack(boxes[start : start + count])
-        start += count
-        similarity = F.cosine_similarity(rows[:-1], rows[1:], dim=-1)
-        joined = similarity.argsort(descending=True, stable=True)[: count - keep].tolist()
-        runs = [[0]]
-        for i in range(1, count):
-            if i - 1 in joined:
-                runs[-1].append(i)
-            else:
-                runs.append([i])
-        tokens += [rows[run].mean(0) for run in runs]
-        token_boxes += [places[run].mean(0) for run in runs]
-    tokens = torch.stack(tokens)
-    return tokens + encoder.mlp(tokens) + encoder._position(torch.stack(token_boxes))
-
-
-def plain_backward(plain, encoder, micro_batches, device):
-    """The gradient of the mean loss of a step, as `model(**batch, labels=labels).loss` makes it."""
-    counts = [int((batch["inputs"]["labels"][:, 1:] != data.IGNORE_INDEX).sum()) for batch in micro_batches]
-    for batch, count in zip(micro_batches, counts):
-        batch = tree_map(partial(to_device, device), batch)
-        regions = batch["regions"]
-
-        def put_regions(module, args, embeddings, regions=regions):
-            if not regions["frames"]:
-                return embeddings
-            rows = plain_regions(plain, encoder, regions).to(embeddings.dtype)
-            embeddings = embeddings.clone()
-            embeddings[regions["is_region"]] = rows
-            return embeddings
-
-        half = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-        with half, plain.get_input_embeddings().register_forward_hook(put_regions):
-            loss = plain(**batch["inputs"]).loss
-        if loss.requires_grad:  # not so where regions alone learn, and none of these samples has any
-            (loss * (count / sum(counts))).backward()
-
-
-def to_device(device, value):
-    return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+def plain_regions(plain, encoder, pixels, grids, coverage, coverage_start, frame_start, **places):
+    """Returns the region tokens, (T, D): pooled one by one, then merged as ours, as regions of one cell."""
+    cells = plain.model.visual(pixels, grid_thw=grids).pooler_output
+    bounds, pooled = coverage_start.tolist(), []
+    for start, begin, end in zip(frame_start.tolist(), bounds, bounds[1:]):
+        weights = coverage[begin:end, None]
+        pooled.append((weights * cells[start : start + len(weights)]).sum(0) / weights.sum())
+    pooled, numbers = torch.stack(pooled), torch.arange(len(bounds), device=cells.device)
+    return encoder(pooled, torch.ones_like(pooled[:, 0]), numbers, numbers[:-1], **places)
 
 
 def plain_step(plain, encoder, parameters, optimizer, micro_batches, watch):
-    plain_backward(plain, encoder, micro_batches, watch.device)
+    def put_regions(module, args, embeddings):
+        if len(batch["where"]):
+            rows = plain_regions(plain, encoder, **batch["regions"]).to(embeddings.dtype)
+            return embeddings.flatten(0, 1).index_copy(0, batch["where"], rows).view_as(embeddings)
+
+    total = sum(batch["num_tokens"] for batch in micro_batches)
+    hook = plain.get_input_embeddings().register_forward_hook(put_regions)
+    for batch in micro_batches:
+        batch = train.to_device(batch, watch.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=watch.on_gpu):
+            loss = plain(**batch["inputs"]).loss
+        if loss.requires_grad:  # not so where regions alone learn, and none of these samples has any
+            (loss * (batch["num_tokens"] / total)).backward()
+    hook.remove()
     watch.mark("vision")
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    take(optimizer, watch)
+
+
+def take(optimizer, watch):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     watch.mark("optimizer")
-
-
-# ---- our step ----
-
-
-def on_device(steps, device):
-    for micro_batches in steps:
-        yield [train.to_device(batch, device) for batch in micro_batches]
 
 
 def our_step(model, parameters, optimizer, micro_batches, watch):
     """What train.train does with a step's micro-batches."""
-    loss_sum = train.backward(model, micro_batches)
+    loss_sum = train.backward(model, [train.to_device(batch, watch.device) for batch in micro_batches])
     watch.mark("vision")
-    loss_sum, norm = torch.stack(
-        [loss_sum, torch.nn.utils.get_total_norm([p.grad for p in parameters])]
-    ).tolist()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    loss_sum, norm = torch.stack([loss_sum, norm]).tolist()
     tokens = sum(len(batch["targets"]) for batch in micro_batches)
-    for p in parameters:
-        p.grad *= min(1 / tokens, 1 / norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    watch.mark("optimizer")
-
-
-# ---- time ----
+    torch._foreach_mul_([p.grad for p in parameters], min(1 / tokens, 1 / norm))
+    take(optimizer, watch)
 
 
 class Stopwatch:
-    """Divides the time on the device into parts: what lies between two marks belongs to the later one.
-
-    A step is marked when its forward pass reaches the LLM and its backward pass leaves it, which watch_llm
-    does, then at the end of the backward pass and of the step.
+    """Divides the time on the device into parts: what lies between two marks belongs to the later one. The
+    forward pass that reaches the LLM, and the backward pass that leaves it, make a mark, too.
     """
 
-    def __init__(self, device):
-        self.device, self.marks = device, []
+    def __init__(self, device, llm):
+        self.device, self.on_gpu, self.marks = device, device.type == "cuda", []
+        llm.register_forward_pre_hook(self.before_llm, with_kwargs=True)
+
+    def before_llm(self, module, args, kwargs):
+        self.mark("vision")
+        if kwargs["inputs_embeds"].requires_grad:
+            kwargs["inputs_embeds"].register_hook(lambda grad: self.mark("LLM"))
 
     def mark(self, part):
-        if self.device.type == "cuda":
+        moment = time.perf_counter()
+        if self.on_gpu:
             moment = torch.cuda.Event(enable_timing=True)  # the GPU notes the time when it gets there
             moment.record()
-        else:
-            moment = time.perf_counter()
         self.marks.append((part, moment))
 
-    def watch_llm(self, llm):
-        def before_forward(module, args, kwargs):
-            self.mark("vision")
-            if kwargs["inputs_embeds"].requires_grad:
-                kwargs["inputs_embeds"].register_hook(lambda grad: self.mark("LLM"))
+    def synchronize(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
-        return llm.register_forward_pre_hook(before_forward, with_kwargs=True)
-
-    def milliseconds(self):
-        """Returns {part: milliseconds}, and forgets all marks."""
-        synchronize(self.device)
-        parts = {"vision": 0.0, "LLM": 0.0, "optimizer": 0.0}
+    def measure(self, step, steps):
+        """Returns {part: milliseconds of a step}, and the most bytes that were allocated."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.marks = []
+        self.mark("start")
+        for micro_batches in steps:
+            step(micro_batches, self)
+        self.synchronize()
+        parts = dict.fromkeys(("vision", "LLM", "optimizer"), 0.0)
         for (_, before), (part, after) in zip(self.marks, self.marks[1:]):
-            if self.device.type == "cuda":
-                parts[part] += before.elapsed_time(after)
-            else:
-                parts[part] += 1000 * (after - before)
-        self.marks.clear()
-        return parts
+            ms = before.elapsed_time(after) if self.on_gpu else 1000 * (after - before)
+            parts[part] += ms / len(steps)
+        return parts, torch.cuda.max_memory_allocated() if self.on_gpu else 0
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(ways, rounds, device):
-    """Runs all steps in both ways in turn, once to warm up and then in so many rounds.
-
-    ways: {name: (step, steps, llm)}. Returns {name: {part: milliseconds of a step, a median}}, and
-    {name: bytes, at most}.
-    """
-    watch = Stopwatch(device)
-    found, memory = {name: [] for name in ways}, dict.fromkeys(ways, 0)
-    for _ in range(rounds + 1):
-        for name, (step, steps, llm) in ways.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            with watch.watch_llm(llm):
-                watch.mark("start")
-                for micro_batches in steps():
-                    step(micro_batches, watch)
-            found[name].append(watch.milliseconds())
-            if device.type == "cuda":
-                memory[name] = max(memory[name], torch.cuda.max_memory_allocated())
-    medians = {}
-    for name, measured in found.items():
-        medians[name] = {
-            part: statistics.median(one[part] for one in measured[1:]) / STEPS for part in measured[0]
-        }
-    return medians, memory
-
-
-def profile_step(step, steps, device, trace=None):
+def profile_step(step, micro_batches, watch, trace):
     """Returns the share of a step's time in which the GPU had nothing to do. trace: a file for all of it."""
-    on_gpu = device.type == "cuda"
     # To watch the CPU slows it down, which would make the GPU wait.
-    activities = [ProfilerActivity.CUDA] * on_gpu + [ProfilerActivity.CPU] * (trace is not None)
-    micro_batches = next(iter(steps()))
-    synchronize(device)
+    activities = [ProfilerActivity.CUDA] * watch.on_gpu + [ProfilerActivity.CPU] * (trace is not None)
+    watch.synchronize()
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
-        step(micro_batches, Stopwatch(device))
-        synchronize(device)
+        step(micro_batches, watch)
+        watch.synchronize()
         seconds = time.perf_counter() - start
     if trace:
         profiler.export_chrome_trace(trace)
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    times = [(e.time_range.start, e.time_range.end) for e in events if not e.is_user_annotation]
-    return 1 - covered(times) / (1e6 * seconds)
+    busy = sum(e.time_range.elapsed_us() for e in events if not e.is_user_annotation)  # all in one stream
+    return 1 - busy / (1e6 * seconds)
 
 
-def covered(intervals):
-    """Returns the length of what (start, end) pairs cover, which may overlap."""
-    length, covered_until = 0, -float("inf")
-    for start, end in sorted(intervals):
-        length += max(0, end - max(start, covered_until))
-        covered_until = max(covered_until, end)
-    return length
-
-
-def needed_operations(model, micro_batches):
-    """Returns the floating point operations of a step's matrix products. Causal attention counts in full."""
-    # Of the ways in which a CPU computes attention, the counter knows the plainest alone.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        train.backward(model, micro_batches)
-    model.zero_grad(set_to_none=True)
-    return counter.get_total_flops()
-
-
-def matrix_product_speed(device):
-    """Returns the floating point operations that a large matrix product makes in a second."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(20):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds)
-
-
-# ---- command line ----
-
-
-def parse(arguments):
+def parse():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--size", choices=["tiny", *SIZES], default="tiny", help="tiny, or a published size (default: tiny)")
+    add("--size", choices=["tiny", *LLM], default="tiny", help="tiny, or a published size (default: tiny)")
     add("--train", default="region,projector,llm", help="what learns: region,projector,llm,vision")
     add("--batch-size", type=int, default=16, help="samples of a step (default: 16)")
     add("--micro-batch", type=int, default=8, help="samples of a forward pass (default: 8)")
@@ -494,33 +297,34 @@ def parse(arguments):
     add("--profile", metavar="FILE", help="write a trace of one of our steps, for perfetto.dev")
     add("--rounds", type=int, default=5, help=f"how often the {STEPS} steps are measured (default: 5)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
-def print_row(*cells):
-    print("".join(f"{cell:>11}" for cell in cells))
-
-
-def main(arguments=None):
-    options = parse(arguments)
+def main():
+    options = parse()
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     model, processor = build(options.size, options.train, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    encoded = encode_steps(options, processor)
-    collated = [[data.collate(samples, processor) for samples in step] for step in encoded]
-    padded = [[plain_batch(samples, processor) for samples in step] for step in encoded]
+    collated = make_steps(options, processor)
+    padded = [[plain_batch(batch, processor) for batch in step] for step in collated]
     collated, padded = ([*DataLoader(steps, None, pin_memory=on_gpu)] for steps in (collated, padded))
-
-    speed = matrix_product_speed(device)
-    operations = needed_operations(model, next(on_device(collated, device)))
+    n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    speed = 2 * n**3 / timer.blocked_autorange().median  # operations a second
+    # Causal attention counts in full. Of the ways in which a CPU computes it, the counter knows one alone.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        train.backward(model, [train.to_device(batch, device) for batch in collated[0]])
+    model.zero_grad(set_to_none=True)
+    operations = counter.get_total_flops()
     plain = plain_twin(model)
     if options.grad_checkpoint:
-        for layer in model.layers():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         plain.gradient_checkpointing_enable()
-    if options.compile:
-        for layer in model.layers():
+    for layer in model.layers():
+        if options.grad_checkpoint:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if options.compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
     tokens = statistics.mean(sum(batch["num_tokens"] for batch in step) for step in collated)
@@ -530,33 +334,31 @@ def main(arguments=None):
     print(f"{options.size}: {millions:,.0f} million parameters")
     print(f"a step: {options.batch_size} samples, {tokens:,.0f} tokens, {operations / 1e12:,.2f} TFLOP")
     columns = ("ms", "samples/s", "tokens/s", "MFU", "memory", "vision", "LLM", "optimizer", "waiting")
-    print_row("", *columns)
+    print("".join(f"{cell:>11}" for cell in ("", *columns)))
 
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    our_watch = Stopwatch(device, model.backbone.model.language_model)
     our_way = partial(our_step, model, parameters, optimizer)
+    plain_watch = Stopwatch(device, plain.model.language_model)
     plain_way = partial(plain_step, plain, model.region_encoder, parameters, optimizer)
-    ways = {
-        "ours": (our_way, partial(on_device, collated, device), model.backbone.model.language_model),
-        "plain": (plain_way, lambda: padded, plain.model.language_model),
-    }
-    medians, memory = measure(ways, options.rounds, device)
-    for way, (step, steps, _) in ways.items():
+    ways = {"ours": (our_way, collated, our_watch), "plain": (plain_way, padded, plain_watch)}
+    # Both in turn, once to warm up and then in so many rounds.
+    rounds = []
+    for _ in range(options.rounds + 1):
+        rounds.append({way: watch.measure(step, steps) for way, (step, steps, watch) in ways.items()})
+    rounds = rounds[1:]
+    totals = {}
+    for way, (step, steps, watch) in ways.items():
+        parts = [statistics.median(r[way][0][part] for r in rounds) for part in rounds[0][way][0]]
+        memory = max(r[way][1] for r in rounds)
         trace = options.profile if way == "ours" else None
-        waiting = profile_step(step, steps, device, trace) if on_gpu or trace else None
-        total = sum(medians[way].values())
-        per_second = 1000 / total
-        print_row(
-            way,
-            f"{total:.1f}",
-            f"{options.batch_size * per_second:.1f}",
-            f"{tokens * per_second:,.0f}",
-            f"{operations * per_second / speed:.0%}",
-            f"{memory[way] / 1e9:.1f} GB" if on_gpu else "-",
-            *(f"{part / total:.0%}" for part in medians[way].values()),
-            f"{waiting:.0%}" if on_gpu else "-",
-        )
-    ratio = sum(medians["plain"].values()) / sum(medians["ours"].values())
-    print(f"ours is {ratio:.2f} times as fast")
+        waiting = profile_step(step, steps[0], watch, trace) if on_gpu or trace else None
+        total = totals[way] = sum(parts)
+        cells = [way, f"{total:.1f}", f"{1000 * options.batch_size / total:.1f}"]
+        cells += [f"{1000 * tokens / total:,.0f}", f"{1000 * operations / total / speed:.0%}"]
+        cells += [f"{memory / 1e9:.1f} GB" if on_gpu else "-", *(f"{part / total:.0%}" for part in parts)]
+        print("".join(f"{cell:>11}" for cell in [*cells, f"{waiting:.0%}" if on_gpu else "-"]))
+    print(f"ours is {totals['plain'] / totals['ours']:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -32,13 +32,11 @@ def draw_number(number, height=HEIGHT, width=WIDTH):
 
 
 def read_number(frame):
-    """Inverse of draw_number for a decoded frame, uint8 (H, W, 3) RGB of any size; ValueError without a
-    number."""
+    """The number in a decoded frame, uint8 (H, W, 3) RGB of any size. Raises ValueError if there is none."""
     height, width, _ = frame.shape
     y, x = (np.arange(2) * 2 + 1) * height // 4, (np.arange(BITS) * 2 + 1) * width // (2 * BITS)
-    blocks = np.array(
-        [[frame[j - 2 : j + 3, i - 2 : i + 3].mean() for i in x] for j in y]
-    )  # (2, BITS): each block's centre
+    # (2, BITS): each block around its centre
+    blocks = np.array([[frame[j - 2 : j + 3, i - 2 : i + 3].mean() for i in x] for j in y])
     bits = blocks > 127
     if np.abs(blocks - 127).min() < 25 or (bits[0] == bits[1]).any():
         raise ValueError(f"no clean number in the picture: {blocks.round()}")
@@ -51,236 +49,170 @@ def write_video(
     options=None,
     num_frames=72,
     pts=None,
-    with_audio_seconds=0,
     pictures=None,
-    color_range=None,
     rate=RATE,
+    audio_seconds=0,
+    color_range=None,
     container_options=None,
 ):
-    """Encode frames 0 .. num_frames - 1 to `path`; its suffix chooses the container.
+    """Encodes frames 0 .. num_frames - 1 to a file, whose suffix chooses the container. Returns its path.
 
     pts: presentation times in 1 / rate s, default 0, 1, 2, ...; uneven ones make a variable frame rate.
     pictures: uint8 (num_frames, H, W, 3) RGB in place of numbers. color_range: 1 is limited (16-235), 2 is
-    full (0-255).
+    full (0-255). audio_seconds: so much silence is added, in whole seconds.
     """
     pictures = [draw_number(k) for k in range(num_frames)] if pictures is None else pictures
-    pts = range(len(pictures)) if pts is None else pts
+    options = {name: str(value) for name, value in (options or {}).items()}
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(
-            codec, rate=rate, options={k: str(v) for k, v in (options or {}).items()}
-        )
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, rate)
         stream.codec_context.thread_count = 1  # the same file on every machine
         if color_range:
             stream.codec_context.color_range = color_range
-        audio = container.add_stream("aac", rate=16000) if with_audio_seconds else None
-        for time, picture in zip(pts, pictures):
+        audio = container.add_stream("aac", rate=16000) if audio_seconds else None
+        for time, picture in zip(pts or range(len(pictures)), pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = frame.reformat(format=stream.pix_fmt, dst_color_range=color_range)
             frame.pts, frame.time_base = time, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-        if audio:
-            write_silence(container, audio, with_audio_seconds)
+        for k in range(audio_seconds * 16000 // 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, k * 1024, Fraction(1, 16000)
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode() if audio else [])
     return Path(path)
 
 
-def write_silence(container, stream, seconds):
-    """Mux `seconds` of silence into an open container."""
-    for k in range(int(seconds * stream.rate) // 1024):
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = stream.rate, k * 1024, Fraction(1, stream.rate)
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
-
-
+# ---- kinds of clips ----
 X264 = "threads=1:scenecut=0:b-adapt=0:"
 X265 = "pools=none:frame-threads=1:log-level=none:scenecut=0:b-adapt=0:"
 VPX = {"g": 20, "lag-in-frames": 12, "auto-alt-ref": 1, "deadline": "good", "cpu-used": 5, "threads": 1}
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 
-# name -> (file name, keyword arguments of write_video): 72 frames each
+
+# Keyword arguments of write_video.
+def x264(settings, **more):
+    return {"options": {"x264-params": X264 + settings}} | more
+
+
+def x265(settings):
+    return {"codec": "libx265", "options": {"x265-params": X265 + settings}}
+
+
+def av1(settings):
+    options = {"preset": 12, "g": 20, "crf": 20, "svtav1-params": f"lp=1{settings}"}
+    return {"codec": "libsvtav1", "options": options}
+
+
+def vpx(codec, **more):
+    return {"codec": codec, "options": VPX} | more
+
+
+def mpeg(codec, **options):
+    return {"codec": codec, "options": {"g": 12, "q:v": 3} | options}
+
+
+RECORDING = [*range(60), *range(252, 252 + 12 * 192, 192)]  # of a screen: 2.5 s, then a frame in 8 s
+
+# file name -> keyword arguments of write_video: 72 frames each
 VIDEOS = {
-    "h264 closed GOP": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=2"})),
-    "h264 open GOP": ("a.mp4", dict(options={"x264-params": X264 + "keyint=12:bframes=3:open-gop=1"})),
-    "h264 many B-frames": (
-        "a.mkv",
-        dict(options={"x264-params": X264 + "keyint=30:bframes=8:b-pyramid=normal:ref=4"}),
-    ),
-    "h264 GOP of 2": ("a.mov", dict(options={"x264-params": X264 + "keyint=2:bframes=1:open-gop=1"})),
-    "h264 intra only": ("a.mp4", dict(options={"x264-params": X264 + "keyint=1"})),
-    "h264 intra refresh": (
-        "a.mp4",
-        dict(options={"x264-params": X264 + "keyint=24:intra-refresh=1:bframes=0:ref=3"}),
-    ),
-    "h264 fragmented": (
-        "a.mp4",
-        dict(
-            options={"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"},
-            container_options={"movflags": "frag_keyframe+empty_moov"},
-        ),
-    ),
-    "h264 variable rate": (
-        "a.mp4",
-        dict(
-            options={"x264-params": X264 + "keyint=12:bframes=2"},
-            pts=[k + 3 * (k // 5) + k * k // 50 for k in range(72)],
-        ),
-    ),
-    "h264 mpeg-ts": ("a.ts", dict(options={"x264-params": X264 + "keyint=12:bframes=2:open-gop=1"})),
-    "h264 avi": ("a.avi", dict(options={"x264-params": X264 + "keyint=12:bframes=3:open-gop=1"})),
-    "h264 negative start": (
-        "a.mp4",
-        dict(options={"x264-params": X264 + "keyint=12:bframes=2"}, pts=range(-30, 42)),
-    ),
-    "hevc closed GOP": (
-        "a.mp4",
-        dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=0"}),
-    ),
-    "hevc open GOP": (
-        "a.mp4",
-        dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=1"}),
-    ),
-    "hevc open GOP mkv": (
-        "a.mkv",
-        dict(codec="libx265", options={"x265-params": X265 + "keyint=12:bframes=3:open-gop=1"}),
-    ),
-    "hevc intra refresh": (
-        "a.mp4",
-        dict(codec="libx265", options={"x265-params": X265 + "keyint=24:bframes=0:intra-refresh=1"}),
-    ),
-    "mpeg4 avi B-frames": ("a.avi", dict(codec="mpeg4", options={"bf": 2, "g": 12, "q:v": 3})),
-    "mpeg4 mp4 B-frames": ("a.mp4", dict(codec="mpeg4", options={"bf": 2, "g": 12})),
-    "mpeg2 mpg": ("a.mpg", dict(codec="mpeg2video", options={"bf": 2, "g": 12})),
-    "vp8 webm": ("a.webm", dict(codec="libvpx", options=VPX)),
-    "vp9 webm": ("a.webm", dict(codec="libvpx-vp9", options=VPX)),
-    "vp9 live webm": ("a.webm", dict(codec="libvpx-vp9", options=VPX, container_options={"live": "1"})),
-    "vp9 mkv": ("a.mkv", dict(codec="libvpx-vp9", options=VPX)),
-    "av1 mp4": (
-        "a.mp4",
-        dict(codec="libsvtav1", options={"preset": 12, "g": 20, "crf": 20, "svtav1-params": "lp=1"}),
-    ),
-    "av1 open GOP mkv": (
-        "a.mkv",
-        dict(
-            codec="libsvtav1",
-            options={"preset": 12, "g": 20, "crf": 20, "svtav1-params": "lp=1:irefresh-type=1"},
-        ),
-    ),
-    "gif": ("a.gif", dict(codec="gif")),
+    "h264 closed GOP.mp4": x264("keyint=12:bframes=2"),
+    "h264 open GOP.mp4": x264("keyint=12:bframes=3:open-gop=1"),
+    "h264 many B-frames.mkv": x264("keyint=30:bframes=8:b-pyramid=normal:ref=4"),
+    "h264 plain B-frames.mp4": x264("keyint=72:bframes=2:b-pyramid=none"),
+    "h264 GOP of 2.mov": x264("keyint=2:bframes=1:open-gop=1"),
+    "h264 intra only.mp4": x264("keyint=1"),
+    "h264 intra refresh.mp4": x264("keyint=24:intra-refresh=1:bframes=0:ref=3"),
+    "h264 fragmented.mp4": x264("keyint=12:bframes=2:open-gop=1", container_options=FRAGMENTS),
+    "h264 variable rate.mp4": x264("keyint=12:bframes=2", pts=RECORDING),
+    "h264 variable rate.mkv": x264("keyint=12:bframes=2", pts=RECORDING),
+    "h264 variable rate.ts": x264("keyint=12:bframes=2", pts=RECORDING),
+    "h264 variable rate.flv": x264("keyint=12:bframes=2", pts=RECORDING),
+    "vp8 variable rate.webm": vpx("libvpx", pts=RECORDING),
+    "h264 negative start.mp4": x264("keyint=12:bframes=2", pts=range(-30, 42)),
+    "h264.ts": x264("keyint=12:bframes=2:open-gop=1"),
+    "h264.avi": x264("keyint=12:bframes=3:open-gop=1"),
+    "h264.flv": x264("keyint=12:bframes=2"),
+    "hevc closed GOP.mp4": x265("keyint=12:bframes=3:open-gop=0"),
+    "hevc open GOP.mp4": x265("keyint=12:bframes=3:open-gop=1"),
+    "hevc open GOP.mkv": x265("keyint=12:bframes=3:open-gop=1"),
+    "hevc intra refresh.mp4": x265("keyint=24:bframes=0:intra-refresh=1"),
+    "vp9.webm": vpx("libvpx-vp9"),
+    "vp9 live.webm": vpx("libvpx-vp9", container_options={"live": "1"}),
+    "vp9.mkv": vpx("libvpx-vp9"),
+    "av1.mp4": av1(""),
+    "av1 open GOP.mkv": av1(":irefresh-type=1"),
+    "vp8.webm": vpx("libvpx"),
+    "vp8.ogg": vpx("libvpx"),
+    "mpeg4.avi": mpeg("mpeg4", bf=2),
+    "mpeg4.mp4": mpeg("mpeg4", bf=2),
+    "mpeg2.mpg": mpeg("mpeg2video", bf=2),
+    "flv1.flv": mpeg("flv1"),
+    "wmv2.wmv": mpeg("wmv2"),
+    "gif.gif": {"codec": "gif"},
 }
 
 
-def remux(source, target, change):
-    """Copy a video's packets, each as change(its number, its bytes) -> bytes; None leaves it out."""
-    with av.open(str(source)) as old, av.open(str(target), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for k, packet in enumerate(p for p in old.demux(video=0) if p.size):
-            data = change(k, bytes(packet))
-            if data is not None:
-                mux_copy(new, stream, packet, data, 0)
+def packets_of(path):
+    """The packets of a video, in the order in which they are stored."""
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def remux(sources, target, changes={}, without=()):  # noqa: B006
+    """Copies the packets of videos into one file, one after another, without encoding. Returns its path.
+
+    changes: {number: bytes} of packets that change, without: numbers of those that are left out; all are
+    counted from 0. The header, and the parameter sets in it, are those of the first video.
+    """
+    taken = number = 0
+    with av.open(str(sources[0])) as first, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(first.streams.video[0])
+        for source in sources:
+            packets = list(enumerate(packets_of(source), number))
+            number += len(packets)
+            packets = [(k, packet) for k, packet in packets if k not in without]
+            for k, packet in packets:
+                # Each video's times follow those of the video before.
+                later = round(Fraction(taken, RATE) / packet.time_base) - packets[0][1].dts
+                copy = av.Packet(changes.get(k, bytes(packet)))
+                copy.stream, copy.time_base, copy.is_keyframe = stream, packet.time_base, packet.is_keyframe
+                copy.pts, copy.dts, copy.duration = packet.pts + later, packet.dts + later, packet.duration
+                new.mux(copy)
+            taken += len(packets)
     return Path(target)
 
 
-def tail_of(source, target, keyframe, skip=0):
-    """Copy a video's packets from a keyframe (counted from 0) on, but for the first `skip`."""
-    with av.open(str(source)) as old, av.open(str(target), "w") as new:
-        stream, keyframes, taken, start = new.add_stream_from_template(old.streams.video[0]), -1, 0, None
-        for packet in old.demux(video=0):
-            keyframes += packet.size > 0 and packet.is_keyframe
-            if packet.size and keyframes >= keyframe:
-                taken += 1
-                if taken > skip:
-                    start = packet.dts if start is None else start
-                    mux_copy(new, stream, packet, bytes(packet), -start)
-    return Path(target)
-
-
-def joined(first, second, target, taken=None):
-    """Copy two MP4s' packets into one file, without encoding: `taken` of the first (all), then the second's.
-    The header has the first's parameter sets; the second's stand in its first packet, once."""
-    with av.open(str(first)) as old, av.open(str(second)) as other, av.open(str(target), "w") as new:
-        stream, sets = new.add_stream_from_template(old.streams.video[0]), parameter_sets(other)
-        packets = [packet for packet in old.demux(video=0) if packet.size]
-        time_base = packets[0].time_base
-        packets = packets[:taken]
-        for packet in packets:
-            mux_copy(new, stream, packet, bytes(packet), 0)
-        end = round(Fraction(len(packets), RATE) / time_base)
-        for k, packet in enumerate(packet for packet in other.demux(video=0) if packet.size):
-            mux_copy(new, stream, packet, sets * (k == 0) + bytes(packet), end)
-    return Path(target)
-
-
-def parameter_sets(container):
-    """The parameter sets in an MP4's header, each behind 4 bytes with its length, as packets hold them."""
-    codec = container.streams.video[0].codec_context
-    content, sets = codec.extradata, []
-    if codec.name == "h264":  # avcC: for SPS, then PPS, their number and each behind its 2 bytes of length
-        assert content[0] == 1 and content[4] & 3 == 3
-        position, lists = 5, [31, 255]
-        for mask in lists:
-            count, position = content[position] & mask, position + 1
-            for _ in range(count):
-                size = int.from_bytes(content[position : position + 2], "big")
-                sets.append(content[position + 2 : position + 2 + size])
-                position += 2 + size
-    else:  # hvcC: arrays, each with its kind, number of elements, and these
-        assert content[0] == 1 and content[21] & 3 == 3
-        position = 23
-        for _ in range(content[22]):
-            kind, count = content[position] & 63, int.from_bytes(content[position + 1 : position + 3], "big")
-            position += 3
-            for _ in range(count):
-                size = int.from_bytes(content[position : position + 2], "big")
-                sets += [content[position + 2 : position + 2 + size]] if kind in (32, 33, 34) else []
-                position += 2 + size
-    return b"".join(len(part).to_bytes(4, "big") + part for part in sets)
-
-
-def mux_copy(container, stream, packet, content, later):
-    """Mux a copy of a packet with this content, with its times so much later."""
-    copy = av.Packet(content)
-    copy.stream, copy.time_base, copy.is_keyframe = stream, packet.time_base, packet.is_keyframe
-    copy.pts, copy.duration = packet.pts + later, packet.duration
-    copy.dts = None if packet.dts is None else packet.dts + later
-    container.mux(copy)
-
-
+# ---- the benchmarks' clip ----
 def write_bench(folder):
-    """For the benchmarks: 10 s of 720p video, a textured scene that the camera pans over, and a disc with 8
-    masks."""
+    """10 s of 720p video, a textured scene that the camera pans over, and a disc with 8 masks."""
     rng, (height, width), num_frames = np.random.default_rng(0), (720, 1280), 300
-    layers = [
-        Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)).resize((2000, 2000))
-        for s in (4, 16, 64)
-    ]
-    scene = np.mean([np.asarray(layer, np.float32) for layer in layers], axis=0).astype(np.uint8)
+    noise = [Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)) for s in (4, 16, 64)]
+    layers = [np.asarray(layer.resize((2000, 2000)), np.float32) for layer in noise]
+    scene = np.mean(layers, axis=0).astype(np.uint8)
     y, x = np.mgrid[:height, :width]
 
     def disc(k):
         return (y - 360 - 150 * np.sin(k / 40)) ** 2 + (x - 200 - 3 * k) ** 2 < 110**2
 
-    def frame(k):
-        picture = scene[k : k + height, 2 * k : 2 * k + width].copy()
-        picture[disc(k)] = 255 - picture[disc(k)] // 2
-        return picture
+    def picture(k):
+        shown, inside = scene[k : k + height, 2 * k : 2 * k + width].copy(), disc(k)
+        shown[inside] = 255 - shown[inside] // 2
+        return shown
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_video(folder / "clip.mp4", pictures=[frame(k) for k in range(num_frames)], rate=30)
-    masks = {
-        k: coco_mask.encode(np.asfortranarray(disc(k).astype(np.uint8))) for k in range(20, num_frames, 37)
-    }
-    annotation = {
-        str(k): {"segmentation": mask | {"counts": mask["counts"].decode()}} for k, mask in masks.items()
-    }
-    turns = [
-        {"from": "human", "value": "What is <region> doing?"},
-        {"from": "gpt", "value": "It moves to the right."},
-    ]
-    sample = {"id": 0, "video": "clip.mp4", "conversations": turns, "annotation": [annotation]}
+    write_video(folder / "clip.mp4", pictures=[picture(k) for k in range(num_frames)], rate=30)
+    masks = {}
+    for k in range(20, num_frames, 37):
+        rle = coco_mask.encode(np.asfortranarray(disc(k), dtype=np.uint8))
+        masks[str(k)] = {"segmentation": rle | {"counts": rle["counts"].decode()}}
+    question = {"from": "human", "value": "What is <region> doing?"}
+    turns = [question, {"from": "gpt", "value": "It moves to the right."}]
+    sample = {"id": 0, "video": "clip.mp4", "conversations": turns, "annotation": [masks]}
     (folder / "data.json").write_text(json.dumps([sample]))
 
 

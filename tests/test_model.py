@@ -1,38 +1,58 @@
-"""The model against transformers itself: the same pixels, tokens and logits where there is no region; and
-what regions add."""
+"""The model against transformers' own processor and model, and what regions add against float64."""
 
-import itertools
+import copy
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, make_checkpoint
+from checkpoints import FAMILIES, make_checkpoint, transformers_processor
+from helpers import box, box_mask, run, sample, write_json, write_texts
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-from transformers.processing_utils import ProcessorMixin
 
 import data
 import eval as evaluation
 import model as models
 
-SETTINGS = data.Settings(
-    num_frames=5, frame_pixels=100 * 100, region_pixels=150 * 150, window=0, region_frames=8, region_tokens=2
-)
+SETTINGS = data.Settings(num_frames=5, frame_pixels=10_000, region_pixels=22_500, window=0, region_tokens=2)
+PICTURE = np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8)
+# Nine pictures, again and again: so long that position ids tell times apart, which Qwen2.5-VL rounds.
+CLIP = np.random.default_rng(1).integers(0, 255, (9, 60, 80, 3), dtype=np.uint8)[np.arange(215) % 9]
+FILES = [f"{i % 9}.png" for i in range(len(CLIP))]
+# The objects of samples 3, 4 and 5: {frame: x, y, width, height}, in a file perhaps not in order of time.
+BOXES = {3: [{3: (5, 5, 30, 25)}], 5: [{0: (50, 40, 30, 25)}]}
+BOXES[4] = [{k: (k // 5, k // 8, 30, 25) for k in (160, 0, 52, 107)}, {52: (40, 30, 30, 25)}]
+SAMPLES = [
+    sample("Say the other thing.", "Never."),
+    sample("<image>\nWhat is on the image?", "Noise in the picture.", image="a.png"),
+    sample("Describe <video> then.", "More noise.\n\n(Or?)  No.", video=FILES),
+    sample("<video>\nWhat is <region> (look at all frames of the video)?", "The one.", video=FILES),
+    sample("<video>\nIs <region>\n  left of <region> at first and last?", "On the left.", video=FILES),
+    sample("<image>\nWhat is <region>?", "A box.", image="a.png"),
+]
+SAMPLES[2]["conversations"] += sample("And the rest?", "The same.")["conversations"]
+for number, objects in BOXES.items():
+    masks = [{str(k): {"segmentation": box(*xywh)} for k, xywh in boxes.items()} for boxes in objects]
+    SAMPLES[number]["annotation"] = masks
+QUESTIONS = [(4, 0), (1, 0), (0, 0), (2, 1), (5, 0), (3, 0)]  # (sample, turn) of a batch
+ROW = [4, 1, 0, 2, 5, 3]
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    """SAMPLES as train.py reads them."""
+    folder = tmp_path_factory.mktemp("samples")
+    for name, picture in [("a.png", PICTURE), *zip(FILES[:9], CLIP)]:
+        Image.fromarray(picture).save(folder / name)
+    return data.read_samples(write_json(folder / "data.json", SAMPLES))
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -40,978 +60,501 @@ def checkpoint(request, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-# For tests that say nothing about the family.
-any_family = pytest.mark.parametrize("checkpoint", FAMILIES[:1], indirect=True)
+# Where the family cannot change the result; and where experts cannot.
+any_family = pytest.mark.parametrize("checkpoint", ["qwen3_vl"], indirect=True)
+dense_families = pytest.mark.parametrize("checkpoint", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"], indirect=True)
 
 
 @pytest.fixture
 def loaded(checkpoint):
     processor = models.load_processor(checkpoint, **asdict(SETTINGS))
-    return models.load_model(checkpoint, processor).eval(), processor
+    model = models.load_model(checkpoint, processor).eval()
+    torch.manual_seed(1)
+    for p in model.region_encoder.parameters():  # the last layers' zeros would hide the others
+        torch.nn.init.normal_(p, std=0.2)
+    return model, processor
 
 
-@pytest.fixture
-def world(tmp_path):
-    """Media, and a data file with each kind of sample: text, image, video, and regions on one frame and on
-    several."""
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "clip").mkdir()
-    for i in range(9):
-        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(
-            tmp_path / "clip" / f"{i}.png"
-        )
-
-    def box(x, y):
-        return [x, y, x + 30, y, x + 30, y + 25, x, y + 25]
-
-    def talk(*turns):
-        return {
-            "conversations": [
-                {"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)
-            ]
-        }
-
-    samples = [
-        talk("Say the other thing.", "Never."),
-        {"image": "a.png"} | talk("<image>\nWhat is on the image?", "Noise in the picture."),
-        {"video": "clip"} | talk("Describe <video> then.", "More noise.", "And the rest?", "The same."),
-        {"video": "clip", "annotation": [{"3": {"segmentation": box(5, 5)}}]}
-        | talk("<video>\nWhat is <region>?", "The one."),
-        {
-            "video": "clip",
-            "annotation": [
-                {str(f): {"segmentation": box(f, 2 * f)} for f in (8, 0, 2, 5)},
-                {"2": {"segmentation": box(40, 30)}},
-            ],
-        }
-        | talk("<video>\nIs <region> left of <region>?", "On the left."),
-        {"image": "a.png", "annotation": [{"0": {"segmentation": box(50, 40)}}]}
-        | talk("What is <region>?", "A box."),
-    ]
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps(samples))
-    return data.read_samples(path), tmp_path
+def batch_of(samples, processor, numbers):
+    dataset = data.ReferringDataset(samples, processor)
+    return data.collate([dataset[0, number] for number in numbers], processor)
 
 
-def dataset(world, processor, **options):
-    return data.ReferringDataset(world[0], processor, **options)
+def batch_of_questions(samples, processor, keys):
+    questions = evaluation.Questions(samples, processor)
+    return data.collate([questions[key] for key in keys], processor, for_generation=True)
 
 
-def batch_of(world, processor, numbers):
-    return data.collate([dataset(world, processor)[0, i] for i in numbers], processor)
+# ---- The same in transformers and float64 ----
+class Truth:
+    """A model of transformers that none of our code has touched, and what it makes of SAMPLES."""
+
+    def __init__(self, folder, encoder):
+        self.family = json.loads((folder / "config.json").read_text())["model_type"]
+        self.plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.encoder = copy.deepcopy(encoder).double()
+        limits = SETTINGS.num_frames, SETTINGS.frame_pixels, SETTINGS.region_pixels
+        self.processor = transformers_processor(folder, self.family, *limits)
+        self.images, self.tokenizer = self.processor.image_processor, self.processor.tokenizer
+        self.region_token_id = self.tokenizer.convert_tokens_to_ids("<|region_pad|>")
+
+    def inputs(self, number, for_generation=False):
+        """What transformers' processor makes of a sample: keyword arguments of the plain model."""
+        counts = iter(min(len(boxes), SETTINGS.region_tokens) for boxes in BOXES.get(number, []))
+        tokens = "<|vision_start|><|{}_pad|><|vision_end|>"
+        # When Qwen3-VL and Qwen3.5 came out (transformers 4.57 and 5.2), no vision tokens stood around all
+        # timestamps, where their template now puts them.
+        video = tokens.format("video") if self.family == "qwen2_5_vl" else "<|video_pad|>"
+        messages = []
+        for turn in SAMPLES[number]["conversations"]:
+            text = re.sub("<region>", lambda _: "<|region_pad|>" * next(counts), turn["value"])
+            text = re.sub(r"\n?<image>\n?", tokens.format("image"), text)
+            text = re.sub(r"\n?<video>\n?", video, text)
+            messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": text})
+        messages = messages[:-1] if for_generation else messages
+        options = {"tokenize": False, "add_generation_prompt": for_generation, "enable_thinking": False}
+        text = self.tokenizer.apply_chat_template(messages, **options)
+        if self.family.startswith("qwen3_5"):  # asked without thinking, and trained so in all turns
+            text = re.sub(r"(?<=assistant\n)(?!<think>)", "<think>\n\n</think>\n\n", text)
+        all_media = {"image": {"images": [PICTURE]}, "video": {"videos": [CLIP]}}
+        [media] = [all_media[kind] for kind in all_media if kind in SAMPLES[number]] or [{}]
+        return dict(self.processor(text=[text], **media, return_tensors="pt"))
+
+    def labels(self, number, ids):
+        """The answers of a sample with their end tokens, found in its token ids; all else is -100."""
+        labels, start = torch.full_like(ids, -100), 0
+        for turn in SAMPLES[number]["conversations"][1::2]:
+            answer = torch.tensor(self.tokenizer.encode(turn["value"] + "<|im_end|>"))
+            while not torch.equal(ids[0, start : start + len(answer)], answer):
+                start += 1
+            labels[0, start : start + len(answer)] = answer
+        return labels
+
+    def region_tokens(self, number):
+        """README's region tokens (T, D) of a sample in float64, from the cells of one picture at a time."""
+        frames, tokens = [PICTURE] if "image" in SAMPLES[number] else CLIP, []
+        for boxes in BOXES[number]:
+            pooled, code = [], []
+            for frame, (x, y, w, h) in sorted(boxes.items()):
+                H, W, _ = frames[frame].shape
+                still = self.images(frames[frame], return_tensors="pt")
+                _, gh, gw = (still["image_grid_thw"][0] // 2).tolist()
+                cells = self.plain.model.visual(still["pixel_values"], grid_thw=still["image_grid_thw"])
+                mask = np.kron(box_mask(H, W, x, y, w, h), np.ones((gh, gw)))  # each pixel cut into gh x gw
+                coverage = torch.tensor(mask.reshape(gh, H, gw, W).mean((1, 3))).flatten()
+                pooled.append(coverage @ cells.pooler_output.double() / coverage.sum())
+                time = frame / max(len(frames) - 1, 1)
+                code.append([(x + w / 2) / W, (y + h / 2) / H, w / W, h / H, time])
+            pooled, code = torch.stack(pooled), torch.tensor(code, dtype=torch.float64)
+            share = torch.tensor(merged_by_hand(pooled.tolist(), min(len(boxes), SETTINGS.region_tokens)))
+            merged, code = share.double() @ pooled, share.double() @ code
+            angles = [torch.pi * code[:, [i]] * 2**k for i in range(5) for k in range(4)]
+            code = [2 * code - 1, (2 * code - 1) * (2 * code[:, 4:] - 1)]
+            code = torch.cat([*code, *map(torch.sin, angles), *map(torch.cos, angles)], dim=1)
+            tokens.append(merged + self.encoder.mlp(merged) + self.encoder.position(code))
+        return torch.cat(tokens).float()
+
+    def with_regions(self, number):
+        """A context in which the plain model reads region tokens in place of their placeholders."""
+
+        def put(module, arguments, embeddings):
+            places = arguments[0] == self.region_token_id
+            if not places.any():
+                return embeddings
+            return embeddings.masked_scatter(places[..., None], self.region_tokens(number))
+
+        return self.plain.get_input_embeddings().register_forward_hook(put)
 
 
-def question(world, processor, sample, turn):
-    return evaluation.Questions(world[0], processor)[sample, turn]
+def merged_by_hand(pooled, count):
+    """VideoRefer section 3.2.2 in plain Python: joins the most similar neighbours, one pair after another.
+    Returns the share that each of an object's rows has in each of its tokens, as lists."""
+
+    def similarity(a, b):  # rounded, so that ties do not depend on the order of a sum
+        dot = sum(x * y for x, y in zip(pooled[a], pooled[b]))
+        return round(dot / (math.hypot(*pooled[a]) * math.hypot(*pooled[b]) or 1), 9)
+
+    runs = [[i] for i in range(len(pooled))]
+    while len(runs) > count:
+        similarities = [similarity(one[-1], two[0]) for one, two in zip(runs, runs[1:])]
+        i = similarities.index(max(similarities))  # the first of equal ones
+        runs[i : i + 2] = [runs[i] + runs[i + 1]]
+    return [[1 / len(run) if i in run else 0.0 for i in range(len(pooled))] for run in runs]
 
 
-# ---- transformers' own inputs
-
-
-def theirs(checkpoint, world, number):
-    """The inputs that transformers' own classes make for a sample without regions: dict for the plain
-    backbone."""
-    sample, folder = world[0][number], world[1]
-    tokenizer, images = (
-        AutoTokenizer.from_pretrained(checkpoint),
-        Qwen2VLImageProcessorPil.from_pretrained(checkpoint),
-    )
-    kind = {1: "image", 2: "video"}.get(number)
-    messages = []
-    for question, answer in sample.turns:
-        before, _, after = question.partition(f"<{kind}>")
-        parts = [
-            {"type": "text", "text": before},
-            {"type": kind},
-            {"type": "text", "text": after.removeprefix("\n")},
-        ]
-        if not after:
-            parts = [{"type": "text", "text": question}]
-        messages += [
-            {"role": "user", "content": parts},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    if "qwen3_5" in str(checkpoint):  # each answer stands behind the prompt that asks for it without thinking
-        text = re.sub(r"(<\|im_start\|>assistant\n)(?!<think>)", r"\1<think>\n\n</think>\n\n", text)
-    inputs = {}
-    namespace = SimpleNamespace(
-        image_token="<|image_pad|>",
-        video_token="<|video_pad|>",
-        all_special_multimodal_tokens=["<|image_pad|>", "<|video_pad|>"],
-    )
-    replacements = {"images_replacements": [], "videos_replacements": [], "audio_replacements": []}
-    if kind == "image":
-        size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": SETTINGS.region_pixels}
-        inputs = dict(images(Image.open(folder / "a.png"), size=size, return_tensors="pt"))
-        cells = int(inputs["image_grid_thw"].prod()) // images.merge_size**2
-        replacements["images_replacements"] = ["<|image_pad|>" * cells]
-    if kind == "video":
-        frames = np.stack([np.asarray(Image.open(folder / "clip" / f"{i}.png")) for i in (0, 2, 4, 6, 8)])
-        # Each frame resized and normalised as an image of the same budget; then transformers' own video
-        # patches.
-        size = {"shortest_edge": (images.patch_size * 2) ** 2, "longest_edge": SETTINGS.frame_pixels}
-        singles = images(list(frames), size=size, return_tensors="pt", patch_size=images.patch_size)
-        _, gh, gw = singles["image_grid_thw"][0].tolist()
-        p, m = images.patch_size, images.merge_size
-        pictures = singles["pixel_values"].view(5, gh // m, gw // m, m, m, 3, 2, p, p)[:, :, :, :, :, :, 0]
-        pictures = pictures.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(1, 5, 3, gh * p, gw * p)
-        patches, *grid = Qwen3VLVideoProcessor.patchify(None, pictures, p, m, 2)
-        inputs = {"pixel_values_videos": patches[0], "video_grid_thw": torch.tensor([grid])}
-        cells = gh * gw // m**2
-        if "qwen3" in str(checkpoint):
-            namespace.video_processor = SimpleNamespace(merge_size=m, temporal_patch_size=2)
-            namespace.vision_start_token, namespace.vision_end_token = "<|vision_start|>", "<|vision_end|>"
-            namespace._calculate_timestamps = partial(Qwen3VLProcessor._calculate_timestamps, None)
-            metadata = SimpleNamespace(fps=24.0, frames_indices=[0, 2, 4, 6, 8])
-            described = {"video_grid_thw": inputs["video_grid_thw"], "video_metadata": [metadata]}
-            replacements["videos_replacements"] = [
-                Qwen3VLProcessor.replace_video_token(namespace, described, 0)
-            ]
-        else:
-            replacements["videos_replacements"] = ["<|video_pad|>" * (3 * cells)]
-            # transformers' VideoMetadata.sampled_fps: sampled frames / all frames * fps; two frames a step of
-            # the grid.
-            inputs["second_per_grid_ts"] = torch.tensor([2 / (5 / 9 * 24.0)])
-    (text,), _ = ProcessorMixin.get_text_with_replacements(namespace, [text], **replacements)
-    # transformers 4.57 and 5.2, when Qwen3-VL and Qwen3.5 were published, had no pair of vision tokens around
-    # all timestamps.
-    outer_pair = (
-        r"<\|vision_start\|>((?:<[\d.]+ seconds><\|vision_start\|>.*?<\|vision_end\|>)+)<\|vision_end\|>"
-    )
-    text = re.sub(outer_pair, r"\1", text)
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-    image_id, video_id = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    return inputs | {
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == image_id).int() + 2 * (ids == video_id).int(),
-    }
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_pixels_tokens_and_logits_equal_those_of_transformers(checkpoint, loaded, world, number):
+def test_a_row_reads_and_learns_as_transformers_does_one_sample_at_a_time(checkpoint, loaded, samples):
+    """Token ids, labels, logits, loss and the gradient of every parameter; regions as README has them."""
     model, processor = loaded
-    batch, expected = batch_of(world, processor, [number]), theirs(checkpoint, world, number)
-    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
-    if number == 1:
-        assert torch.equal(model._pixels(batch | {"video_patches": []}), expected["pixel_values"])
-        assert torch.equal(batch["tower"]["grid_thw"], expected["image_grid_thw"])
-    if number == 2:
-        assert torch.equal(model._pixels(batch | {"still_patches": []}), expected["pixel_values_videos"])
-        assert torch.equal(batch["tower"]["grid_thw"], expected["video_grid_thw"])
-    plain = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    truth = Truth(checkpoint, model.region_encoder)
+    dataset, logits, losses = data.ReferringDataset(samples, processor), [], []
+    for number in ROW:
+        inputs = truth.inputs(number)
+        labels = truth.labels(number, inputs["input_ids"])
+        encoded = dataset[0, number]
+        assert encoded["input_ids"].tolist() == inputs["input_ids"][0].tolist(), number
+        assert encoded["labels"].tolist() == labels[0].tolist(), number
+        with truth.with_regions(number):
+            output = truth.plain(**inputs, labels=labels)
+        losses.append(output.loss * (labels != -100).sum())
+        logits.append(output.logits.detach())
+    torch.stack(losses).sum().backward()
+
+    batch = batch_of(samples, processor, ROW)
+    loss = model(batch)
+    loss.backward()
     with torch.no_grad():
-        logits = plain(**expected).logits
         # The tower's convolution is computed as a matrix product, which adds up in another order.
-        torch.testing.assert_close(model.logits(batch), logits, atol=2e-5, rtol=1e-5)
-        labels = torch.from_numpy(dataset(world, processor)[0, number]["labels"])
-        loss = torch.nn.functional.cross_entropy(logits[0, :-1].double(), labels[1:], reduction="sum")
-        assert model(batch).item() == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(model.logits(batch), torch.cat(logits, dim=1), atol=5e-5, rtol=1e-4)
+    assert loss.item() == pytest.approx(sum(losses).item(), rel=2e-6)
+    expected = {"backbone." + name: p.grad for name, p in truth.plain.named_parameters()}
+    expected |= {"region_encoder." + name: p.grad for name, p in truth.encoder.named_parameters()}
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).norm() < 3e-5 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("indices", [[0, 37, 74, 111, 149], [0, 50, 100, 149], [7]])
-def test_timestamps_of_a_longer_video_are_those_of_transformers(tmp_path, indices):
-    """The pairs' mean times, an odd last frame paired with itself: far enough apart that one decimal tells
-    them from the first."""
-    folder = make_checkpoint(tmp_path, "qwen3_vl")
-    namespace = SimpleNamespace(
-        video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>"
-    )
-    namespace.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
-    namespace._calculate_timestamps = partial(Qwen3VLProcessor._calculate_timestamps, None)
-    metadata = SimpleNamespace(fps=29.97, frames_indices=list(indices))
-    grid = torch.tensor([[(len(indices) + 1) // 2, 4, 6]])
-    expected = Qwen3VLProcessor.replace_video_token(
-        namespace, {"video_grid_thw": grid, "video_metadata": [metadata]}, 0
-    )
-    times = [index / 29.97 for index in indices]
-    assert models.Processor.from_pretrained(folder, SETTINGS).video_prompt(times, 6) == expected
-
-
-def test_a_row_of_all_kinds_equals_its_samples_one_by_one(loaded, world):
+def test_answers_equal_those_of_transformers_generate(checkpoint, loaded, samples):
+    """All kinds of questions in one batch, padded on the left, against one question at a time."""
     model, processor = loaded
-    numbers = [4, 1, 0, 2, 5, 3]
-    with torch.no_grad():
-        together = model.logits(batch_of(world, processor, numbers))
-        alone = [model.logits(batch_of(world, processor, [number])) for number in numbers]
-    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=2e-5, rtol=1e-4)
+    truth = Truth(checkpoint, model.region_encoder)
+    config, end = model.backbone.config, processor.tokenizer.eos_token_id
+    # Random weights may answer with a vision token, from which transformers could not go on.
+    barred = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id])
+    model.backbone.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, barred, -torch.inf))
+    batch = batch_of_questions(samples, processor, QUESTIONS)
+    answers = model.generate(batch, [end], max_new_tokens=12)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end}
+    options["suppress_tokens"] = [*barred.tolist(), truth.region_token_id]
+    for (number, _), row, found in zip(QUESTIONS, batch["input_ids"], answers):
+        inputs = truth.inputs(number, for_generation=True)
+        prompt = inputs["input_ids"][0].tolist()
+        assert row[-len(prompt) :].tolist() == prompt, number
+        with truth.with_regions(number), torch.no_grad():
+            expected = truth.plain.generate(**inputs, **options)[0, len(prompt) :].tolist()
+        assert found == [token for token in expected if token != end], number
+    assert len({tuple(answer) for answer in answers}) > 2
 
 
-def test_labels_are_the_answers_and_their_end_tokens(loaded, world):
+@any_family
+def test_end_tokens_end_an_answer_for_good_and_a_region_is_never_one(loaded, samples):
+    """By hand, where row b of a batch scores the tokens script[b][k] highest at step k, best first."""
+    model, processor = loaded
+    end, region = processor.tokenizer.eos_token_id, processor.region_token_id
+    script = [[[5], [end], [7]], [[5], [6], [9], [7]], [[end], [6]], [[region, 5], [6], [region, end]], [[5]]]
+    expected = [[5], [5, 6], [], [5, 6], [5] * 128]  # by default at most 128 tokens
+
+    class ScriptedHead(torch.nn.Module):
+        step = 0
+
+        def forward(self, hidden):
+            scores = torch.zeros(len(hidden), len(processor.tokenizer))
+            for row, steps in enumerate(script):
+                best = steps[min(self.step, len(steps) - 1)]
+                scores[row, best] = torch.arange(len(best), 0, -1.0)
+            self.step += 1
+            return scores
+
+    batch = batch_of_questions(samples, processor, [(0, 0)] * len(script))
+    for limit, options in [(128, {}), (3, {"max_new_tokens": 3})]:
+        model.backbone.lm_head = ScriptedHead()
+        found = model.generate(batch, [end, 9], **options)
+        assert found == [answer[:limit] for answer in expected]
+
+
+@any_family
+def test_end_tokens_are_those_of_generation_config_tokenizer_and_chat(loaded):
+    """Published checkpoints list one or several; against sets written by hand."""
+    model, tokenizer = loaded[0], loaded[1].tokenizer
+    end_of_turn, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    for listed, expected in [(None, []), (7, [7]), ([3, 9], [3, 9])]:
+        model.backbone.generation_config.eos_token_id = listed
+        assert model.end_token_ids(tokenizer) == sorted([*expected, end_of_turn])
+    tokenizer.eos_token = "<|endoftext|>"
+    assert model.end_token_ids(tokenizer) == sorted([3, 9, end_of_turn, other])
+
+
+def test_temporal_merge_equals_a_merge_in_plain_python():
+    """With vectors of few cosines, which float32 makes of equal numbers wherever they are equal, for ties."""
+    rng = np.random.default_rng(0)
+    square = [v for v in product((-1, 0, 1), repeat=4) if math.hypot(*v) == math.hypot(1, 1)]
+    axes = [scale * row for scale in (-4, -1, 0, 0.5, 1) for row in np.eye(4)]
+    for draw in range(400):
+        object_frames = rng.integers(1, 12, size=rng.integers(1, 6))
+        region_tokens = rng.integers(1, object_frames + 1)
+        R, T = sum(object_frames), sum(region_tokens)
+        vectors = [rng.normal(size=(R, 4)), rng.choice(square, R), rng.choice(axes, R), np.ones((R, 4))]
+        pooled = torch.tensor(vectors[draw % 4], dtype=torch.float32)
+        objects = zip(pooled.split(object_frames.tolist()), region_tokens)
+        expected = [torch.tensor(merged_by_hand(rows.tolist(), u)) for rows, u in objects]
+        found = models.temporal_merge(pooled, object_frames.tolist(), region_tokens.tolist(), T)
+        torch.testing.assert_close(found, torch.block_diag(*expected))
+
+
+def test_at_first_a_region_token_is_the_plain_average_of_its_cells():
+    """By hand: 0.25 a + 0.75 b of one frame and c of the other, which one token averages."""
+    cells, coverage = torch.tensor([[2.0, 4, -1], [6, 8, 1], [1, 1, 1]]), torch.tensor([0.25, 0.75, 1])
+    starts = torch.tensor([0, 2, 3])  # of each frame's coverage; and its cells
+    token = models.RegionEncoder(3)(cells, coverage, starts, starts[:2], torch.rand(2, 5), [2], [1])
+    torch.testing.assert_close(token, torch.tensor([[3.0, 4, 0.75]]))
+
+
+def test_the_position_code_is_that_worked_by_hand_also_in_mixed_precision():
+    """What a saved encoder has learned to read: (2x - 1), (2x - 1) * (2t - 1), then sin and cos of
+    pi * x * (1, 2, 4, 8), for each x of (cx, cy, w, h, t). The two layers behind it are made the identity:
+    far from 0 the GELU between them is one too. Next to 64, bfloat16, as of FSDP, is off by up to 0.25."""
+    s, box = 0.5**0.5, torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
+    raw, times_t = [0, -0.5, -1, 1, 0.5], [0, -0.25, -0.5, 0.5, 0.25]
+    sin = [1, 0, 0, 0] + [s, 1, 0, 0] + [0, 0, 0, 0] + [0, 0, 0, 0] + [s, -1, 0, 0]
+    cos = [0, -1, 1, 1] + [s, 0, -1, 1] + [1, 1, 1, 1] + [-1, 1, 1, 1] + [-s, 0, -1, 1]
+    expected = torch.tensor([raw + times_t + sin + cos])
+    for autocast, dtype in product((False, True), (torch.float32, torch.bfloat16)):
+        encoder = models.RegionEncoder(50)
+        for layer, bias in ((encoder.position[0], 64), (encoder.position[2], -64)):
+            torch.nn.init.eye_(layer.weight)
+            torch.nn.init.constant_(layer.bias, bias)
+        cells, starts = torch.zeros(1, 50, dtype=torch.bfloat16 if autocast else dtype), torch.tensor([0, 1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = encoder.to(dtype)(cells, torch.ones(1), starts, starts[:1], box, [1], [1])
+        torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+def test_groups_and_layers_hold_what_their_names_say(loaded):
+    """Each parameter is in the one group that transformers' name of its module stands for."""
+    model, visual = loaded[0], "backbone.model.visual."
+    parts = {"region_encoder.": "region", "backbone.lm_head": "llm", "backbone.model.language_model.": "llm"}
+    parts |= dict.fromkeys([visual + "merger", visual + "deepstack_merger_list"], "projector")
+    parts |= {visual + name: "vision" for name in ("patch_embed", "pos_embed", "blocks")}
+    found = [(p, part) for part, group in model.parameter_groups().items() for p in group]
+    assert len(found) == len(dict(found)) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert [dict(found)[p]] == [part for place, part in parts.items() if name.startswith(place)], name
+    layers = [m for m in model.modules() if type(m).__name__.endswith(("VisionBlock", "DecoderLayer"))]
+    assert len(layers) == 3 + 3 and set(model.layers()) == set(layers)
+
+
+def test_every_parameter_gets_a_gradient_from_every_kind_of_batch(loaded, samples):
+    """DistributedDataParallel waits for ever for what one rank's batch, without media or regions, lacks."""
+    model, processor = loaded
+    dataset = data.ReferringDataset(samples, processor)
+    for encoded in [*(dataset[0, i] for i in range(4)), data.DataError("bad")]:
+        model.zero_grad()
+        loss = model(data.collate([encoded], processor))
+        loss.backward()
+        assert torch.isfinite(loss) and [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@dense_families
+def test_texts_that_would_end_a_turn_or_hide_an_answer_are_refused(loaded):
+    """Control tokens in all families; thoughts in Qwen3.5, whose template takes them out of answers."""
     _, processor = loaded
-    for number, answers in [
-        (2, ["More noise.<|im_end|>", "The same.<|im_end|>"]),
-        (3, ["The one.<|im_end|>"]),
-    ]:
-        encoded = dataset(world, processor)[0, number]
-        supervised = encoded["labels"] != data.IGNORE_INDEX
-        assert (encoded["input_ids"] == encoded["labels"])[supervised].all()
-        starts = np.flatnonzero(np.diff(np.concatenate([[0], supervised.astype(int)])) == 1)
-        found = [encoded["labels"][s:][np.cumprod(supervised[s:]).astype(bool)] for s in starts]
-        assert [processor.tokenizer.decode(run) for run in found] == answers
-
-
-def test_the_prompt_of_a_question_is_the_beginning_of_the_conversation(loaded, world):
-    """What the model sees at evaluation is, token for token, what it was trained to continue."""
-    _, processor = loaded
-    whole = dataset(world, processor)[0, 2]
-    for turn in (0, 1):
-        prompt = question(world, processor, 2, turn)["input_ids"]
-        assert prompt.tolist() == whole["input_ids"][: len(prompt)].tolist()
-        assert whole["labels"][len(prompt)] != data.IGNORE_INDEX == whole["labels"][len(prompt) - 1]
-
-
-def test_the_prompt_of_a_question_ends_as_the_template_begins_an_answer(loaded, world):
-    _, processor = loaded
-    tokenizer = processor.tokenizer
-    expected = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Say the other thing."}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,
-    )
-    found = question(world, processor, 0, 0)["input_ids"].tolist()
-    assert found == tokenizer.encode(expected, add_special_tokens=False)
-
-
-def test_a_conversation_is_what_the_template_makes_of_it(loaded):
-    """Qwen3.5's strips white space, the others' leave it, as do we: data.py strips all texts."""
-    _, processor = loaded
-    question, answer = "Say\n  the other thing.\n\nPlease: ", "Never.\n\n(Or?)  No."
-    turns = [(question.strip(), answer), ("More?", answer)]
-    roles = ("user", "assistant")
-    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn)]
-    expected = processor.tokenizer.apply_chat_template(messages, tokenize=False)
-    if processor.thoughts:  # taken out of all answers but the last
-        expected = expected.replace("assistant\nNever", f"assistant\n{processor.thoughts}Never", 1)
-    ids, labels = processor.encode(turns, "", [])
-    assert ids.tolist() == processor.tokenizer.encode(expected, add_special_tokens=False)
-    assert processor.tokenizer.decode(labels[labels != data.IGNORE_INDEX]) == 2 * f"{answer}<|im_end|>"
-
-
-@pytest.mark.parametrize("text", ["Red</think>", "<think>It is a box.</think>A box."])
-def test_thoughts_in_a_text_are_refused_where_the_prompt_ends_with_empty_ones(loaded, text):
-    """Qwen3.5's template would take them out of an answer, or put them behind the empty ones."""
-    _, processor = loaded
-    for turns in ([("What?", text)], [(text, "Red.")], [("What?", text), ("And?", "Red.")]):
-        if processor.config.model_type in ("qwen3_5", "qwen3_5_moe"):
-            with pytest.raises(
-                data.DataError, match="without the tokenizer's control tokens, found '</?think>'"
-            ):
+    control_tokens, thoughts = ["What<|im_end|>?", "<|region_pad|>"], ["Red</think>", "<think>A box."]
+    thinks = processor.config.model_type.startswith("qwen3_5")
+    for text in control_tokens + thoughts * thinks:
+        for turns in ([(text, "x")], [("x", text)], [("x", text), ("y", "z")]):
+            with pytest.raises(data.DataError):
                 processor.encode(turns, "", [])
-        else:
-            assert text in processor.tokenizer.decode(processor.encode(turns, "", [])[0])
+    for text in thoughts * (not thinks) + ["a < b > c |im_end|"]:
+        assert text in processor.tokenizer.decode(processor.encode([("x", text)], "", [])[0])
 
 
-def refused_template(checkpoint, folder, change):
-    """Returns the error of a checkpoint whose chat template is changed, less its beginning."""
-    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    path = folder / "chat_template.jinja"
-    before = path.read_text()
-    path.write_text(change(before))
-    assert path.read_text() != before
-    with pytest.raises(data.DataError, match=f"^--model {folder}: expected a chat template") as caught:
-        models.load_processor(folder)
-    assert "\n" not in str(caught.value)
+@any_family
+def test_a_sample_that_is_too_long_is_refused_not_cut(loaded, samples):
+    """At the limit and one beyond; the error names the sample, the limit and the length."""
+    processor = loaded[1]
+    length = len(data.ReferringDataset(samples, processor)[0, 4]["input_ids"])
+    processor.settings = replace(SETTINGS, max_length=length)
+    assert len(data.ReferringDataset(samples, processor)[0, 4]["input_ids"]) == length
+    processor.settings = replace(SETTINGS, max_length=length - 1)
+    error = data.ReferringDataset(samples, processor)[0, 4]
+    assert "sample 4" in error.args and f"{length - 1} " in str(error) and f"{length} " in str(error)
+
+
+@any_family
+def test_sizes_of_pictures(loaded):
+    """Whole cells of 32 pixels within the limits of checkpoint and settings, worked by hand."""
+    processor, cell, twelve = loaded[1], 32 * 32, ((96, 128), (96, 128))
+    for low, high, region_pixels, still_and_window in [
+        (1, 64, 12, twelve),
+        (1, 12, 99, twelve),
+        (150, 900, 900, ((352, 480), (800, 1088))),  # a window is enlarged as far as it may be
+        (900, 900, 12, twelve),
+    ]:
+        processor.image_processor.size = {"shortest_edge": low * cell, "longest_edge": high * cell}
+        settings = replace(SETTINGS, region_pixels=region_pixels * cell, frame_pixels=4 * cell)
+        parts = processor.tokenizer, processor.image_processor, processor.config
+        processor = models.Processor(*parts, settings)
+        assert (processor.still_size(300, 400), processor.window_size(300, 400)) == still_and_window
+        assert processor.frame_size(300, 400) == (32, 64) and processor.frame_size(9, 9) == (32, 32)
+    assert processor.still_size(64, 64) == (128, 128) and processor.still_size(10, 2000)
+    with pytest.raises(data.DataError):  # transformers' own limit
+        processor.still_size(10, 2001)
+
+
+def refuse(path):
+    """Asserts that loading ends with one line that names the model, and returns it."""
+    with pytest.raises(data.DataError) as caught:
+        evaluation.load(path, "cpu")
+    assert caught.value.args[1] == f"--model {path}" and "\n" not in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        # As in the thinking variants of Qwen3-VL, thoughts that begin in the prompt do not end there.
-        ("{% if enable_thinking is false %}", "{% if false %}", r"assistant\n<think>\n'"),
-        ("{{ text }}<|im_end|>", "{{ text }}!<|im_end|>", "B.!<|im_end|>"),
-        ("{{ text }}<|im_end|>", "{{ text }}<|endoftext|>", "B.<|endoftext|>"),
-        ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>", r"assistant\n<|im_end|>"),
-        ("}}<|im_end|>", "}}{% if loop.last or loop.first %}<|im_end|>{% endif %}", "B.<|im_start|>"),
-        ("{% if last.question < 0 %}", "{% if true %}", ": No user query found"),
-    ],
-)
-@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
-def test_a_template_of_another_kind_is_refused_in_one_line(checkpoint, tmp_path, old, new, message):
-    found = refused_template(checkpoint, tmp_path, lambda template: template.replace(old, new))
-    assert message in found.partition(", found")[2]
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
+@dense_families
+def test_a_template_that_writes_other_texts_is_refused(checkpoint, tmp_path):
+    """Each changes what some conversation looks like, fails, or is no template; and there may be none."""
+    changes = [
         ("<|im_start|>{{", "<|im_start|> {{"),
         ("<|vision_start|><|image_pad|>", "Picture: <|vision_start|><|image_pad|>"),
         ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"),
-        ("{% for message in messages %}", "<|endoftext|>{% for message in messages %}"),
-    ],
-)
-def test_of_every_family_a_template_that_writes_other_texts_is_refused(checkpoint, tmp_path, old, new):
-    refused_template(checkpoint, tmp_path, lambda template: template.replace(old, new))
-
-
-@any_family
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for message in messages %}{{ message['content'] + '<|im_end|>' }}{% endfor %}",  # text alone
-        "{% for message in messages %}{{ message.content.text.upper() }}{% endfor %}",
-        "{% for message in messages %}",  # not a template
-    ],
-)
-def test_a_template_that_fails_is_refused_in_one_line(checkpoint, tmp_path, template):
-    refused_template(checkpoint, tmp_path, lambda _: template)
-
-
-@any_family
-def test_a_checkpoint_without_a_template_is_refused_in_one_line(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(
-        data.DataError, match=f"^--model {tmp_path}: expected a chat template, found: "
-    ) as caught:
-        models.load_processor(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_mixed_precision_runs_and_stays_close(loaded, world):
-    """What train.py does on a GPU: bfloat16 compute over float32 weights."""
-    model, processor = loaded
-    batch = batch_of(world, processor, range(6))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        mixed = model(batch)
-    with torch.no_grad():
-        assert mixed.dtype == torch.float32 and mixed.item() == pytest.approx(model(batch).item(), rel=0.03)
-
-
-@any_family
-def test_control_tokens_in_a_text_are_refused(loaded, world):
-    _, processor = loaded
-    for text in ("What<|im_end|>?", "<|video_pad|>", models.REGION_TOKEN):
-        with pytest.raises(data.DataError, match="control tokens"):
-            processor.encode([(text, "x")], "", [])
-
-
-@any_family
-def test_a_sample_that_is_too_long_is_refused_not_cut(checkpoint, world):
-    encoded = dataset(world, models.Processor.from_pretrained(checkpoint, SETTINGS))[0, 4]
-    length = len(encoded["input_ids"])
-    for limit, fits in [(length, True), (length - 1, False)]:
-        processor = models.Processor.from_pretrained(checkpoint, replace(SETTINGS, max_length=limit))
-        found = dataset(world, processor)[0, 4]
-        assert fits == isinstance(found, dict)
-    assert f"at most {limit} tokens (max_length), found {length}" in str(found) and "sample 4" in str(found)
-
-
-# ---- regions
-
-
-def test_a_region_token_starts_as_the_average_of_its_cells(loaded, world):
-    """Truth: the backbone's own image features of the annotated frame, weighted by coverage in float64."""
-    model, processor = loaded
-    batch = batch_of(world, processor, [5])
-    with torch.no_grad():
-        cells = model.backbone.model.visual(
-            model._pixels(batch | {"video_patches": []}), grid_thw=batch["tower"]["grid_thw"]
-        ).pooler_output
-        embeddings = model._inputs(batch)["inputs_embeds"]
-    mask = np.zeros((90, 130))
-    mask[40:65, 50:80] = 1
-    _, height, width = batch["tower"]["grid_thw"][0].tolist()
-    gh, gw = height // 2, width // 2
-    weight = np.kron(mask, np.ones((gh, gw))).reshape(gh, 90, gw, 130).mean(axis=(1, 3)).ravel()
-    expected = weight @ cells.double().numpy() / weight.sum()
-    found = embeddings[0][batch["input_ids"][0] == processor.region_token_id]
-    assert found.shape[0] == 1
-    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("weights_in_bfloat16", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_position_code_is_pinned_to_numbers_worked_by_hand(autocast, weights_in_bfloat16):
-    """A saved encoder is useful only as long as its input means the same: (2x - 1), (2x - 1) * (2t - 1), then
-    sin and cos of pi * x * (1, 2, 4, 8), for each x of (cx, cy, w, h, t). With 50 columns the two layers
-    behind it can be made the identity: far from 0 the GELU between them is one too. Next to 64, numbers in
-    bfloat16 would be off by up to 0.25: under autocast, and with the weights in bfloat16 as FSDP has them,
-    everything must be computed in float32. It once was not."""
-    encoder = models.RegionEncoder(50)
-    first, _, last = encoder.position
-    torch.nn.init.eye_(first.weight)
-    torch.nn.init.eye_(last.weight)
-    torch.nn.init.constant_(first.bias, 64.0)
-    torch.nn.init.constant_(last.bias, -64.0)
-    if weights_in_bfloat16:
-        encoder = encoder.to(torch.bfloat16)
-    cells = torch.zeros(1, 50, dtype=torch.bfloat16 if autocast or weights_in_bfloat16 else torch.float32)
-    box = torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = encoder(cells, torch.ones(1), torch.tensor([0, 1]), torch.tensor([0]), box, [1], [1])
-    s = 0.5**0.5
-    raw = [0, -0.5, -1, 1, 0.5]
-    times_t = [0, -0.25, -0.5, 0.5, 0.25]
-    sin = [[1, 0, 0, 0], [s, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [s, -1, 0, 0]]
-    cos = [[0, -1, 1, 1], [s, 0, -1, 1], [1, 1, 1, 1], [-1, 1, 1, 1], [-s, 0, -1, 1]]
-    expected = torch.tensor([raw + times_t + sum(sin, []) + sum(cos, [])], dtype=torch.float32)
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
-
-
-@any_family
-def test_each_placeholder_gets_its_own_object(loaded, world):
-    """Swapping the two objects of a sample swaps their tokens and touches nothing else."""
-    model, processor = loaded
-    ds = dataset(world, processor)
-    sample = ds.samples[4]
-    swapped = replace(sample, objects=sample.objects[::-1])
-    one, two = (ds.encode(s, np.random.default_rng(0)) for s in (sample, swapped))
-    assert one["region_tokens"] == [2, 1] and two["region_tokens"] == [1, 2]
-    region = processor.region_token_id
-    tokens = {}
-    for name, encoded in (("one", one), ("two", two)):
-        batch = data.collate([encoded], processor)
-        with torch.no_grad():
-            tokens[name] = model._inputs(batch)["inputs_embeds"][0][batch["input_ids"][0] == region]
-    torch.testing.assert_close(tokens["one"][[2, 0, 1]], tokens["two"])
-    assert not torch.allclose(tokens["one"][0], tokens["one"][2])
-
-
-@any_family
-def test_a_faulty_neighbour_never_shifts_regions(loaded, world):
-    """In the reference code, too few tags hand the rest of a sample's features to the next sample of the
-    batch."""
-    model, processor = loaded
-    ds = dataset(world, processor)
-    broken = replace(ds.samples[4], turns=[("<video>\nIs <region> left?", "Yes.")])
-    with pytest.raises(AssertionError, match=r"(\(0, \d+, )3\) placeholders .* for \1[4]\) tokens"):
-        encoded = ds.encode(broken, np.random.default_rng(0))
-        data.collate([encoded, ds[0, 3]], processor)
-
-
-def merged_by_hand(pooled, object_frames, region_tokens):
-    """VideoRefer section 3.2.2 in plain Python: joins the most similar neighbours, one pair after another.
-
-    Returns the share that each row has in each token, as lists (T, R).
-    """
-
-    def similarity(a, b):  # rounded, so that ties do not depend on the order of a sum
-        product = sum(x * y for x, y in zip(pooled[a], pooled[b]))
-        return round(product / (math.hypot(*pooled[a]) * math.hypot(*pooled[b]) or 1), 9)
-
-    tokens, row = [], 0
-    for n, u in zip(object_frames, region_tokens):
-        runs = [[i] for i in range(row, row + n)]
-        while len(runs) > u:
-            pairs = range(len(runs) - 1)
-            i = min(pairs, key=lambda i: (-similarity(runs[i][-1], runs[i + 1][0]), i))
-            runs[i : i + 2] = [runs[i] + runs[i + 1]]
-        tokens += runs
-        row += n
-    return [[1 / len(run) if i in run else 0.0 for i in range(row)] for run in tokens]
-
-
-@pytest.mark.parametrize("ties", ["none", "many", "many, of vectors along axes", "all"])
-def test_temporal_merge_equals_a_merge_in_plain_python(ties):
-    """Vectors of one kind have few cosines, which float32 makes of equal numbers wherever they are equal."""
-    rng = np.random.default_rng(0)
-    square = [v for v in itertools.product((-1, 0, 1), repeat=4) if math.hypot(*v) == math.hypot(1, 1)]
-    axes = [scale * row for scale in (-4, -1, 0, 0.5, 1) for row in np.eye(4)]
-    for _ in range(300):
-        object_frames = rng.integers(1, 12, size=rng.integers(0, 6)).tolist()
-        region_tokens = [int(rng.integers(1, n + 1)) for n in object_frames]
-        R = sum(object_frames)
-        pooled = {
-            "none": rng.normal(size=(R, 4)),
-            "many": np.array(square)[rng.integers(0, len(square), R)],
-            "many, of vectors along axes": np.array(axes)[rng.integers(0, len(axes), R)],
-            "all": np.ones((R, 4)),
-        }[ties].astype(np.float32)
-        expected = merged_by_hand(pooled.tolist(), object_frames, region_tokens)
-        T = sum(region_tokens)
-        share = models.temporal_merge(torch.tensor(pooled), object_frames, region_tokens, T)
-        assert share.dtype == torch.float32 and share.shape == (T, R)
-        np.testing.assert_allclose(share, np.reshape(expected, (T, R)), rtol=1e-6)
-
-
-def test_the_gradient_of_merged_rows_is_shared_by_the_rows_that_were_joined():
-    """Two objects: rows 0 and 1 are alike and joined, row 2 stays; of the other, all three rows become
-    one."""
-    pooled = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [5, 1], [1, 5], [0, 3]], requires_grad=True)
-    merged = models.temporal_merge(pooled, [3, 3], [2, 1], 3) @ pooled
-    torch.testing.assert_close(merged, torch.tensor([[1, 0.05], [0, 1], [2, 3]]))
-    (merged * torch.tensor([[6.0], [7], [9]])).sum().backward()
-    assert pooled.grad[:, 0].tolist() == [3, 3, 7, 3, 3, 3]
-
-
-@any_family
-def test_frames_are_merged_in_order_of_time_whatever_the_order_in_the_file(loaded, world):
-    encoded = dataset(world, loaded[1])[0, 4]
-    times = [w[4] for w in encoded["boxes"]]
-    assert times == [0, 2 / 8, 5 / 8, 1, 2 / 8] and encoded["object_frames"] == [4, 1]
-
-
-@any_family
-def test_single_frame_cut_and_region_frame_cap(checkpoint, world):
-    processor = models.Processor.from_pretrained(checkpoint, replace(SETTINGS, region_frames=3))
-    assert dataset(world, processor)[0, 4]["object_frames"] == [3, 1]
-    always = dataset(world, processor, single_frame=1.0)
-    seen = {always[epoch, 4]["boxes"][0][4] for epoch in range(40)}
-    assert seen == {0, 2 / 8, 5 / 8, 1}
-    half = dataset(world, processor, single_frame=0.5)
-    cut = sum(half[epoch, 4]["object_frames"][0] == 1 for epoch in range(200))
-    assert 70 < cut < 130
-    assert half[3, 4]["boxes"] == half[3, 4]["boxes"]
-
-
-@any_family
-def test_controls_replace_the_masks_and_nothing_else(loaded, world):
-    _, processor = loaded
-    plain, full, shuffled = (
-        evaluation.Questions(world[0], processor, control)[4, 0] for control in ("none", "full", "shuffle")
-    )
-    assert (
-        full["input_ids"].tolist() == plain["input_ids"].tolist()
-        and full["region_still"] == plain["region_still"]
-    )
-    assert all((grid == 1).all() for grid in full["coverage"]) and all(
-        w[:4] == (0.5, 0.5, 1, 1) for w in full["boxes"]
-    )
-    other = dataset(world, processor)[0, 5]["boxes"][0][:4]  # the only object on other media
-    assert all(w[:4] == pytest.approx(other) for w in shuffled["boxes"])
-    assert [w[4] for w in shuffled["boxes"]] == [w[4] for w in plain["boxes"]]
-
-
-def test_blind_is_a_conversation_without_media(loaded, world):
-    """It equals a data file of the same texts, written by hand, and the media need not exist."""
-    _, processor = loaded
-    config = processor.config
-    special = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-    special += [config.vision_end_token_id, processor.region_token_id]
-    assert set(special) <= set(batch_of(world, processor, range(6))["input_ids"].unique().tolist())
-    texts = [
-        ["Say the other thing.", "Never."],
-        ["What is on the image?", "Noise in the picture."],
-        ["Describe \n then.", "More noise.", "And the rest?", "The same."],
-        ["What is the object?", "The one."],
-        ["Is the object left of the object?", "On the left."],
-        ["What is the object?", "A box."],
+        ("{% for message in messages %}", "{% for message in messages %}{{ message.content.text.upper() }}"),
+        ("{% endfor %}", ""),
     ]
-    speakers = ["human", "gpt"] * 2
-    entries = []
-    for turns in texts:
-        turns = [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns)]
-        entries.append({"conversations": turns})
-    (world[1] / "texts.json").write_text(json.dumps(entries))
-    by_hand = data.read_samples(world[1] / "texts.json")
-    shutil.rmtree(world[1] / "clip")
-    (world[1] / "a.png").unlink()
-    assert isinstance(dataset(world, processor)[0, 4], data.DataError)
-
-    blind = evaluation.Questions(world[0], processor, "blind")
-    by_hand = evaluation.Questions(by_hand, processor)
-    encoded = []
-    for key in [*((i, 0) for i in range(len(texts))), (2, 1)]:
-        found, expected = blind[key], by_hand[key]
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert np.array_equal(found[name], value), name
-        encoded.append(found)
-    batch = data.collate(encoded, processor, for_generation=True)
-    assert not set(special) & set(batch["input_ids"].unique().tolist())
-    assert len(batch["visual_index"]) == len(batch["region_index"]) == len(batch["regions"]["boxes"]) == 0
-    assert batch["regions"]["region_tokens"] == []
+    if "qwen3_5" in str(checkpoint):
+        changes += [
+            ("{% if enable_thinking is false %}", "{% if false %}"),  # it always thinks
+            ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>"),
+            ("{% if last.question < 0 %}", "{% if true %}"),  # raises an error of its own
+        ]
+    folder = shutil.copytree(checkpoint, tmp_path / "changed")
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    for old, new in changes:
+        assert old in template
+        path.write_text(template.replace(old, new))
+        refuse(folder)
+    path.unlink()
+    refuse(folder)
+    write_json(folder / "chat_template.json", {"chat_template": template})  # as of Qwen2.5-VL
+    assert models.load_processor(folder).tokenizer.chat_template == template
 
 
-@any_family
-@pytest.mark.parametrize("fault", ["not an object", "a broken mask", "absent media"])
-def test_a_wrong_sample_lends_no_masks_and_is_not_blamed_on_the_one_that_is_asked(loaded, world, fault):
-    _, processor = loaded
-    entries = json.loads((world[1] / "data.json").read_text())
-    wrong = {
-        "not an object": 3,
-        "a broken mask": entries[5] | {"annotation": [{"0": {"segmentation": [1, 2]}}]},
-        "absent media": entries[5] | {"image": "absent.png"},
-    }[fault]
-    path = world[1] / "wrong.json"
-    path.write_text(json.dumps([entries[4]] + [wrong] * 9 + [entries[5]]))
-    shuffled = evaluation.Questions(data.read_samples(path), processor, "shuffle")
-    right = dataset(world, processor)[0, 5]["boxes"][0][:4]
-    for shuffled.seed in range(3):
-        assert all(box[:4] == pytest.approx(right) for box in shuffled[0, 0]["boxes"])
-    path.write_text(json.dumps([entries[4]] + [wrong] * 3))
-    error = evaluation.Questions(data.read_samples(path), processor, "shuffle")[0, 0]
-    assert "sample 0" in str(error) and "other media to take masks from" in str(error)
-
-
-# ---- answers, files, gradients
-
-
-def give_regions_weight(model):
-    """The region encoder's last layers start at zero; random ones make every input matter."""
-    torch.manual_seed(1)
-    for p in model.region_encoder.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-
-
-def test_generate_equals_argmax_step_by_step_without_a_cache(loaded, world):
-    model, processor = loaded
-    give_regions_weight(model)
-    # Random weights may answer with a vision placeholder, which the second way of this test could not feed
-    # back without media.
-    config = model.backbone.config
-    vision_tokens = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-    model.backbone.lm_head.register_forward_hook(
-        lambda module, inputs, scores: scores.index_fill(-1, torch.tensor(vision_tokens), -torch.inf)
-    )
-    turns = [(4, 0), (1, 0), (0, 0), (2, 1), (5, 0), (3, 0)]
-    questions = [question(world, processor, *turn) for turn in turns]
-    end = processor.tokenizer.eos_token_id
-    together = model.generate(
-        data.collate(questions, processor, for_generation=True), [end], max_new_tokens=12
-    )
-    for asked, found in zip(questions, together):
-        expected = []
-        for _ in range(12):
-            names = ("input_ids", "kind", "prompt_grid", "seconds_per_pair")
-            asked["position_ids"] = processor.positions(*(asked[name] for name in names))
-            with torch.no_grad():
-                scores = model.logits(data.collate([asked], processor))[0, -1]
-            scores[processor.region_token_id] = -torch.inf
-            token = int(scores.argmax())
-            if token == end:
-                break
-            expected.append(token)
-            for name in ("input_ids", "labels"):
-                asked[name] = np.append(asked[name], token)
-        assert found == expected
-    assert any(together) and len({tuple(answer) for answer in together}) > 1
-
-
-def test_answers_equal_those_of_generate_of_transformers(checkpoint, loaded, world):
-    model, processor = loaded
-    config, end = model.backbone.config, processor.tokenizer.eos_token_id
-    # Of tokens that neither of the two could go on from, none may be an answer.
-    barred = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-    model.backbone.lm_head.register_forward_hook(
-        lambda module, inputs, scores: scores.index_fill(-1, torch.tensor(barred), -torch.inf)
-    )
-    plain = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    questions = [question(world, processor, *turn) for turn in ((0, 0), (1, 0), (2, 1))]
-    together = model.generate(
-        data.collate(questions, processor, for_generation=True), [end], max_new_tokens=12
-    )
-    for number, asked, found in zip(range(3), questions, together):
-        inputs = theirs(checkpoint, world, number)
-        for name in ("input_ids", "mm_token_type_ids"):  # without the answer
-            inputs[name] = inputs[name][:, : len(asked["input_ids"])]
-        answer = plain.generate(
-            **inputs,
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=end,
-            suppress_tokens=[*barred, processor.region_token_id],
-        )[0, len(asked["input_ids"]) :].tolist()
-        assert found == (answer[: answer.index(end)] if end in answer else answer)
-    assert len({tuple(answer) for answer in together}) > 1
-
-
-@any_family
-def test_generate_stops_at_any_end_token(loaded, world):
-    """Published checkpoints list several end tokens; only the tokenizer's was heeded."""
-    model, processor = loaded
-    batch = data.collate([question(world, processor, 0, 0)], processor, for_generation=True)
-    free = model.generate(batch, [-1], max_new_tokens=8)[0]
-    assert len(free) == 8
-    unused = next(token for token in range(1000) if token not in free)
-    for end in set(free):
-        for ends in ([end], [unused, end], [end, unused]):
-            assert model.generate(batch, ends, max_new_tokens=8)[0] == free[: free.index(end)]
-
-
-@any_family
-@pytest.mark.parametrize("listed, others", [(None, []), (7, [7]), ([3, 9], [3, 9])])
-def test_end_tokens_are_those_of_tokenizer_and_generation_config(loaded, tmp_path, listed, others):
-    model, processor = loaded
-    model.backbone.generation_config.eos_token_id = listed
-    model.save_pretrained(tmp_path, asdict(processor.settings))
-    processor.save_pretrained(tmp_path)
-    again = models.load_model(
-        tmp_path, processor
-    )  # from generation_config.json, as in a published checkpoint
-    expected = {processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), *others}
-    assert again.end_token_ids(processor.tokenizer) == sorted(expected)
-
-
-class ScriptedHead(torch.nn.Module):
-    """In place of lm_head: at its step k, row b of the batch scores the tokens script[b][k] highest, best
-    first."""
-
-    def __init__(self, script, vocab_size):
-        super().__init__()
-        self.script, self.vocab_size, self.step = script, vocab_size, 0
-
-    def forward(self, hidden):
-        scores = torch.zeros(len(hidden), self.vocab_size)
-        for row, tokens in enumerate(self.script):
-            for place, token in enumerate(tokens[self.step]):
-                scores[row, token] = 10.0 - place
-        self.step += 1
-        return scores
-
-
-@any_family
-def test_an_answer_ends_at_its_end_token_while_others_of_the_batch_go_on(loaded, world):
-    """Slip: a row that had ended was taken up again when the model went on with text behind its end token."""
-    model, processor = loaded
-    end = processor.tokenizer.eos_token_id
-    questions = [question(world, processor, 0, 0)] * 3
-    script = [[[5], [end], [7], [8], [9]], [[5], [6], [7], [end], [9]], [[end], [6], [end], [8], [9]]]
-    model.backbone.lm_head = ScriptedHead(script, model.backbone.lm_head.out_features)
-    answers = model.generate(data.collate(questions, processor, for_generation=True), [end], max_new_tokens=5)
-    assert answers == [[5], [5, 6, 7], []]
-
-
-@any_family
-def test_a_region_placeholder_is_never_generated(loaded, world):
-    model, processor = loaded
-    end, region = processor.tokenizer.eos_token_id, processor.region_token_id
-    script = [[[region, 5], [6, region], [region, end]]]
-    model.backbone.lm_head = ScriptedHead(script, model.backbone.lm_head.out_features)
-    batch = data.collate([question(world, processor, 0, 0)], processor, for_generation=True)
-    assert model.generate(batch, [end], max_new_tokens=3) == [[5, 6]]
-
-
-def test_saved_model_gives_the_same_logits_and_its_backbone_loads_with_transformers_alone(
-    checkpoint, loaded, world, tmp_path
-):
-    model, processor = loaded
-    give_regions_weight(model)
-    model.save_pretrained(tmp_path / "saved", asdict(processor.settings))
-    processor.save_pretrained(tmp_path / "saved")
-    again = models.load_processor(tmp_path / "saved")
-    assert again.region_token_id == processor.region_token_id
-    saved, published = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", checkpoint))
-    assert saved.keys() == published.keys() and all(torch.equal(saved[n], published[n]) for n in saved)
-    other = models.load_model(tmp_path / "saved", again).eval()
-    numbers = range(6)
-    with torch.no_grad():
-        assert torch.equal(
-            other.logits(batch_of(world, again, numbers)), model.logits(batch_of(world, processor, numbers))
-        )
-        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
-        ids = batch_of(world, processor, [0])["input_ids"]
-        assert torch.equal(plain(input_ids=ids).logits, model.logits(batch_of(world, processor, [0])))
-
-
-@any_family
-@pytest.mark.parametrize(
-    "file, change, message",
-    [
-        ("model.safetensors", "missing", "missing_keys.*norm"),
-        ("model.safetensors", "left over", "unexpected_keys.*extra"),
-        ("model.safetensors", "shape", "mismatched_keys.*norm"),
-        ("region_encoder.safetensors", "missing", "[Mm]issing.*mlp.0"),
-        ("region_encoder.safetensors", "left over", "[Uu]nexpected.*extra"),
-        ("region_encoder.safetensors", "shape", "mismatch.*mlp.0"),
-    ],
-)
-def test_loading_is_strict(loaded, tmp_path, file, change, message):
-    model, processor = loaded
-    model.save_pretrained(tmp_path, {})
-    processor.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / file)
-    name = next(n for n in sorted(weights) if "norm" in n or "mlp.0" in n)
-    if change == "left over":
-        weights["extra.weight"] = torch.zeros(3)
-    elif change == "shape":
-        weights[name] = torch.zeros(7)
-    else:
-        del weights[name]
-    save_file(weights, tmp_path / file, metadata={"format": "pt"})
-    with pytest.raises(data.DataError, match=message) as caught:
-        models.load_model(tmp_path, processor)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("checkpoint", ["qwen3_5", "qwen3_5_moe"], indirect=True)
-def test_weights_that_transformers_leaves_out_are_not_left_over(checkpoint, tmp_path):
-    """Published Qwen3.5 have a head for predicting several tokens, for which transformers has no module."""
-    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors") | {"mtp.fc.weight": torch.zeros(3)}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    models.load_model(tmp_path, models.load_processor(tmp_path))
-
-
-@any_family
-def test_a_saved_folder_without_its_region_weights_is_refused(loaded, tmp_path):
-    """Otherwise a trained model would come back with a region encoder that adds nothing."""
-    model, processor = loaded
-    model.save_pretrained(tmp_path, {})
-    processor.save_pretrained(tmp_path)
-    (tmp_path / "region_encoder.safetensors").unlink()
-    with pytest.raises(data.DataError, match="region_encoder.safetensors"):
-        models.load_model(tmp_path, processor)
-
-
-def test_a_model_that_does_not_exist_is_named_in_one_line(checkpoint, tmp_path):
-    """It ended in a traceback of 40 lines."""
-    (tmp_path / "empty").mkdir()
-    without_tokenizer, without_weights, cut_short = (tmp_path / name for name in ("a", "b", "c"))
-    for folder in (without_tokenizer, without_weights, cut_short):
-        shutil.copytree(checkpoint, folder)
-    (without_tokenizer / "tokenizer.json").unlink()
-    (without_weights / "model.safetensors").unlink()
-    with open(cut_short / "model.safetensors", "r+b") as file:
-        file.truncate(1000)
-    paths = ["Nobody/Nothing", "tiny-model", "out/final", str(tmp_path / "missing"), str(tmp_path / "empty")]
-    for path in [*paths, str(without_tokenizer), str(without_weights), str(cut_short)]:
-        with pytest.raises(data.DataError) as caught:
-            models.load_model(path, models.load_processor(path))
-        message = str(caught.value)
-        assert message.startswith(f"--model {path}: expected ") and "\n" not in message and len(message) < 600
-        # transformers 5.23 had made an empty tokenizer for Qwen3.5.
-        if path != str(without_tokenizer) or "a tokenizer that knows the ids" not in message:
-            assert all(word in message for word in ('"tiny"', "a Hugging Face name", "config.json"))
-        if path.endswith("empty"):
-            assert "config.json" in message.partition("found: ")[2]
-
-
-@any_family
-def test_settings_come_from_the_folder_unless_given(loaded, tmp_path):
-    """Stage 2 of a training once dropped the settings of stage 1, without a word."""
-    model, processor = loaded
-    model.save_pretrained(tmp_path, asdict(processor.settings))
-    processor.save_pretrained(tmp_path)
-    assert models.load_processor(tmp_path).settings == SETTINGS
-    changed = models.load_processor(tmp_path, num_frames=3, region_tokens=None)
-    assert changed.settings == replace(SETTINGS, num_frames=3)
-    (tmp_path / "nanorefer.json").unlink()
-    plain = models.load_processor(tmp_path, num_frames=3).settings
-    assert plain == data.Settings(num_frames=3, **data.PRETRAINED_PIXELS)
-    assert models.load_processor("tiny", ["word"], num_frames=3).settings == data.Settings(num_frames=3)
-
-
-@any_family
-def test_a_model_on_the_hub_keeps_its_region_encoder_and_settings(loaded, tmp_path):
-    """Both were looked for in folders alone: a new region encoder took the place of the trained one."""
-    model, processor = loaded
-    folder = tmp_path / "models--me--refer" / "snapshots" / "0123"
-    with torch.no_grad():
-        model.region_encoder.position[2].bias.fill_(3)
+def save(model, processor, folder):
     model.save_pretrained(folder, asdict(processor.settings))
     processor.save_pretrained(folder)
+
+
+def test_a_saved_model_is_the_published_one_and_the_region_encoder(checkpoint, loaded, samples, tmp_path):
+    """Weights and their names are those of transformers' file; loaded again, the logits are the same."""
+    model, processor = loaded
+    save(model, processor, tmp_path)
+    saved, published = (load_file(folder / "model.safetensors") for folder in (tmp_path, checkpoint))
+    assert saved.keys() == published.keys() and all(torch.equal(saved[n], published[n]) for n in saved)
+    again, its_processor = evaluation.load(tmp_path, "cpu")
+    with torch.no_grad():
+        found = again.logits(batch_of(samples, its_processor, ROW))
+        assert torch.equal(found, model.logits(batch_of(samples, processor, ROW)))
+
+
+def test_final_loads_with_transformers_alone_and_equals_the_last_checkpoint(tmp_path):
+    """Of a run of the tiny model: logits of a text against those of transformers' classes. step-000002 holds
+    what learned; the frozen rest comes from the model that the run began with."""
+    path, out = write_texts(tmp_path / "texts.json", 8), tmp_path / "out"
+    options = "--train projector --seed 3 --steps 2 --save-every 2 --batch-size 4 --workers 0"
+    run(f"train.py --data {path} --out {out} {options}")
+    (model, processor), (again, _) = (evaluation.load(out / name, "cpu") for name in ("final", "step-000002"))
+    one, two = model.state_dict(), again.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
+    turn = [{"role": "user", "content": "What is 0 + 0?"}, {"role": "assistant", "content": "0, of course"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    plain = AutoModelForImageTextToText.from_pretrained(out / "final")
+    with torch.no_grad():
+        found = model.logits(batch_of(data.read_samples(path), processor, [0]))
+        expected = plain(input_ids=torch.tensor([tokenizer.encode(text)])).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@any_family
+def test_weights_are_read_and_written_in_float32(loaded, tmp_path):
+    """Published ones are bfloat16, and so are those that train.py freezes on a GPU."""
+    save(loaded[0].to(torch.bfloat16), loaded[1], tmp_path)
+    for name in ("model.safetensors", "region_encoder.safetensors"):
+        assert {p.dtype for p in load_file(tmp_path / name).values()} == {torch.float32}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    folder = make_checkpoint(tmp_path / "published", "qwen3_vl", spare_rows=0)
+    AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    found = evaluation.load(folder, "cpu")[0]
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    # Most have spare rows in their embeddings. Without, there is one more, for the region token.
+    rows = [model.backbone.get_input_embeddings().num_embeddings for model in (found, loaded[0])]
+    assert rows == [269 + 1, 269 + 8]
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
+def test_weights_that_do_not_fit_are_refused(loaded, tmp_path):
+    """In either file one is missing, left over, or of another shape, which the error names."""
+    save(*loaded, tmp_path)
+    for file in ("model.safetensors", "region_encoder.safetensors"):
+        weights = load_file(tmp_path / file)
+        name = next(name for name in sorted(weights) if "norm" in name or "mlp.0" in name)
+        missing = {n: weight for n, weight in weights.items() if n != name}
+        left_over, of_other_shape = weights | {"extra": torch.zeros(3)}, weights | {name: torch.zeros(7)}
+        for changed, unfit in [(missing, name), (left_over, "extra"), (of_other_shape, name)]:
+            save_file(changed, tmp_path / file, metadata={"format": "pt"})
+            assert unfit in refuse(tmp_path)
+        # Of published Qwen3.5 there is one for which transformers has no module: it predicts more tokens.
+        known = {"mtp.fc.weight": torch.zeros(3)} if file == "model.safetensors" else {}
+        save_file(weights | known, tmp_path / file, metadata={"format": "pt"})
+        evaluation.load(tmp_path, "cpu")
+    (tmp_path / "region_encoder.safetensors").unlink()
+    refuse(tmp_path)
+
+
+@dense_families
+def test_a_folder_that_is_no_model_is_refused(checkpoint, tmp_path):
+    """Names that do not exist, and folders in which a file is missing, cut or of another family."""
+    (tmp_path / "empty").mkdir()
+    folders = [shutil.copytree(checkpoint, tmp_path / name) for name in "abcde"]
+    (folders[0] / "tokenizer.json").unlink()
+    (folders[1] / "model.safetensors").unlink()
+    (folders[4] / "nanorefer.json").write_text("not JSON")
+    os.truncate(folders[2] / "model.safetensors", 1000)
+    config = json.loads((checkpoint / "config.json").read_text())
+    write_json(folders[3] / "config.json", config | {"model_type": "qwen2_vl"})
+    for path in [*folders, tmp_path / "empty", tmp_path / "missing", "Nobody/Nothing", "tiny-model"]:
+        refuse(path)
+
+
+@any_family
+def test_settings_are_those_of_training_unless_given(checkpoint, loaded, tmp_path):
+    """Against the values written here and in README; in a file that does not fit, none is guessed."""
+    save(*loaded, tmp_path)
+    saved = json.loads((tmp_path / "nanorefer.json").read_text())
+    assert models.load_processor(tmp_path).settings == SETTINGS and saved == asdict(SETTINGS)
+    changed = models.load_processor(tmp_path, num_frames=3, region_tokens=None)
+    assert changed.settings == replace(SETTINGS, num_frames=3)
+    without = {name: value for name, value in saved.items() if name != "window"}
+    for unfit in ([3], saved | {"u": 4}, without, without | {"windows": 2}):
+        write_json(tmp_path / "nanorefer.json", unfit)
+        assert "nanorefer.json" in refuse(tmp_path)
+    tiny = {"num_frames": 8, "frame_pixels": 32 * 32, "region_pixels": 64 * 64, "window": 2}
+    tiny |= {"region_frames": 8, "region_tokens": 4, "max_length": 4096}
+    pretrained = tiny | {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
+    assert asdict(models.load_processor("tiny", ["word"]).settings) == tiny
+    assert asdict(models.load_processor(checkpoint).settings) == pretrained
+
+
+@any_family
+def test_a_model_on_the_hub_keeps_its_region_encoder_and_settings(loaded, tmp_path, monkeypatch):
+    """The values that were saved, read from the cache as it is after a download."""
+    model, processor = loaded
+    torch.nn.init.constant_(model.region_encoder.position[2].bias, 3)
+    save(model, processor, tmp_path / "models--me--refer" / "snapshots" / "0123")
     (tmp_path / "models--me--refer" / "refs").mkdir()
     (tmp_path / "models--me--refer" / "refs" / "main").write_text("0123")
-    program = """
-import dataclasses, json, model
-processor = model.load_processor("me/refer")
-bias = model.load_model("me/refer", processor).region_encoder.position[2].bias
-print(json.dumps([dataclasses.asdict(processor.settings), bias.min().item()]))
-"""
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path)}  # as it is after a download
-    top = Path(models.__file__).parent
-    found = subprocess.run(
-        [sys.executable, "-c", program], cwd=top, env=environment, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == [asdict(SETTINGS), 3.0]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model, processor = evaluation.load("me/refer", "cpu")
+    assert processor.settings == SETTINGS and (model.region_encoder.position[2].bias == 3).all()
 
 
-@any_family
-@pytest.mark.parametrize(
-    "change", [[3], {"u": 4}, {"window": None}, {"window": None, "windows": 2}, "not JSON"]
-)
-def test_settings_that_are_unknown_or_missing_are_refused_in_one_line(loaded, tmp_path, change):
-    """They ended in a traceback of Settings' TypeError. What a model saved before there were windows lacked
-    became the default, another one than it was trained with.
-    """
-    model, processor = loaded
-    model.save_pretrained(tmp_path, asdict(processor.settings))
-    processor.save_pretrained(tmp_path)
-    saved = change
-    if isinstance(change, dict):
-        changed = asdict(processor.settings) | change
-        saved = {name: value for name, value in changed.items() if value is not None}
-    (tmp_path / "nanorefer.json").write_text(change if change == "not JSON" else json.dumps(saved))
-    with pytest.raises(data.DataError, match=f"^--model {tmp_path}: expected ") as caught:
-        models.load_processor(tmp_path)
-    assert "\n" not in str(caught.value)
-    if change != "not JSON":
-        names = ", ".join(sorted(asdict(SETTINGS)))
-        assert f"nanorefer.json with the settings {names}, found {data.shorten(saved)}" in str(caught.value)
-
-
-@any_family
-def test_no_memory_is_not_reported_as_a_broken_model(checkpoint, monkeypatch):
-    def from_pretrained(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    processor = models.load_processor(checkpoint)
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
-    with pytest.raises(torch.OutOfMemoryError):
-        models.load_model(checkpoint, processor)
-
-
-@any_family
-def test_the_settings_are_saved_beside_the_weights(loaded, tmp_path):
-    model, processor = loaded
-    model.save_pretrained(tmp_path, asdict(processor.settings))
-    saved = json.loads((tmp_path / "nanorefer.json").read_text())
-    assert saved["frame_pixels"] == 10000 and saved["region_pixels"] == 22500 and saved["num_frames"] == 5
-    assert data.Settings(**saved) == SETTINGS
-
-
-def test_embeddings_grow_only_where_the_tokenizer_leaves_no_row(tmp_path):
-    for spare, rows in [(8, 0), (0, 1)]:
-        folder = make_checkpoint(tmp_path / str(spare), "qwen3_vl", spare_rows=spare)
-        before = AutoModelForImageTextToText.from_pretrained(folder).get_input_embeddings().num_embeddings
-        model = models.load_model(folder, models.load_processor(folder))
-        assert model.backbone.get_input_embeddings().num_embeddings == before + rows
-        assert model.backbone.lm_head.out_features == before + rows
-
-
-def test_parameter_groups_hold_every_parameter_once(loaded):
-    model, _ = loaded
-    groups = model.parameter_groups()
-    ids = [id(p) for group in groups.values() for p in group]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert all("merger" in names[id(p)] for p in groups["projector"])
-    assert not any("merger" in names[id(p)] for name in ("vision", "llm", "region") for p in groups[name])
-
-
-def test_layers_are_what_transformers_never_splits_over_devices(loaded):
-    """FSDP gathers, and checkpointing recomputes, one of them at a time."""
-    model, _ = loaded
-    names = model.backbone._no_split_modules
-    expected = [module for module in model.backbone.modules() if type(module).__name__ in names]
-    assert len(expected) == 3 + 3 and set(model.layers()) == set(expected)
-
-
-@pytest.mark.parametrize("numbers", [[0], [1], [2], [3], []])
-def test_every_parameter_gets_a_gradient_from_every_kind_of_batch(loaded, world, numbers):
-    """Without it, DistributedDataParallel waits for ever when one rank's batch has no region or no media."""
-    model, processor = loaded
-    model.train()
-    ds = dataset(world, processor)
-    samples = [ds[0, i] for i in numbers] or [data.EMPTY_SAMPLE]
-    loss = model(data.collate(samples, processor))
-    loss.backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None]
-    assert without == [] and torch.isfinite(loss)
-
-
-@pytest.mark.parametrize("checkpoint", ["qwen3_vl_moe", "qwen3_5_moe"], indirect=True)
-def test_every_expert_learns(loaded, world):
-    """The weights of all experts of a layer are one parameter: gradients of zero would not be None."""
-    model, processor = loaded
-    model.train()(batch_of(world, processor, range(6))).backward()
-    experts = [p.grad for name, p in model.named_parameters() if ".experts." in name]
-    assert len(experts) == 2 * 3 and all(grad.flatten(1).any(1).all() for grad in experts)
-
-
-@any_family
-def test_an_unknown_family_is_refused(checkpoint, tmp_path):
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["model_type"] = "qwen2_vl"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="qwen2_5_vl.*qwen3_vl.*qwen2_vl"):
-        models.Processor.from_pretrained(tmp_path, SETTINGS)
+def test_the_tiny_model_and_its_tokenizer():
+    """Any text comes back from its tokens; words of every prompt are one token; each token has a row."""
+    many = ["".join(map(chr, np.random.default_rng(i).integers(97, 123, 9))) for i in range(999)]
+    for texts in ([], many):
+        processor = models.load_processor("tiny", texts)
+        tokenizer, model = processor.tokenizer, models.load_model("tiny", processor)
+        for text in ("A red ball.", "naïve 東京 🙂\n\t x", "<|im_start|>user\n<5.4 seconds>"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert all(len(tokenizer.encode(word)) == 1 for word in ("user", "assistant", " seconds"))
+        embeddings = model.backbone.get_input_embeddings().weight
+        assert len(embeddings) == 512 > processor.region_token_id
+        assert model.backbone.lm_head.weight is embeddings
+    assert tokenizer.vocab_size == 500

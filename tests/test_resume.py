@@ -1,438 +1,260 @@
-"""Runs that are killed, stopped or broken continue as if nothing had happened: equal losses, bit for bit."""
+"""Runs that are killed, stopped or damaged go on as if nothing had happened, or end with one error.
+
+The truth is the promise itself: the losses and weights of a run that nothing disturbed, to the bit.
+"""
 
 import json
+import math
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from multiprocessing import get_context
 
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from PIL import Image
-from test_train import TOP, launch, metrics, run, toy, train_here, write_texts  # noqa: F401 (toy is a fixture)
+from helpers import Program, read_lines, run, sample, write_json, write_texts
+from safetensors.torch import load_file
 
 import data
-import eval as evaluation
-import model as models
 import train
 
-# Steps of 5 samples in micro-batches of 2, epochs of 7 samples: steps straddle epochs, and the last micro-
-# batch is smaller.
-SHAPE = "--batch-size 5 --micro-batch 2 --workers 2 --warmup 2 --steps 12".split()
-SHAPE += "--single-frame 0.5".split()
+
+@pytest.fixture(scope="module")
+def options(toy):
+    """A command without --out. Steps of 4 samples in micro-batches of 3, epochs of 7 samples: steps straddle
+    epochs, and the last micro-batch is smaller. Objects are cut to random frames."""
+    seven = write_json(toy / "seven.json", json.loads((toy / "train.json").read_text())[:7])
+    files = f"--data {seven} --val {write_texts(toy / 'val.json', 5)} --val-every 4 --single-frame 0.5"
+    return f"train.py {files} --steps 8 --batch-size 4 --micro-batch 3 --workers 1 --warmup 2 --num-frames 2"
 
 
 @pytest.fixture(scope="module")
-def seven(toy):  # noqa: F811
-    path = toy / "seven.json"
-    path.write_text(json.dumps(json.loads((toy / "train.json").read_text())[:7]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(seven, tmp_path_factory):
+def whole(options, tmp_path_factory):
+    """OUT of a run that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run("train.py", "--data", seven, "--out", out, *SHAPE)
+    run(f"{options} --out {out} --save-every 2 --keep 99")
     return out
 
 
-def what_must_agree(folder):
-    """The logged values that a step determines, and the bytes of the final model."""
-    timeless = [
-        {name: m[name] for name in ("step", "epoch", "loss", "lr", "grad_norm", "supervised_tokens")}
-        for m in metrics(folder)
-    ]
-    return timeless, *(
-        (folder / "final" / name).read_bytes() for name in ("model.safetensors", "region_encoder.safetensors")
-    )
+def logged(out):
+    """metrics.jsonl without the times that steps took."""
+    times, lines = {"tokens_per_s", "samples_per_s"}, read_lines(out / "metrics.jsonl")
+    return [{name: line[name] for name in line.keys() - times} for line in lines]
 
 
-def steps_saved(out):
-    """After how many steps the whole checkpoints in OUT were saved."""
-    return sorted(int(path.parent.name[5:]) for path in out.glob("step-*[0-9]/training.pt"))
+def losses(out):
+    return [line["loss"] for line in read_lines(out / "metrics.jsonl") if "loss" in line]
 
 
-def branch(out, steps, to):
-    """Copies a run as if it had been killed after so many steps. Returns the new OUT."""
+def steps_logged(out):
+    """How many steps a run that goes on has logged."""
+    path = out / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def saved(out):
+    """After how many steps the checkpoints in OUT were saved."""
+    return sorted(int(path.name[5:]) for path in out.glob("step-*[0-9]"))
+
+
+def learned(out, step):
+    """The weights and the optimizer's state of a checkpoint, a dict of each."""
+    ckpt = torch.load(out / f"step-{step:06}" / "training.pt", weights_only=True)
+    assert ckpt["step"] == step
+    return ckpt["model"], ckpt["optimizer"]["state"]
+
+
+def branch(out, step, to):
+    """Copies a run as if it had been killed after the checkpoint of a step. Returns the new OUT."""
     shutil.copytree(out, to)
-    shutil.rmtree(to / "final", ignore_errors=True)
-    for done in steps_saved(to):
-        if done > steps:
-            shutil.rmtree(to / f"step-{done:06}")
+    shutil.rmtree(to / "final")
+    for later in saved(to):
+        if later > step:
+            shutil.rmtree(to / f"step-{later:06}")
     return to
 
 
-def start(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=TOP, env=environment, start_new_session=True, **output
-    )
+def assert_same_run(found, expected):
+    assert logged(found) == logged(expected)
+    for name in ("model.safetensors", "region_encoder.safetensors"):
+        assert (found / "final" / name).read_bytes() == (expected / "final" / name).read_bytes()
 
 
-def when_steps_are_logged(process, out, steps, patience=240):
-    """Waits until the run has logged so many steps, or ended."""
-    deadline = time.monotonic() + patience
-    while process.poll() is None and len(train.read_jsonl(out / "metrics.jsonl")) < steps:
-        assert time.monotonic() < deadline, "no progress"
-        with (
-            pytest.raises(subprocess.TimeoutExpired)
-            if process.poll() is None
-            else pytest.MonkeyPatch.context()
-        ):
-            process.wait(timeout=0.02)
-
-
-def test_killed_again_and_again_it_ends_with_the_same_bits(seven, uninterrupted, tmp_path):
-    out, rng, kills = tmp_path / "run", random.Random(0), 0
-    while not (out / "final").exists():
-        process = start("train.py", "--data", seven, "--out", out, "--save-every", 1, "--resume", *SHAPE)
-        before = len(train.read_jsonl(out / "metrics.jsonl"))
-        if kills < 5:
-            when_steps_are_logged(process, out, max(before - 1, 0) + rng.randint(1, 3))
-            with_luck_in_a_save = rng.uniform(0, 0.3)
-            try:
-                process.wait(timeout=with_luck_in_a_save)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
-        output, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), output[-3000:]
-    assert kills >= 3 and what_must_agree(out) == what_must_agree(uninterrupted)
-    left = [name for name in sorted(os.listdir(out)) if not name.endswith(".tmp")]
-    assert left == ["config.json", "final", "metrics.jsonl", "step-000011", "step-000012"]
-
-
-def test_sigterm_saves_exits_and_the_run_goes_on(seven, uninterrupted, tmp_path):
+# ---- killed and stopped ----
+def test_killed_again_and_again_it_ends_with_the_same_bits(options, whole, tmp_path):
+    """Before the first checkpoint, and when one is being written. The last two stay, by default."""
     out = tmp_path / "run"
-    process = start("train.py", "--data", seven, "--out", out, *SHAPE)
-    when_steps_are_logged(process, out, 3)
-    os.killpg(process.pid, signal.SIGTERM)  # the loader's processes get it too, as from torchrun
-    output, _ = process.communicate(timeout=240)
-    assert (
-        process.returncode == 128 + signal.SIGTERM
-        and "which are saved; --resume goes on" in output
-        and "Traceback" not in output
-    )
-    (done,) = steps_saved(out)
-    assert 3 <= done < 12 and not (out / "final").exists()
-    run("train.py", "--out", out, "--resume")
-    assert what_must_agree(out) == what_must_agree(uninterrupted)
+    command = f"{options} --out {out} --save-every 2 --resume"
+    for steps in (1, 4, 6):
+        with Program(command) as program:  # killed at the end of the block
+            program.wait_until(lambda steps=steps: steps_logged(out) >= steps)
+    if not (out / "final").exists():  # on a very busy machine it may have ended before it was killed
+        run(command)
+    assert_same_run(out, whole)
+    assert sorted(os.listdir(out)) == ["config.json", "final", "metrics.jsonl", "step-000006", "step-000008"]
 
 
-def test_a_checkpoint_goes_on_on_another_number_of_ranks(toy, tmp_path):  # noqa: F811
-    shape = ["--data", toy / "train.json"]
-    shape += "--batch-size 4 --workers 0 --steps 4 --warmup 1".split()
-    train_here("--out", tmp_path / "one", *shape, "--save-every", 2, "--keep", 9)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    two = branch(tmp_path / "one", 2, tmp_path / "two")
-    run(*launcher, "train.py", *shape, "--out", two, "--resume")
-    assert metrics(two)[:2] == metrics(tmp_path / "one")[:2], "with their times: it did not begin anew"
-    one, two = metrics(tmp_path / "one")[2:], metrics(two)[2:]
-    assert [m["step"] for m in two] == [2, 3]
-    assert [m["supervised_tokens"] for m in two] == [m["supervised_tokens"] for m in one]
-    assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=2e-4)
+@pytest.mark.parametrize("ranks, options_of_ranks", [(1, ""), (2, "--fsdp")])
+def test_sigterm_saves_and_the_run_goes_on_with_the_same_bits(options, tmp_path, ranks, options_of_ranks):
+    """To all processes, workers among them; or to one of two ranks: both end after the same step. The runs
+    have no end, and are compared with one that was not stopped at a later checkpoint of both."""
+    stopped, other = tmp_path / "stopped", tmp_path / "other"
+    command = f"{options} --steps 100000 --keep 100000 {options_of_ranks} --out"
+    with Program(f"{command} {stopped}", ranks) as program:
+        program.wait_until(lambda: steps_logged(stopped) >= 1)
+        program.send(signal.SIGTERM, rank=ranks - 1)
+        assert "Traceback" not in program.wait(128 + signal.SIGTERM)
+    [done] = saved(stopped)
+    assert done == steps_logged(stopped) and not (stopped / "final").exists()
+    end = done + 2
+    for out in (stopped, other):
+        with Program(f"{command} {out} --resume --save-every {end}", ranks) as program:
+            program.wait_until(lambda out=out: end in saved(out))
+    torch.testing.assert_close(learned(stopped, end), learned(other, end), rtol=0, atol=0)
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A run of 3 steps on 6 samples with a checkpoint after each, which looks as if it had been killed just
-    before its end. Returns its OUT and its options, without --out."""
-    top = tmp_path_factory.mktemp("stopped")
-    options = ["--data", write_texts(top / "data.json", 6), "--batch-size", 2, "--steps", 3, "--warmup", 1]
-    options += ["--workers", 0, "--save-every", 1, "--keep", 9]
-    train_here(*options, "--out", top / "run")
-    shutil.rmtree(top / "run" / "final")
-    return top / "run", options
+def test_it_goes_on_on_another_number_of_ranks_with_and_without_fsdp(whole, tmp_path):
+    """From one process to DDP, to FSDP, and from that to one process. Its losses depend on the moments."""
+    ddp, fsdp = (branch(whole, 4, tmp_path / name) for name in ("ddp", "fsdp"))
+    run(f"train.py --out {ddp} --resume --workers 0", ranks=2)
+    run(f"train.py --out {fsdp} --resume --workers 0 --fsdp", ranks=2)
+    one = branch(fsdp, 6, tmp_path / "one")
+    run(f"train.py --out {one} --resume --no-fsdp")
+    for out, before, steps in ((ddp, whole, 4), (fsdp, whole, 4), (one, fsdp, 6)):
+        assert losses(out)[:steps] == losses(before)[:steps], "it did not begin anew"
+        assert losses(out) == pytest.approx(losses(whole), rel=2e-4)
 
 
-@pytest.mark.parametrize(
-    "changed, complaint",
-    [
-        (["--seed", 1], "expected --seed 0,? as in the run that is resumed, found 1"),
-        (["--lr", 5e-4], "expected --lr 0.001,? as in the run that is resumed, found 0.0005"),
-        (["--num-frames", 3], "expected --num-frames 8,? as in the run that is resumed, found 3"),
-        (["--weight-decay", 0], "expected --weight-decay 0.01,? as in the run that is resumed, found 0.0"),
-        (["--steps", 9], "expected --steps 3,? as in the run that is resumed, found 9"),
-    ],
-)
-def test_other_settings_are_refused(stopped, tmp_path, changed, complaint):
-    """The losses could not be those of an uninterrupted run: another seed means another order."""
-    out, options = stopped
-    with pytest.raises(data.DataError, match=complaint):
-        train_here(*options, "--out", out, "--resume", *changed)
-    with pytest.raises(data.DataError, match=complaint):
-        train_here("--out", out, "--resume", *changed)
-
-
-def test_another_data_file_is_refused(stopped, tmp_path):
-    out, options = stopped
-    other = write_texts(tmp_path / "other.json", 6)
-    complaint = r"expected --data \['.*data.json'\],? as in the run that is resumed, found \['"
-    with pytest.raises(data.DataError, match=complaint):
-        train_here("--data", other, "--out", out, "--resume")
-
-
-def test_a_finished_run_is_refused(stopped, tmp_path):
-    out, options = stopped
-    out = shutil.copytree(out, tmp_path / "whole")
-    train_here("--out", out, "--resume")
-    for again in (["--resume"], [*options, "--resume"], options):
-        with pytest.raises(data.DataError, match="whole: a folder without a finished run, found"):
-            train_here("--out", out, *again)
-
-
-def test_a_damaged_checkpoint_is_one_error(stopped, tmp_path):
-    out = branch(stopped[0], 2, tmp_path / "run")
-    path = out / "step-000002" / "training.pt"
-    path.write_bytes(path.read_bytes()[:9999])
-    with pytest.raises(data.DataError, match="step-000002: expected a whole checkpoint, found"):
-        train_here("--out", out, "--resume")
-    assert metrics(out) == metrics(stopped[0])
-
-
-def test_a_folder_that_holds_a_run_is_refused_without_resume(stopped):
-    out, options = stopped
-    before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(data.DataError, match="--out .*run: a new folder, or --resume"):
-        train_here(*options, "--out", out)
-    assert (out / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_resumed_run_may_share_out_its_work_differently(stopped, tmp_path):
-    out, options = stopped
-    changed = ["--micro-batch", 1, "--workers", 1, "--grad-checkpoint", "--keep", 1, "--max-bad", 0.5]
-    train_here(*options, "--out", branch(out, 2, tmp_path / "run"), "--resume", *changed)
-    resumed = metrics(tmp_path / "run")[-1]
-    assert resumed["step"] == 2 and resumed["loss"] == pytest.approx(metrics(out)[2]["loss"], rel=1e-5)
-
-
-def test_what_a_kill_left_half_written_is_gone_when_the_run_continues(stopped, tmp_path):
-    """Lines of a log that a kill cut short, lines beyond the checkpoint, and temporary files and folders."""
-    out = shutil.copytree(stopped[0], tmp_path / "run")
-    shutil.rmtree(out / "step-000003")
-    for name in ("step-000003.tmp", "final.tmp"):
-        (out / name).mkdir()
-        (out / name / "training.pt").write_text("half")
-    (out / "metrics.jsonl.tmp").write_text('{"step": 0')
-    (out / "mine.tmp").write_text("a file of the user")
+def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(whole, tmp_path):
+    """Half a line, lines of steps that are done again, half a checkpoint, temporary files. The run was moved:
+    --out has a default, and that of before, which stands in config.json, is left alone."""
+    out, before = branch(whole, 6, tmp_path / "out"), sorted(os.listdir(whole))
+    line = {"step": 5, "places": ["a", "b"], "reason": "c"}
+    later = json.dumps(line | {"step": 6})
+    (out / "bad_samples.jsonl").write_text(f"{json.dumps(line)}\n{later}\n{later[:20]}")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
-    line = '{"step": 0, "places": ["a", "b"], "reason": "c"}\n'
-    (out / "bad_samples.jsonl").write_text(line + '{"step": 2, "places": ["a", "d"]}\n{"step": 2, "pl')
-    train_here(*stopped[1], "--out", out, "--resume", "--max-bad", 0.5)
-    assert [m["step"] for m in metrics(out)] == [0, 1, 2]
-    assert (out / "bad_samples.jsonl").read_text() == line
-    expected = ["bad_samples.jsonl", "config.json", "final", "metrics.jsonl", "mine.tmp"]
-    assert sorted(os.listdir(out)) == [*expected, "step-000001", "step-000002", "step-000003"]
+    write_json(out / "step-000008.tmp" / "training.pt", "half")
+    write_json(out / "step-000009" / "config.json", "half")  # its weights are removed first
+    (out / "mine.tmp").write_text("a file of the user")
+    run("train.py --resume --max-bad 0.5", folder=tmp_path)
+    assert_same_run(out, whole)
+    assert read_lines(out / "bad_samples.jsonl") == [line]
+    assert [path.name for path in out.glob("*.tmp")] == ["mine.tmp"] and sorted(os.listdir(whole)) == before
 
 
-def test_a_data_file_that_has_grown_is_refused(stopped, tmp_path):
-    out, options = stopped
-    path, before = options[1], options[1].read_bytes()
-    try:
-        write_texts(path, 7)
-        with pytest.raises(data.DataError, match="expected 6 samples, as before, found 7"):
-            train_here(*options, "--out", out, "--resume")
-    finally:
-        path.write_bytes(before)
-
-
-def test_bad_samples_from_before_the_interruption_count_on(tmp_path):
-    """One of 10 may be bad. The second one ends the run, also if the run is resumed between the two."""
-    (first,), (second,) = (keys[:1] for keys in train.Order(10, 5, 2, seed=0, rank=0, world_size=1))
-    path = write_texts(tmp_path / "data.json", 10, bad=[first[1], second[1]])
-    options = ["--data", path, "--out", tmp_path / "run", "--batch-size", 5, "--steps", 2, "--workers", 0]
-    options += ["--max-bad", 0.1, "--save-every", 1, "--resume"]
-    for _ in range(2):
-        with pytest.raises(SystemExit, match="stopped: 2 of 10 samples cannot be used, more than --max-bad"):
-            train_here(*options)
-        assert steps_saved(tmp_path / "run") == [1]
-
-
-def test_a_sample_that_is_bad_in_several_ways_counts_once(tmp_path):
-    """Each epoch cuts an object to another frame, so one sample can be bad in several ways."""
-    path = write_texts(tmp_path / "data.json", 2)
-    samples = json.loads(path.read_text())
-    for k in range(3):
-        Image.new("RGB", (32, 32)).save(tmp_path / f"{k}.png")
-    samples[1]["video"] = [f"{k}.png" for k in range(3)]
-    samples[1]["conversations"][0]["value"] = "What is <region>?"
-    samples[1]["masks"] = [{str(k): [1, 2, 3] for k in range(3)}]  # no polygon, on no frame
-    path.write_text(json.dumps(samples))
-    samples = data.read_samples(path)
-    dataset = data.ReferringDataset(samples, models.load_processor("tiny", ["a"]), single_frame=1.0)
-    assert len({str(dataset[epoch, 1]) for epoch in range(6)}) > 1
-    options = ["--data", path, "--out", tmp_path / "run", "--steps", 6, "--single-frame", 1, "--workers", 0]
-    train_here(*options, "--max-bad", 0.5)
-    (line,) = train.read_jsonl(tmp_path / "run" / "bad_samples.jsonl")
-    assert line["step"] == 0 and line["places"][:2] == [str(path), "sample 1 (id 1)"]
-
-
-def test_a_run_from_the_beginning_forgets_the_bad_samples_of_an_earlier_one(tmp_path):
-    """The user has repaired them since."""
-    path = write_texts(tmp_path / "data.json", 4, bad=[1])
-    options = ["--data", path, "--out", tmp_path / "run", "--workers", 0, "--steps", 1, "--resume"]
-    options += ["--max-bad", 0]
-    with pytest.raises(SystemExit, match="stopped: 1 of 4 samples cannot be used"):
-        train_here(*options)
-    assert len(train.read_jsonl(tmp_path / "run" / "bad_samples.jsonl")) == 1
-    write_texts(path, 4)
-    train_here(*options)
-    assert (tmp_path / "run" / "final").is_dir()
-    assert not train.read_jsonl(tmp_path / "run" / "bad_samples.jsonl")
-
-
-def test_resume_alone_goes_on_and_ends_with_the_same_bits(stopped, tmp_path):
-    """All options come from OUT/config.json, also the batch size that was not given, whose default depends on
-    the number of ranks."""
-    out, options = stopped
-    at = options.index("--batch-size")
-    train_here(*options[:at], *options[at + 2 :], "--out", tmp_path / "whole")
-    train_here("--out", branch(tmp_path / "whole", 1, tmp_path / "run"), "--resume")
-    assert what_must_agree(tmp_path / "run") == what_must_agree(tmp_path / "whole")
-    assert metrics(tmp_path / "run")[0] == metrics(tmp_path / "whole")[0], "with its times"
-
-
-def test_a_run_that_was_moved_goes_on_where_it_is(stopped, tmp_path, monkeypatch):
-    """--out need not be given where it is the default, and the one in config.json is that of before."""
-    out, _ = stopped
-    branch(out, 1, tmp_path / "out")
-    before = sorted(os.listdir(out))
-    monkeypatch.chdir(tmp_path)
-    train_here("--resume")
-    assert (tmp_path / "out" / "final").is_dir() and sorted(os.listdir(out)) == before
-
-
-@pytest.mark.parametrize("parts", ["region", "llm", "projector,vision", "region,lora"])
-def test_resume_alone_goes_on_whatever_learns(tmp_path, parts):
-    options = [
-        "--data",
-        write_texts(tmp_path / "data.json", 4),
-        "--workers",
-        0,
-        "--steps",
-        2,
-        "--save-every",
-        1,
-    ]
-    train_here(*options, "--out", tmp_path / "whole", "--train", parts)
-    train_here("--out", branch(tmp_path / "whole", 1, tmp_path / "run"), "--resume")
-    assert what_must_agree(tmp_path / "run") == what_must_agree(tmp_path / "whole")
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
-    """With another option it is refused, and its log stays. It begins anew with its own."""
-    options = ["--data", write_texts(tmp_path / "data.json", 4), "--workers", 0, "--steps", 2]
-    train_here(*options, "--out", tmp_path / "whole")
-    out = branch(tmp_path / "whole", 0, tmp_path / "run")
-    before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(data.DataError, match="^expected --steps 2,? as in the run that is resumed, found 3$"):
-        train_here("--out", out, "--resume", "--steps", 3)
-    assert (out / "metrics.jsonl").read_bytes() == before and not (out / "final").exists()
-    train_here("--out", out, "--resume")
-    assert what_must_agree(out) == what_must_agree(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("parts", ["region", "projector,vision", "region,lora"])
-@pytest.mark.parametrize("base", ["tiny", "qwen3_vl"])
-def test_a_checkpoint_holds_what_learns_alone_and_eval_loads_the_same_model(
-    tmp_path, monkeypatch, base, parts
-):
-    """Without a spare row, the embeddings of the base grow by a random one for the placeholder."""
-    live, save = {}, train.save_checkpoint
-    model = base if base == "tiny" else make_checkpoint(tmp_path / "base", base, spare_rows=0)
-    texts = write_texts(tmp_path / "data.json", 4)
-    samples = data.read_samples(texts)
-
-    def logits(model, processor):
-        dataset = data.ReferringDataset(samples, processor)
-        with torch.no_grad():
-            return model.eval().logits(data.collate([dataset[0, i] for i in range(4)], processor))
-
-    def save_and_look(model, processor, *arguments):
-        save(model, processor, *arguments)
-        live["learns"] = {name for name, p in model.named_parameters() if p.requires_grad}
-        live["logits"] = logits(model, processor)
-
-    monkeypatch.setattr(train, "save_checkpoint", save_and_look)
-    options = ["--data", texts, "--model", model, "--train", parts, "--seed", 3, "--workers", 0]
-    train_here(*options, "--out", tmp_path / "run", "--steps", 2, "--save-every", 2)
-    folder = tmp_path / "run" / "step-000002"
-    ckpt = torch.load(folder / "training.pt", weights_only=True)
-    assert ckpt["model"].keys() == ckpt["optimizer"]["state"].keys() == live["learns"]
-    assert not list(folder.glob("*.safetensors"))
-    assert torch.equal(logits(*evaluation.load(folder, "cpu")), live["logits"])
-    final = logits(*evaluation.load(tmp_path / "run" / "final", "cpu"))
-    torch.testing.assert_close(final, live["logits"], rtol=1e-5, atol=1e-5 * float(final.abs().max()))
-
-
-def test_a_resumed_run_draws_the_same_dropout(tmp_path):
-    """No backbone here has dropout. If there is some, in the attention, a step draws it from (seed, step,
-    rank), whatever was drawn before."""
-
-    def with_dropout(module, *_):
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.5
-
-    options = ["--data", write_texts(tmp_path / "data.json", 4)]
-    options += "--batch-size 4 --steps 4 --workers 0 --save-every 2".split()
-    train_here(*options, "--out", tmp_path / "without")
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(with_dropout)
-    try:
-        train_here(*options, "--out", tmp_path / "one")
-        train_here(*options, "--out", branch(tmp_path / "one", 2, tmp_path / "two"), "--resume")
-        one_sample = ["--data", write_texts(tmp_path / "one.json", 1), "--workers", 0]
-        train_here(*one_sample, "--out", tmp_path / "still", "--steps", 2, "--lr", 0, "--region-lr", 0)
-    finally:
-        hook.remove()
-    without, one, two = ([m["loss"] for m in metrics(tmp_path / name)] for name in ("without", "one", "two"))
-    assert two == one and one[0] != without[0]
-    first, second = (m["loss"] for m in metrics(tmp_path / "still"))
-    assert first != second  # the same sample and weights, but other dropout
-    final = "final/model.safetensors"
-    assert (tmp_path / "one" / final).read_bytes() == (tmp_path / "two" / final).read_bytes()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
     out = tmp_path / "run"
-    options = ["--data", write_texts(tmp_path / "data.json", 6), "--out", out, "--batch-size", 3]
-    options += "--workers 0 --warmup 2 --steps 12 --save-every 1 --lr 1e30 --clip 0".split()
-    with pytest.raises(SystemExit, match=r"stopped at step \d+: loss .*; rank 0 had samples \["):
-        train_here(*options)
-    last = train.checkpoints(out)[-1]
-    assert torch.load(last / "training.pt", weights_only=True)["step"] >= 1
+    command = f"train.py --data {write_texts(tmp_path / 'data.json', 6)} --out {out} --workers 0 --steps 12"
+    run(f"{command} --batch-size 3 --save-every 1 --lr 1e30 --clip 0", code=1)
+    assert learned(out, steps_logged(out)) and all(map(math.isfinite, losses(out)))
     assert not (out / "final").exists()
 
 
-def _write_for_ever(folder):
-    number = 0
-    while True:
-        number += 1
-        with train.atomic_write(os.path.join(folder, f"step-{number:06}")) as temporary:
-            os.makedirs(temporary)
-            for name in ("a", "b", "training.pt"):
-                with open(os.path.join(temporary, name), "w") as file:
-                    file.write(str(number) * 20_000)
+# ---- what may change ----
+REFUSED = """--seed 1, --lr 0.5, --region-lr 0.5, --num-frames 3, --frame-pixels 4096, --region-pixels 1024,
+    --window 3, --region-frames 3, --region-tokens 3, --max-length 99, --single-frame 0.75, --steps 5,
+    --epochs 9, --batch-size 2, --warmup 5, --weight-decay 0.5, --clip 0.5, --train region, --lora-rank 3,
+    --model other, --data other, --val other"""
 
 
-def test_whatever_moment_the_kill_comes_a_folder_is_whole_or_absent(tmp_path):
-    rng, seen = random.Random(1), 0
-    for attempt in range(40):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        writer = get_context("fork").Process(target=_write_for_ever, args=(folder,))
-        writer.start()
-        writer.join(timeout=rng.uniform(0.01, 0.1))
-        writer.kill()
-        writer.join()
-        for path in train.checkpoints(folder):
-            seen += 1
-            content = str(int(path.name[5:])) * 20_000
-            assert all((path / name).read_text() == content for name in ("a", "b", "training.pt"))
-    assert seen > 40
+def error_of(arguments):
+    with pytest.raises(data.DataError) as error:
+        train.train(train.parse(arguments.split()))
+    return str(error.value)
+
+
+def test_what_may_change_at_resume(whole, tmp_path):
+    """Losses would not be those of the run with another seed; where and how they are computed is free."""
+    out = branch(whole, 6, tmp_path / "run")
+    [before] = read_lines(out / "config.json")
+    for change in REFUSED.split(","):
+        name, value = change.split()
+        expected, found = error_of(f"--out {out} --resume {name} {value}").split("found")
+        assert name in expected and str(before[name[2:].replace("-", "_")]) in expected and value in found
+    allowed = {"media": "other", "val_every": 3, "max_bad": 0.5, "save_every": 5, "keep": 3, "micro_batch": 1}
+    allowed |= {"workers": 9, "device": "cuda", "fsdp": True, "grad_checkpoint": True, "compile": True}
+    arguments = ["--out", str(out), "--resume"]
+    for name, value in allowed.items():
+        arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    assert vars(train.parse(arguments)) == before | allowed | {"out": str(out), "resume": True}
+    run(f"train.py --out {out} --resume --micro-batch 1 --grad-checkpoint --keep 1 --save-every 1")
+    assert losses(out) == pytest.approx(losses(whole), rel=2e-4) and saved(out) == [8]
+
+
+def test_what_cannot_go_on_is_one_error_and_changes_nothing(tmp_path):
+    path, out = write_texts(tmp_path / "data.json", 4), tmp_path / "run"
+    arguments = f"--data {path} --out {out} --workers 0 --steps 2 --save-every 1"
+    run(f"train.py {arguments}")
+    log = (out / "metrics.jsonl").read_bytes()
+    assert "final" in error_of(arguments) and "final" in error_of(f"--out {out} --resume")
+    shutil.rmtree(out / "final")
+    assert "--resume" in error_of(arguments)
+    write_texts(path, 5)
+    assert "found 5" in error_of(f"--out {out} --resume")
+    write_texts(path, 4)
+    os.truncate(out / "step-000002" / "training.pt", 9999)
+    assert "step-000002" in error_of(f"--out {out} --resume")
+    assert (out / "metrics.jsonl").read_bytes() == log
+
+
+# ---- bad samples ----
+def test_bad_samples_from_before_an_interruption_count_on_and_each_counts_once(toy, tmp_path):
+    """One of 10 may be bad, in steps of one sample. One is bad in several ways: in each epoch its object is
+    cut to another frame, none of which has a polygon."""
+    entries = json.loads(write_texts(tmp_path / "data.json", 10, bad=[2]).read_text())
+    objects, clip = {k: [1, 2, 3] for k in range(4)}, str(next(toy.glob("videos/*.mp4")))
+    entries[7] = sample("What is <region>?", "It.", objects, video=clip)
+    path, out = write_json(tmp_path / "data.json", entries), tmp_path / "run"
+    command = f"train.py --data {path} --workers 0 --single-frame 1 --batch-size 1 --steps 30 --resume --out"
+    for _ in range(2):
+        run(f"{command} {out} --max-bad 0.1 --save-every 1", code=1)
+        first, second = read_lines(out / "bad_samples.jsonl")
+        assert first["step"] < second["step"] == saved(out)[-1]
+    run(f"{command} {out} --max-bad 0.2 --save-every 99")
+    bad = [line["places"][1] for line in read_lines(out / "bad_samples.jsonl")]
+    assert sorted(bad) == ["sample 2 (id 2)", "sample 7"]
+
+
+# ---- what a checkpoint holds ----
+@pytest.mark.parametrize("part", [".visual.", "region_encoder."])
+def test_a_checkpoint_holds_what_learns_and_eval_takes_the_rest_from_the_base(tmp_path, part):
+    """Compared with the names and the loss of OUT/final, which is whole. The tiny model's frozen weights are
+    random; without a spare row, so is one of the embeddings of the base, which a relative path names."""
+    parts = {".visual.": "projector,vision", "region_encoder.": "region,lora"}[part]
+    base = "tiny" if part == ".visual." else make_checkpoint(tmp_path / "base", "qwen3_vl", spare_rows=0).name
+    write_texts(tmp_path / "data.json", 4)
+    command = f"train.py --data data.json --model {base} --train {parts} --seed 3 --workers 0 --steps 2"
+    run(f"{command} --save-every 1 --out whole", folder=tmp_path)
+    whole = tmp_path / "whole"
+    weights, moments = learned(whole, 2)
+    names = ["backbone." + name for name in load_file(whole / "final" / "model.safetensors")]
+    names += ["region_encoder." + name for name in load_file(whole / "final" / "region_encoder.safetensors")]
+    assert {name for name in weights if ".lora_" not in name} == {name for name in names if part in name}
+    assert weights.keys() == moments.keys()
+    assert not list((whole / "step-000002").glob("*.safetensors"))
+    found = []
+    for folder in ("final", "step-000002"):
+        command = f"eval.py data {tmp_path}/data.json --model {whole / folder} --out {tmp_path}/{folder}"
+        run(f"{command} --max-new-tokens 1 --workers 0 --device cpu")
+        found += [json.loads((tmp_path / folder / "scores.json").read_text())["loss"]]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    resumed = branch(whole, 1, tmp_path / "resumed")
+    run(f"train.py --out {resumed} --resume", folder=tmp_path)
+    assert_same_run(resumed, whole)
+
+
+def test_a_resumed_run_draws_the_same_dropout(tmp_path):
+    """And each step another, which shows where nothing learns. No published backbone has dropout."""
+    base = make_checkpoint(tmp_path / "base", "qwen3_vl")
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.5
+    write_json(base / "config.json", config)
+    command = f"train.py --data {write_texts(tmp_path / 'data.json', 1)} --model {base} --workers 0"
+    command += " --train region,llm --steps 4 --save-every 2"
+    run(f"{command} --out {tmp_path / 'whole'}")
+    resumed = branch(tmp_path / "whole", 2, tmp_path / "resumed")
+    run(f"train.py --out {resumed} --resume")
+    assert_same_run(resumed, tmp_path / "whole")
+    run(f"{command} --out {tmp_path / 'still'} --lr 0 --region-lr 0")
+    assert len(set(losses(tmp_path / "still"))) == 4

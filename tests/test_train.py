@@ -1,10 +1,10 @@
-"""The training loop: what one step does, whatever the ranks; what it writes; and that it learns."""
+"""train.py: the order of samples, the gradient, the optimizer, the files that it writes, and its options."""
 
-import inspect
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,629 +12,409 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import bench_data
-import bench_step
-import numpy as np
 import pytest
-import shapes
 import torch
-from safetensors.torch import load_file
+from helpers import TOP, Program, box, read_lines, run, sample, write_json, write_texts
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import data
-import eval as evaluation
-import model as models
 import train
 
-TOP = Path(__file__).resolve().parent.parent
 
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    shapes.write_world(folder, train_clips=6, test_clips=2)
+@pytest.fixture(scope="module")
+def here(toy, final, tmp_path_factory):
+    """The folder in which the commands run: data files, and `base`, a model to begin with."""
+    folder = tmp_path_factory.mktemp("here")
+    shutil.copytree(final, folder / "base")
+    write_texts(folder / "texts.json", 7)
+    write_texts(folder / "bad.json", 8, bad=[1])
+    entries = json.loads((toy / "train.json").read_text())
+    moving = [entry for entry in entries if "video" in entry and "annotation" in entry]
+    still = [entry for entry in entries if "image" in entry and "annotation" in entry]
+    plain = sample("Which colour is the background?", "a very long answer")
+    mixed = [sample("Say red.", "red"), plain | {"video": moving[0]["video"]}, moving[0], moving[1]]
+    write_json(folder / "mixed.json", [*mixed, still[0], plain | {"image": still[0]["image"]}])
     return folder
 
 
-def run(*command, **environment):
-    """Runs a command at the top level. Returns both output streams as one; fails unless it exits with 0."""
-    done = launch(*command, **environment)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
-def launch(*command, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=TOP,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-
-
-def train_here(*arguments):
-    """Trains in this process, which is much quicker than a new one, and gives back the SIGTERM handler."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        train.train(train.parse([str(argument) for argument in arguments]))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def watch(*arguments):
-    """Trains in this process. Returns what the optimizer was given in each step: {"norm": of all gradients,
-    "lr": {part of the model: the learning rates of its parameters}}."""
-    steps, found = [], []
-
-    def find_model(module, *_):
-        if isinstance(module, models.ReferringVideoLLM) and not found:
-            found.append(module)
-
-    def before_step(optimizer, *_):
-        lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        squares = sum(float((p.grad**2).sum()) for group in optimizer.param_groups for p in group["params"])
-        parts = found[0].parameter_groups().items()
-        rates = {part: {lr[id(p)] for p in parameters if id(p) in lr} for part, parameters in parts}
-        steps.append({"norm": math.sqrt(squares), "lr": rates})
-
-    hooks = [torch.nn.modules.module.register_module_forward_pre_hook(find_model)]
-    hooks.append(register_optimizer_step_pre_hook(before_step))
-    try:
-        train_here(*arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return steps
-
-
-def write_texts(path, count, bad=()):
-    """A data file of samples that are text alone, which train quickly; those in bad have no conversation."""
-    samples = []
-    for i in range(count):
-        question, answer = f"What is {i} + {i}?", f"{2 * i}, of course" * (i % 3 + 1)
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        samples.append({"id": i, "conversations": [] if i in bad else turns})
-    path.write_text(json.dumps(samples))
-    return path
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-COMMON = "--steps 3 --batch-size 4 --workers 0 --warmup 1".split()
-
-
-@pytest.fixture(scope="session")
-def mixed(toy):
-    """Four samples for one step: text alone, an image without regions, a video, and a video with many
-    regions. Dealt out to four ranks, half of them have no region and one has no media at all."""
-    samples = json.loads((toy / "train.json").read_text())
-    image = next(s for s in samples if "image" in s)
-    video = next(s for s in samples if "video" in s and ("annotation" in s or "masks" in s))
-    text = [{"from": "human", "value": "Say red."}, {"from": "gpt", "value": "red"}]
-    ask = [
-        {"from": "human", "value": "What colour is the background?"},
-        {"from": "gpt", "value": "a very long answer"},
-    ]
-    chosen = [
-        {"conversations": text},
-        {"image": image["image"], "conversations": ask},
-        {"video": video["video"], "conversations": ask},
-        video,
-    ]
-    path = toy / "mixed.json"
-    path.write_text(json.dumps(chosen))
-    return path
-
-
-@pytest.fixture(scope="session")
-def one_process(mixed, tmp_path_factory):
-    out = tmp_path_factory.mktemp("one") / "run"
-    run("train.py", "--data", mixed, "--out", out, *COMMON)
-    return metrics(out)
-
-
-@pytest.mark.parametrize("ranks, micro", [(1, 1), (1, 3), (2, 2), (2, 1), (4, 1)])
-def test_ranks_and_micro_batches_do_not_change_the_losses(mixed, one_process, tmp_path, ranks, micro):
-    """One step's loss and gradient norm are sums over its supervised tokens divided once, however these are
-    dealt out. With four ranks of one sample each, one rank has no media and two have no region."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks) if ranks > 1 else ()
-    run(*launcher, "train.py", "--data", mixed, "--out", tmp_path / "run", "--micro-batch", micro, *COMMON)
-    found = metrics(tmp_path / "run")
-    assert [m["supervised_tokens"] for m in found] == [m["supervised_tokens"] for m in one_process]
-    for name in ("loss", "grad_norm"):
-        assert [m[name] for m in found] == pytest.approx([m[name] for m in one_process], rel=2e-4), name
-
-
-def test_the_order_is_shared_out_without_gaps_or_repeats():
-    def keys(ranks):
-        orders = [list(train.Order(10, 4, 5, seed=3, rank=r, world_size=ranks)) for r in range(ranks)]
-        assert all(len(order) == 5 for order in orders)
-        return [[key for order in orders for key in order[step]] for step in range(5)]
-
-    plain = keys(1)
-    assert plain == keys(2) == keys(4)
-    row = [key for step in plain for key in step]
-    assert row[:10] == [(0, i) for _, i in row[:10]] and sorted(i for _, i in row[:10]) == list(range(10))
-    assert sorted(i for _, i in row[10:]) == list(range(10)) and {e for e, _ in row[10:]} == {1}
-    assert [i for _, i in row[:10]] != [i for _, i in row[10:]]
-
-
-def test_a_bad_sample_keeps_its_place_and_a_step_its_number_of_micro_batches():
-    processor = models.load_processor("tiny", ["a text"])
-    bad = data.DataError("unreadable")
-
-    class Samples(list):
-        pass
-
-    one, two = ({**data.EMPTY_SAMPLE, "id": number} for number in (1, 2))
-    samples = Samples([one, bad, bad, bad, two])
-    samples.processor = processor
-    keys = train.micro_batches_of([range(5), range(1, 4)], 2)
-    batches = [*train.read_batches(samples, keys, torch.device("cpu"), workers=0)]
-    assert [batch["ids"] for batch in batches] == [[1], [None], [2], [None], [None]]
-    assert [batch["errors"] for batch in batches] == [[None, bad], [bad, bad], [None], [bad, bad], [bad]]
-    assert batches[1]["num_tokens"] == 1 and not len(batches[1]["targets"])
-
-
-def test_schedule_warms_up_and_follows_a_cosine_to_zero():
-    config = train.Config(steps=110, warmup=10)
-    assert [train.schedule(s, config) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
-    assert train.schedule(10, config) == 1 and train.schedule(60, config) == pytest.approx(0.5)
-    assert train.schedule(110, config) == pytest.approx(0) and train.schedule(35, config) == pytest.approx(
-        (1 + math.sqrt(0.5)) / 2
-    )
-
-
-def test_rates_follow_the_schedule_and_the_gradient_is_clipped(tmp_path):
-    """The optimizer is given two steps of warm-up, then half a cosine over the other two; the region encoder
-    has its own rate; gradients are no longer than --clip. The logged norm is the one before clipping."""
-    options = ["--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", "--workers", 0]
-    options += "--steps 4 --warmup 2 --lr 2e-4 --region-lr 3e-3 --clip 0.01".split()
-    steps = watch(*options)
-    for step, share in enumerate((0.5, 1, 1, 0.5)):
-        for part, peak in (("region", 3e-3), ("projector", 2e-4), ("llm", 2e-4), ("vision", 2e-4)):
-            assert [*steps[step]["lr"][part]] == pytest.approx([peak * share]), (step, part)
-        assert steps[step]["norm"] == pytest.approx(0.01, rel=1e-3)
-    logged = metrics(tmp_path / "run")
-    assert [m["lr"] for m in logged] == pytest.approx([1e-4, 2e-4, 2e-4, 1e-4])
-    assert all(m["grad_norm"] > 0.1 for m in logged)
-
-
-@pytest.mark.parametrize("parts, logged", [("llm,region", 1e-3), ("region", 3e-3), ("vision", 1e-3)])
-def test_the_logged_rate_is_that_of_lr_unless_region_alone_learns(tmp_path, parts, logged):
-    """It was that of the part that --train names last."""
-    options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
-    train_here(*options, "--steps", 1, "--warmup", 1, "--train", parts)
-    (line,) = metrics(tmp_path / "run")
-    assert line["lr"] == logged
-
-
-def test_a_full_disk_ends_with_one_line(tmp_path, monkeypatch):
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(train, "append_jsonl", no_space)
-    options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), "--steps", "1"])
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="^error: .*No space left on device$"):
-        train.main()
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_epochs_are_whole_passes_and_cut_no_sample(tmp_path):
-    """7 samples in steps of 5: one pass takes 2 steps, and one step would miss 2 samples."""
-    options = ["--data", write_texts(tmp_path / "data.json", 7), "--batch-size", 5, "--workers", 0]
-    for epochs, steps in ((1, 2), (1.4, 2), (1.6, 3)):
-        out = tmp_path / str(epochs)
-        train_here(*options, "--out", out, "--epochs", epochs)
-        assert [m["epoch"] for m in metrics(out)] == pytest.approx([0, 5 / 7, 10 / 7][:steps])
-
-
-def test_single_frame_and_seed_reach_the_data_set(tmp_path, monkeypatch):
-    seen, signature = [], inspect.signature(data.ReferringDataset)
-
-    class Watched(data.ReferringDataset):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            seen.append(signature.bind(*args, **kwargs).arguments)
-
-    monkeypatch.setattr(data, "ReferringDataset", Watched)
-    options = ["--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path / "run", "--workers", 0]
-    train_here(*options, "--steps", 1, "--single-frame", 0.7, "--seed", 5)
-    given = seen[0]  # the other is for held-out data
-    assert (given["single_frame"], given["seed"]) == (0.7, 5)
-
-
-@pytest.mark.parametrize(
-    "names", ["region", "region,projector", "llm", "vision", "region,projector,llm,vision", "region,lora"]
-)
-def test_train_moves_what_it_names_and_nothing_else(mixed, tmp_path, names):
-    config = train.parse(["--data", str(mixed), "--train", names, "--out", str(tmp_path)])
-    samples = data.read_samples(mixed)
-    processor = models.load_processor("tiny", data.sample_texts(samples))
-    train.fill_in_defaults(config, processor, len(samples))
-    model, groups = train.build_model(config, processor, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    torch.nn.init.normal_(
-        model.region_encoder.mlp[-1].weight
-    )  # so that gradients reach all of the region encoder at once
-    torch.nn.init.normal_(model.region_encoder.position[-1].weight)
-    for p in model.parameter_groups()["lora"]:  # likewise
-        torch.nn.init.normal_(p, std=0.1)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    dataset = data.ReferringDataset(samples, processor)
-    model.train()(data.collate([dataset[0, i] for i in range(4)], processor)).backward()
-    optimizer.step()
-    group_of = {id(p): name for name, group in model.parameter_groups().items() for p in group}
-    for name, p in model.named_parameters():
-        moved, wanted = not torch.equal(p, before[name]), group_of[id(p)] in names.split(",")
-        assert moved == wanted == p.requires_grad, name
-
-
-def test_an_unknown_part_is_refused(tmp_path):
-    expected = "--train: names out of region,projector,llm,vision,lora, .*, found 'regions'"
-    with pytest.raises(data.DataError, match=expected):
-        train_here("--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path, "--train", "regions")
-
-
-@pytest.mark.parametrize(
-    "options, complaint",
-    [
-        ("--train region --lr 1e-4", "that uses (--)?lr, found 'region'"),
-        ("--train llm --region-lr 1e-4", "that uses (--)?region.lr, found 'llm'"),
-    ],
-)
-def test_a_learning_rate_of_nothing_that_learns_is_refused(tmp_path, options, complaint):
-    """It was ignored without a word."""
-    with pytest.raises(data.DataError, match=complaint):
-        train_here("--data", write_texts(tmp_path / "data.json", 2), "--out", tmp_path, *options.split())
-
-
-def test_lr_needs_more_than_what_a_pretrained_model_trains_by_default():
-    with pytest.raises(data.DataError, match="that uses (--)?lr, found 'region'"):
-        train.parse(["--data", "d.json", "--model", "published", "--lr", "1e-4"])
-
-
-def test_bad_data_ends_with_one_message_and_no_traceback(toy, tmp_path):
-    path = toy / "broken.json"
-    path.write_text('[{"id": 1},\n oops]')
-    done = launch("train.py", "--data", path, "--out", tmp_path / "run", *COMMON)
-    assert (
-        done.returncode == 1
-        and "broken.json: line 2, byte 13 of the file" in done.stdout
-        and "Traceback" not in done.stdout
-    )
-
-
-def test_a_bad_sample_is_left_out_recorded_and_never_replaced(mixed, tmp_path):
-    samples = json.loads(mixed.read_text())
-    samples[2]["video"] = "videos/absent.mp4"
-    path = mixed.parent / "one_bad.json"
-    path.write_text(json.dumps(samples))
-    done = launch("train.py", "--data", path, "--out", tmp_path / "strict", *COMMON)
-    assert done.returncode == 1 and "--max-bad" in done.stdout and "Traceback" not in done.stdout
-    out = tmp_path / "lenient"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4)
-    run(*launcher, "train.py", "--data", path, "--out", out, "--max-bad", 0.5, *COMMON)
-    (line,) = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
-    assert line["places"][1] == "sample 2" and "absent.mp4" in str(line)
-    assert (
-        all(math.isfinite(m["loss"]) for m in metrics(out)) and (out / "final" / "model.safetensors").exists()
-    )
-
-
-def test_an_earlier_run_is_not_overwritten(tmp_path):
-    options = ["--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", *COMMON]
-    train_here(*options)
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(data.DataError, match="--out .*: a folder without a finished run, found"):
-        train_here(*options)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-@pytest.mark.parametrize(
-    "left, remedy",
-    [("final", "a folder without a finished run"), ("step-000001/training.pt", "a new folder, or --resume")],
-)
-def test_a_copied_model_is_not_written_over(tmp_path, left, remedy):
-    """The run went on until it was to be saved, and was lost then, because that folder was there."""
-    (tmp_path / "run" / left).mkdir(parents=True)
-    options = ["--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", *COMMON]
-    with pytest.raises(data.DataError, match=f"--out .*: {remedy}"):
-        train_here(*options, "--save-every", 1)
-
-
-def test_no_clipping_with_clip_0(tmp_path):
-    """It used to scale every gradient to 0."""
-    options = ["--data", write_texts(tmp_path / "data.json", 4), "--out", tmp_path / "run", *COMMON]
-    norms = [step["norm"] for step in watch(*options, "--clip", 0)]
-    assert norms == pytest.approx([m["grad_norm"] for m in metrics(tmp_path / "run")], rel=1e-4)
-    assert norms[0] > 1
-
-
-def test_weight_decay_is_for_matrices_alone(tmp_path):
-    """Samples of text alone give the vision tower gradients of 0. A step of AdamW then multiplies what decays
-    by 1 - lr * weight_decay, and leaves alone what does not."""
-    options = ["--data", write_texts(tmp_path / "data.json", 2), "--steps", 1, "--warmup", 0, "--workers", 0]
-    options += ["--train", "vision", "--weight-decay", 0.5]
-    train_here(*options, "--out", tmp_path / "before", "--lr", 0)
-    train_here(*options, "--out", tmp_path / "after", "--lr", 0.1)
-    before, after = (load_file(tmp_path / name / "final/model.safetensors") for name in ("before", "after"))
-    unlike_zero = [name for name in before if before[name].any()]  # new biases are zeros, which tell nothing
-    for name in unlike_zero:
-        decays = "visual" in name and "merger" not in name and before[name].ndim >= 2
-        expected = 0.95 * before[name] if decays else before[name]
-        torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=0)
-    for name in ("norm1.weight", "attn.qkv.weight", "mlp.linear_fc1.weight"):
-        assert f"model.visual.blocks.0.{name}" in unlike_zero
-
-
-def test_what_is_not_given_comes_from_the_settings_that_were_saved_with_the_model(tmp_path):
-    """The second stage of a training used to drop the first one's --num-frames and --region-tokens."""
-    texts = write_texts(tmp_path / "data.json", 2)
-    common = ["--data", texts, "--steps", 1, "--workers", 0]
-
-    def settings(out):
-        return json.loads((out / "final" / "nanorefer.json").read_text())
-
-    chosen = {"num_frames": 3, "frame_pixels": 2048, "region_pixels": 4096, "region_frames": 5}
-    chosen |= {"window": 2, "region_tokens": 2, "max_length": 999}
-    options = [x for name, value in chosen.items() for x in ("--" + name.replace("_", "-"), value)]
-    train_here(*common, "--out", tmp_path / "one", *options)
-    assert settings(tmp_path / "one") == chosen
-    second = [*common, "--model", tmp_path / "one" / "final"]
-    train_here(*second, "--out", tmp_path / "two", "--save-every", 1)
-    assert settings(tmp_path / "two") == chosen
-    train_here(*second, "--out", tmp_path / "three", "--num-frames", 4, "--window", 0)
-    assert settings(tmp_path / "three") == chosen | {"num_frames": 4, "window": 0}
-    shutil.rmtree(tmp_path / "two" / "final")
-    complaint = "expected --region-tokens 2,? as in the run that is resumed, found 3"
-    with pytest.raises(data.DataError, match=complaint):
-        train_here("--out", tmp_path / "two", "--resume", "--region-tokens", 3)
-
-
-def test_it_learns_four_samples_by_heart_and_eval_hears_them_back(mixed, tmp_path):
-    """The path of the quick start in small: train.py to a folder, eval.py from it."""
-    out = tmp_path / "run"
-    train_here("--data", mixed, "--out", out, *"--steps 60 --single-frame 0 --workers 0 --lr 2e-3".split())
-    losses = [m["loss"] for m in metrics(out)]
-    assert losses[-1] < losses[0] / 10
-    scores = tmp_path / "scores"
-    options = ["--model", out / "final", "--workers", 0, "--control", "full", "--out", scores]
-    table = run("eval.py", "data", mixed, *options)
-    answers = train.read_jsonl(scores / "predictions.jsonl")
-    scores = json.loads((scores / "scores.json").read_text())
-    asked = sum(len(s["conversations"]) // 2 for s in json.loads(mixed.read_text()))
-    assert len(answers) == asked == scores["rows"]["all"]["questions"] and "about regions" in table
-    assert sum(a["exact"] == a["answer"] for a in answers) == scores["rows"]["all"]["exact"]["right"]
-    assert scores["rows"]["all"]["exact"]["right"] >= 0.8 * asked
-    assert all(("full" in a) == a["regions"] for a in answers)
-
-
-def test_bench_data_times_both_ways_and_writes_nothing(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    bench_data.main([str(toy / "train.json")])
-    ours, plain, ratio = capsys.readouterr().out.splitlines()[-3:]
-    times = [float(re.fullmatch(r" *(ours|plain): +([0-9.]+) ms, .*", line)[2]) for line in (ours, plain)]
-    ratio = float(re.fullmatch(r"ours is ([0-9.]+) times as fast", ratio)[1])
-    assert min(times) > 0 and ratio == pytest.approx(times[1] / times[0], rel=0.1)
-    assert not list(tmp_path.iterdir())
-
-
-def test_bench_data_reads_the_same_in_both_ways(toy):
-    samples = data.read_samples(toy / "train.json")
-    processor = models.load_processor("tiny", data.sample_texts(samples), window=0)
-    several = (i for i, s in enumerate(samples) if len(s.objects) > 1 and s.media.endswith(".mp4"))
-    i = next(several)
-    ours = data.ReferringDataset(samples, processor)[0, i]
-    video, stills, masks, (input_ids, labels) = bench_data.plain_sample(processor, samples[i])
-    # The pixels come from another decoder.
-    assert np.abs(video * 0.5 + 0.5 - ours["video_patches"] / 255).mean() < 0.01
-    assert np.abs(np.stack(stills) * 0.5 + 0.5 - np.stack(ours["still_patches"]) / 255).mean() < 0.01
-    gh, gw = (side // processor.merge_size for side in ours["still_grids"][0])
-    cells = [data.coverage(mask.astype(np.uint8), gh, gw).ravel() for mask in masks]
-    np.testing.assert_array_equal(cells, ours["coverage"])
-    np.testing.assert_array_equal(input_ids, ours["input_ids"])
-    np.testing.assert_array_equal(labels, ours["labels"])
-
-
-def test_bench_step_learns_the_same_in_both_ways():
-    """All kinds of samples, with as many padded as not. The plain way has two loops over region frames."""
-    options = bench_step.parse(["--batch-size", "12", "--micro-batch", "7"])
-    model, processor = bench_step.build("tiny", "region,projector,llm,vision", torch.device("cpu"))
-    for p in model.region_encoder.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    for samples in bench_step.encode_steps(options, processor)[:2]:
-        train.backward(model, [data.collate(some, processor) for some in samples])
-        tokens = sum((sample["labels"] != data.IGNORE_INDEX).sum() for some in samples for sample in some)
-        ours = torch.cat([p.grad.flatten() for p in model.parameters()]) / tokens
-        model.zero_grad()
-        padded = [bench_step.plain_batch(some, processor) for some in samples]
-        plain = bench_step.plain_twin(model)
-        bench_step.plain_backward(plain, model.region_encoder, padded, torch.device("cpu"))
-        theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
-        model.zero_grad()
-        assert all((batch["inputs"]["attention_mask"] == 0).any() for batch in padded)
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
-
-
-@pytest.mark.parametrize("size, billions", [("2b", 2.13), ("8b", 8.77)])
-def test_bench_step_builds_models_of_the_published_sizes(size, billions):
-    model, _ = bench_step.build(size, "region", torch.device("meta"))
-    found = sum(p.numel() for p in model.backbone.parameters())
-    assert found / 1e9 == pytest.approx(billions, abs=0.005)
-
-
-def test_bench_step_runs_without_what_reads_files(tmp_path):
-    """Where only torch and transformers are. It times both ways, and says where the time goes."""
-    absent = dict.fromkeys(["av", "pycocotools", "peft"])  # importing them raises ImportError
-    command = f"import sys; sys.modules |= {absent}; import bench_step; bench_step.main()"
-    options = "--batch-size 4 --micro-batch 2 --rounds 1 --grad-checkpoint --profile".split()
-    out = run("-c", command, *options, tmp_path / "trace.json", PYTHONPATH=str(TOP / "tests"))
-    ours, plain, ratio = out.splitlines()[-3:]
-    times = []
-    for row, way in ((ours, "ours"), (plain, "plain")):
-        name, milliseconds, samples, _, mfu, memory, vision, llm, optimizer, waiting = row.split()
-        assert (name, memory, waiting) == (way, "-", "-") and float(mfu.rstrip("%")) > 0
-        assert sum(float(share.rstrip("%")) for share in (vision, llm, optimizer)) == pytest.approx(
-            100, abs=2
-        )
-        times.append(float(milliseconds))
-        assert float(samples) == pytest.approx(4000 / times[-1], rel=0.02)
-    ratio = float(re.fullmatch(r"ours is ([0-9.]+) times as fast", ratio)[1])
-    assert ratio == pytest.approx(times[1] / times[0], rel=0.02)
-    assert (tmp_path / "trace.json").stat().st_size > 1000
-
-
-def test_bench_step_counts_what_overlaps_once():
-    assert bench_step.covered([(5, 7), (0, 2), (1, 3), (6, 6.5), (9, 10)]) == 6
-    assert bench_step.covered([]) == 0
-
-
-def test_a_file_that_hangs_its_decoder_does_not_hang_the_run(tmp_path, monkeypatch):
-    """A video whose first frame is a pipe that nobody writes to: who opens it waits for ever."""
-    (tmp_path / "hangs").mkdir()
-    os.mkfifo(tmp_path / "hangs" / "0.png")
-    path = write_texts(tmp_path / "data.json", 4)
-    samples = json.loads(path.read_text())
-    samples[1]["video"] = "hangs"
-    path.write_text(json.dumps(samples))
-    monkeypatch.setattr(data, "READ_SECONDS", 0.2)
-    options = ["--data", path, "--out", tmp_path / "out", "--max-bad", 0.25, "--workers", 1]
-    train_here(*options, "--steps", 3, "--batch-size", 4)
-    assert (tmp_path / "out/final").is_dir() and len(metrics(tmp_path / "out")) == 3
-    (bad,) = train.read_jsonl(tmp_path / "out/bad_samples.jsonl")
-    assert "sample 1" in bad["places"][1]
-    assert "expected to be read within 0.2 s" in bad["reason"]
-
-
-# ---- feeding a device ----
-
-
-@pytest.mark.parametrize(
-    "cores, ranks, expected", [(12, 4, 3), (3, 8, 1), (64, 1, 64), (7, 2, 3), (5, None, 5)]
-)
-def test_the_cores_of_a_machine_are_divided_among_its_ranks(monkeypatch, cores, ranks, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if ranks:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    config = train.Config()
-    train.fill_in_defaults(config, models.load_processor("tiny", ["a"]), num_samples=4)
-    assert config.workers == min(expected, 16)
-
-
-def test_compiled_layers_learn_the_same_and_are_compiled_once(monkeypatch):
-    """Rows of other lengths, and of other numbers of samples and frames, need no new code, nor do layers of
-    the same kind. What torch.compile makes of them runs as it is: to turn it into C++ would take minutes."""
-    graphs = []
+def learn(here, out, options, **how):
+    """Trains without workers in the folder. Returns OUT."""
+    run(f"train.py --data texts.json --model base --workers 0 --out {out} {options}", folder=here, **how)
+    return here / out
+
+
+def column(out, name):
+    """What a run has logged under this name, in order."""
+    return [line[name] for line in read_lines(out / "metrics.jsonl") if name in line]
+
+
+def weights(folder):
+    """All weights of a saved model, {name: tensor}."""
+    return load_file(folder / "model.safetensors") | load_file(folder / "region_encoder.safetensors")
+
+
+def load_plain(folder):
+    """The saved model and tokenizer, by transformers alone."""
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    assert not any(report.values()), report
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def plain_loss(model, tokenizer, path):
+    """(cross-entropy summed over the supervised tokens, their number, all tokens), one sample at a time."""
+    loss_sum, supervised, tokens = 0.0, 0, 0
+    for entry in json.loads(Path(path).read_text()):
+        question, answer = (turn["value"] for turn in entry["conversations"])
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt, answer = (tokenizer(text)["input_ids"] for text in (prompt, answer + "<|im_end|>"))
+        ids, labels = torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+        loss_sum += model(input_ids=ids, labels=labels).loss * len(answer)
+        supervised += len(answer)
+        tokens += len(prompt) + len(answer) + len(tokenizer("\n")["input_ids"])
+    return loss_sum, supervised, tokens
+
+
+# ---- the samples of a step ----
+def test_the_order_is_a_row_of_shuffled_epochs_which_the_ranks_share():
+    """10 samples in steps of 4, against a permutation's own properties."""
+
+    def keys(ranks, seed=3):
+        orders = [list(train.Order(10, 4, 5, seed, rank, ranks)) for rank in range(ranks)]
+        return [[key for step in steps for key in step] for steps in zip(*orders)]
+
+    assert keys(1) == keys(2) == keys(4)
+    epochs, samples = zip(*[key for step in keys(1) for key in step])
+    assert epochs == (0,) * 10 + (1,) * 10
+    assert sorted(samples[:10]) == sorted(samples[10:]) == list(range(10))
+    assert samples[:10] != samples[10:]
+    assert keys(1) != keys(1, seed=4)
+
+
+def test_an_object_is_cut_to_one_frame_that_depends_on_the_seed(here, toy):
+    """With learning rates of 0, a loss tells which frames were used: those of samples that we cut by hand."""
+    masks = {0: box(5, 5, 30, 30), 3: box(50, 10, 30, 30), 7: box(40, 60, 40, 30)}
+    clip = "videos/train0000.mp4"
+    write_json(here / "cut.json", [sample("<region>?", "red", {k: masks[k]}, video=clip) for k in masks])
+    write_json(here / "three.json", [sample("<region>?", "red", masks, video=clip)])
+
+    def losses(out, options):
+        fixed = f"--media {toy} --train llm --lr 0 --batch-size 1 --steps 6"
+        return [round(loss, 4) for loss in column(learn(here, out, f"{fixed} {options}"), "loss")]
+
+    single = losses("cut", "--data cut.json --single-frame 0")
+    first, second = (losses(f"cut{n}", f"--data three.json --single-frame 1 --seed {n}") for n in (1, 2))
+    assert len(set(single)) == 3 and {*first, *second} == {*single}
+    assert first != second
+    whole = losses("uncut", "--data three.json --single-frame 0")
+    assert len(set(whole)) == 1 and whole[0] not in single
+
+
+def test_the_weights_depend_on_the_seed(here):
+    """Random ones, to which a rate of 0 adds nothing, against those of the same and of another seed."""
+    options = "--model tiny --train llm --lr 0 --steps 1 --seed"
+    a, b, c = (weights(learn(here, f"seed{n}", f"{options} {n // 2}") / "final") for n in (2, 3, 4))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("model.visual.blocks.0.attn.qkv.weight", "mlp.1.weight"):
+        assert not torch.equal(a[name], c[name])
+
+
+# ---- the gradient and the optimizer ----
+@pytest.mark.parametrize("clip", [2, 0])
+def test_a_run_equals_a_plain_loop_over_single_samples(here, clip):
+    """Metrics and weights, against transformers' own model and loss, and torch's own clipping and AdamW."""
+    options = "--lr 1e-2 --region-lr 2e-2 --warmup 2 --weight-decay 0.5"
+    options += f" --clip {clip} --train region,projector,llm,vision"
+    out = learn(here, f"clip{clip}", f"{options} --steps 6 --batch-size 7 --micro-batch 3")
+    model, tokenizer = load_plain(here / "base")
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.5}]
+    groups += [{"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    # Two steps up, then the cosine of 0, 45, 90 and 135 degrees, lifted and halved.
+    shares = [0.5, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+    for step, (line, share) in enumerate(zip(read_lines(out / "metrics.jsonl"), shares, strict=True)):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # also in the tower, where matrices decay though texts say nothing
+        loss_sum, supervised, tokens = plain_loss(model, tokenizer, here / "texts.json")
+        (loss_sum / supervised).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * share
+        optimizer.step()
+        speeds = [line.pop(name) for name in ("tokens_per_s", "samples_per_s")]
+        assert speeds[0] / speeds[1] == pytest.approx(tokens / 7)
+        expected = {"step": step, "epoch": step, "supervised_tokens": supervised, "lr": 1e-2 * share}
+        expected |= {"loss": loss_sum.item() / supervised, "grad_norm": norm.item()}
+        assert line == pytest.approx(expected, rel=1e-4)
+    before, after, theirs = weights(here / "base"), weights(out / "final"), model.state_dict()
+    for name in before.keys() & theirs.keys():
+        moved = (theirs[name] - before[name]).norm()
+        assert (after[name] - theirs[name]).norm() <= 1e-4 * moved, name
+    # Texts say nothing to the region encoder either. Its rate is another.
+    left = math.prod(1 - 2e-2 * share * 0.5 for share in shares)
+    for name in before.keys() - theirs.keys():
+        expected = before[name] * (left if before[name].ndim == 2 else 1)
+        torch.testing.assert_close(after[name], expected)
+
+
+def test_ranks_micro_batches_and_sharding_do_not_change_a_step(here, toy):
+    """The same losses and gradients as in one process: of README's own command with torchrun, and of DDP."""
+    (command,) = re.findall("torchrun .* train.py .*", (TOP / "README.md").read_text())
+    (here / "videos").symlink_to(toy)
+    for old, new in (
+        ("torchrun", Path(sys.executable).with_name("torchrun")),
+        (" 8 train.py", f" 2 {TOP}/train.py"),
+        ("regions/final", "base"),
+        ("detailed.json qa.json", "mixed.json texts.json"),
+        ("--batch-size 128", "--batch-size 12 --device cpu"),
+    ):
+        assert old in command
+        command = command.replace(old, str(new))
+    free_port = {"PET_STANDALONE": "1"}
+    subprocess.run(shlex.split(command), cwd=here, env=os.environ | free_port, timeout=600, check=True)
+    options = "--data mixed.json texts.json --media videos --train region,projector,llm --steps 2"
+    one = learn(here, "one", f"{options} --batch-size 12 --micro-batch 12")
+    command = f"train.py --model base --out ddp {options} --micro-batch 4"
+    run(command, ranks=2, folder=here)
+    for other in (here / "tuned", here / "ddp"):
+        assert column(other, "supervised_tokens") == column(one, "supervised_tokens")
+        for name in ("loss", "grad_norm"):
+            assert column(other, name) == pytest.approx(column(one, name), rel=2e-4)
+    # Of 13 samples 12 are a step, and the cores are divided.
+    (config,) = read_lines(here / "ddp/config.json")
+    workers = min(16, max(1, len(os.sched_getaffinity(0)) // 2))
+    assert (config["batch_size"], config["workers"]) == (12, workers)
+    assert "found 3" in run(f"{command} --out three --batch-size 3", ranks=2, code=1, folder=here)
+
+
+def test_only_what_train_names_learns(here, toy):
+    """What has moved in OUT/final, by transformers' names. (No decay, so that gradients move it.)"""
+    before = weights(here / "base")
+    regions = load_file(here / "base/region_encoder.safetensors").keys()
+
+    def part_of(name):
+        if "visual" in name:
+            return "projector" if "merger" in name else "vision"
+        return "region" if name in regions else "llm"
+
+    options = f"--data mixed.json --media {toy} --steps 1 --warmup 0 --weight-decay 0 --single-frame 0"
+    for parts, rate in (("llm,vision", 2e-5), ("projector,vision", 2e-5), ("region", 1e-3)):
+        out = learn(here, parts, f"{options} --train {parts}")
+        assert column(out, "lr") == [rate]
+        after = weights(out / "final")
+        for name in before:
+            assert torch.equal(before[name], after[name]) != (part_of(name) in parts), (parts, name)
+
+
+def test_compiled_layers_learn_the_same_and_are_compiled_once(here, monkeypatch):
+    """Rows of other lengths need no new code. (The backend makes no C++: minutes.)"""
+    graphs, graphs_at_step = [], []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    options = bench_step.parse(["--batch-size", "6", "--micro-batch", "3"])
-    texts = [bench_step.WORDS] * 9
-    processor = models.load_processor("tiny", texts)
-    encoded = bench_step.encode_steps(options, processor)
-    rows = [data.collate(samples, processor) for step in encoded for samples in step]
-
-    def gradients(*arguments):
-        config = train.parse(["--data", "d.json", *arguments])
-        fresh = models.load_processor("tiny", texts)  # because building a model changes its config
-        train.fill_in_defaults(config, fresh, 6)
-        model, _ = train.build_model(config, fresh, torch.device("cpu"))
-        for row in rows:
-            loss = train.backward(model, [row]).item()
-            yield loss, torch.cat([p.grad.flatten() for p in model.parameters()])
-            model.zero_grad()
-
-    plain = [*gradients()]
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    compiled, counts = [], []
-    for found in gradients("--compile"):
-        compiled.append(found)
-        counts.append(len(graphs))
-    for (loss, gradient), (expected_loss, expected) in zip(compiled, plain):
-        assert loss == pytest.approx(expected_loss, rel=2e-6)
-        assert (gradient - expected).norm() < 1e-5 * expected.norm()
-    assert counts[0] > 0 and set(counts) == {counts[0]}
+    monkeypatch.chdir(here)
+    options = "--train llm --batch-size 3 --micro-batch 2 --steps 3"
+    command = f"--data texts.json --model base --workers 0 --out compiled --device cpu --compile {options}"
+    hook = register_optimizer_step_pre_hook(lambda *_: graphs_at_step.append(len(graphs)))
+    train.train(train.parse(command.split()))
+    hook.remove()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert graphs_at_step[0] > 0 and set(graphs_at_step) == {graphs_at_step[0]}
+    plain = learn(here, "not_compiled", options)
+    for name in ("loss", "grad_norm"):
+        assert column(here / "compiled", name) == pytest.approx(column(plain, name), rel=1e-5)
 
 
-# ---- options ----
+# ---- held-out data ----
+def test_held_out_loss_and_that_training_does_not_notice(here):
+    """--val against transformers' own loss; the run, to the bit, against one without. With dropout."""
+    shutil.copytree(here / "base", here / "dropout")
+    config = here / "dropout/config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
+    write_texts(here / "held_out.json", 5)
+    options = "--model dropout --train llm --steps 3 --micro-batch 2"
+    without = learn(here, "without", options)
+    out = learn(here, "with", f"{options} --val held_out.json --val-every 2")
+    assert column(out, "loss") == column(without, "loss")
+    for name, weight in weights(without / "final").items():
+        assert torch.equal(weights(out / "final")[name], weight), name
+    assert column(out, "step") == [0, 0, 1, 2, 2, 3]
+    first, _, last = column(out, "val_loss")
+    for loss, folder in ((first, "dropout"), (last, "with/final")):
+        with torch.no_grad():
+            loss_sum, tokens, _ = plain_loss(*load_plain(here / folder), here / "held_out.json")
+        assert loss == pytest.approx(loss_sum.item() / tokens, rel=1e-5)
+    plain = learn(here, "no_dropout", "--train llm --steps 1")  # which does learn something else
+    assert column(out, "loss")[0] != pytest.approx(column(plain, "loss")[0], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "option, least",
-    [
-        ("batch-size", 1),
-        ("micro-batch", 1),
-        ("num-frames", 1),
-        ("keep", 1),
-        ("workers", 0),
-        ("window", 0),
-    ],
-)
-def test_numbers_that_mean_nothing_are_refused(option, least, capsys):
-    with pytest.raises(SystemExit):
-        train.parse(["--data", "d.json", f"--{option}", str(least - 1)])
-    assert f"--{option}: expected a number from {least}, found {least - 1}" in capsys.readouterr().err
-    assert (
-        getattr(train.parse(["--data", "d.json", f"--{option}", str(least)]), option.replace("-", "_"))
-        == least
-    )
+def test_media_are_looked_for_in_the_folder_of_media_alone(here, toy):
+    """--media is that of --data and --val, else their own folder is. Held-out objects keep all their frames,
+    so their loss is the same whatever the options of training; a bad one ends a run that would go on."""
+    shutil.copy(here / "mixed.json", toy / "own.json")
+    options = "--train llm --lr 0 --steps 2"
+    media = learn(here, "media", f"--data mixed.json --val mixed.json --media {toy} {options} --max-bad 0")
+    other = "--single-frame 1 --seed 3 --micro-batch 1"
+    own = learn(here, "own", f"--data {toy}/own.json --val {toy}/own.json {options} {other} --max-bad 0")
+    assert column(media, "step") == [0, 0, 1, 2]  # measured at the start and the end
+    assert column(own, "val_loss") == pytest.approx(column(media, "val_loss"), rel=1e-5)
+    out = learn(here, "bad_val", f"--val mixed.json {options} --max-bad 1", code=1)
+    assert not (out / "metrics.jsonl").exists() and not (out / "final").exists()
 
 
-@pytest.mark.parametrize("option", ["clip", "weight-decay", "lr", "max-bad", "epochs"])
-@pytest.mark.parametrize("value", ["-1e-3", "nan", "inf"])
-def test_rates_and_shares_are_finite_and_not_negative(option, value, capsys):
-    with pytest.raises(SystemExit):
-        train.parse(["--data", "d.json", f"--{option}={value}"])
-    limits = "from 0 to 1" if option == "max-bad" else "from 0"
-    assert f"--{option}: expected a number {limits}, found {float(value)}" in capsys.readouterr().err
-    assert getattr(train.parse(["--data", "d.json", f"--{option}", "0"]), option.replace("-", "_")) == 0
+# ---- bad samples and errors ----
+def test_a_bad_sample_is_left_out_recorded_once_and_not_replaced(here):
+    """Two epochs in steps of one sample. Supervised tokens, against transformers' tokenizer."""
+    options = "--data bad.json --train llm --lr 0 --batch-size 1"
+    out = learn(here, "left_out", f"{options} --max-bad 0.125 --epochs 2")
+    steps = read_lines(out / "metrics.jsonl")
+    assert len(steps) == 16 and all(math.isfinite(line["loss"]) for line in steps)
+    tokenizer = AutoTokenizer.from_pretrained(here / "base")
+    entries = json.loads((here / "bad.json").read_text())
+    answers = [entry["conversations"][1]["value"] for entry in entries if entry["conversations"]]
+    counts = sorted(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
+    for epoch in (steps[:8], steps[8:]):
+        assert sorted(line["supervised_tokens"] for line in epoch) == [0, *counts]
+        assert all((line["samples_per_s"] > 0) == (line["supervised_tokens"] > 0) for line in epoch)
+    (bad,) = read_lines(out / "bad_samples.jsonl")
+    assert bad["places"][:2] == ["bad.json", "sample 1 (id 1)"] and bad["reason"]
+    assert steps[bad["step"]]["supervised_tokens"] == 0
+    for stopped in ("--max-bad 0.12", ""):  # "": more than 1 %
+        out = learn(here, f"stopped{stopped[10:]}", f"{options} {stopped} --epochs 1", code=1)
+        assert len(read_lines(out / "bad_samples.jsonl")) == 1 and not (out / "final").exists()
 
 
-@pytest.mark.parametrize("option, value", [("single-frame", 1.5), ("max-bad", 2.0)])
-def test_shares_have_limits(option, value, capsys):
-    """--single-frame 5 was taken for 1."""
-    with pytest.raises(SystemExit):
-        train.parse(["--data", "d.json", f"--{option}", str(value)])
-    assert f"--{option}: expected a number from 0 to 1, found {value}" in capsys.readouterr().err
+def test_numbers_that_are_not_finite_end_the_run(here):
+    """A weight that is NaN: the samples of the step are named, and nothing is saved."""
+    broken = shutil.copytree(here / "base", here / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.language_model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    write_texts(here / "single.json", 1)
+    text = run("train.py --data single.json --model broken --out nan --workers 0", code=1, folder=here)
+    assert "step 0" in text.splitlines()[-1] and "[0]" in text.splitlines()[-1]
+    assert not (here / "nan/final").exists() and "Traceback" not in text
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:1", "cuda"])
-@pytest.mark.parametrize(
-    "main, options",
-    [
-        (train.main, ["--data", "absent.json"]),
-        (evaluation.main, ["data", "absent.json", "--model", "tiny", "--out", "scores"]),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(main, options, device, monkeypatch):
-    """--device gpu was a traceback, and cuda:1 was taken for a CPU in places."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["", *options, "--device", device])
-    complaint = f"expected --device: cpu, or cuda where there is one, found '{device}'"
-    with pytest.raises((SystemExit, data.DataError), match=complaint):
-        main()
+def test_errors_take_one_line_and_leave_no_process(here):
+    """Of the file, of the output folder, of bad samples, and of a worker that was killed."""
+    (here / "syntax.json").write_text('[{"id": 1},\n oops]')
+    workers = "--model base --train region --workers 2"
+    for options, named in (
+        ("--out errors", "--data"),
+        ("--data syntax.json --out errors", "syntax.json: line 2"),
+        ("--data texts.json --out texts.json/run --workers 0", "texts.json/run"),
+        (f"--data bad.json --out errors_bad {workers}", "errors_bad"),
+        (f"--data texts.json --out killed --steps 100000 {workers}", "DataLoader worker"),
+    ):
+        with Program(f"train.py {options}", folder=here) as program:
+            if "killed" in options:
+                program.wait_until((here / "killed/metrics.jsonl").exists)
+                pid = program.processes[0].pid
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+                os.kill(int(children.split()[0]), signal.SIGKILL)
+            text = program.wait(code=1)
+            assert named in text.splitlines()[-1] and "Traceback" not in text, options
+            with pytest.raises(ProcessLookupError):
+                program.send(0)  # asks whether a process is left
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands tensors over as open files")
-def test_as_many_files_may_be_open_as_the_system_allows():
-    """With the usual 1024, a step of 16 micro-batches could not be handed over by the workers."""
-    import resource
+# ---- OUT and options ----
+def test_a_folder_holds_one_run(here, tmp_path):
+    """What an earlier run has left is refused, and stays; another file is no run."""
+    for left in ("final/config.json", "config.json", "metrics.jsonl", "step-000001/training.pt"):
+        write_json(tmp_path / left / left, {})
+        options = f"--data d.json --out {tmp_path / left}".split()
+        with pytest.raises(data.DataError) as error:
+            train.parse(options)
+        assert left.split("/")[0] in str(error.value).replace(f"--out {tmp_path / left}", "")
+        assert train.parse([*options, "--check"]).check
+    write_json(here / "notes/notes.txt", {})
+    out = learn(here, "notes", "--train llm --steps 1")
+    assert sorted(os.listdir(out)) == ["config.json", "final", "metrics.jsonl", "notes.txt"]
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        train.init_distributed("cpu")
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+FOR_ALL = {"num_frames": 8, "window": 2, "region_frames": 8, "region_tokens": 4, "max_length": 4096}
+FOR_ALL |= {"single_frame": 0.25, "max_bad": 0.01, "batch_size": 7, "warmup": 10, "weight_decay": 0.01}
+FOR_ALL |= {"clip": 1.0, "seed": 0, "keep": 2, "micro_batch": 8, "save_every": None, "lora_rank": None}
+FOR_ALL |= dict.fromkeys(["resume", "fsdp", "grad_checkpoint", "compile"], False)
+PRETRAINED = {"frame_pixels": 147456, "region_pixels": 147456, "region_lr": 1e-3}
+DEFAULTS = {
+    "--model tiny": {"lr": 1e-3, "region_lr": 3e-3, "train": "region,projector,llm,vision"}
+    | {"frame_pixels": 1024, "region_pixels": 4096},
+    "--model published": PRETRAINED | {"lr": 2e-5, "train": "region"},
+    "--model published --train lora": PRETRAINED | {"lr": 2e-4, "lora_rank": 16},
+}
+
+
+def test_the_defaults_are_those_that_are_documented(here):
+    """OUT/config.json, and what --help says, against the numbers."""
+    shutil.copytree(here / "base", here / "published")
+    os.remove(here / "published/nanorefer.json")  # as on the Hub
+    for number, (options, of_kind) in enumerate(DEFAULTS.items()):
+        (config,) = read_lines(learn(here, f"default{number}", f"{options} --steps 1") / "config.json")
+        expected = FOR_ALL | of_kind
+        assert {name: config[name] for name in expected} == expected
+    text = " ".join(run("train.py --help").split())
+    for name in config:
+        assert f"--{name.replace('_', '-')}" in text
+    for default in ("0.001 if tiny, 2e-05 if pretrained, 0.0002 if lora", "16 if lora", "560"):
+        assert f"(default: {default})" in text
+
+
+def test_how_media_become_tokens_is_saved_and_inherited(here):
+    """nanorefer.json beside the model, against the options; the next stage does the same unless told."""
+    chosen = {"num_frames": 3, "frame_pixels": 2048, "region_pixels": 8192, "window": 0}
+    chosen |= {"region_frames": 5, "region_tokens": 2, "max_length": 999}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    one = learn(here, "stage1", f"{options} --train llm --steps 1")
+    two = learn(here, "stage2", "--model stage1/final --num-frames 4 --train llm --steps 1")
+    assert json.loads((one / "final/nanorefer.json").read_text()) == chosen
+    assert json.loads((two / "final/nanorefer.json").read_text()) == chosen | {"num_frames": 4}
+
+
+def test_numbers_out_of_range_are_refused_by_name(capsys):
+    """The least number of each option is accepted, and what is less, more or no number is not."""
+    names = "batch-size micro-batch num-frames keep steps val-every save-every region-frames region-tokens"
+    whole = dict.fromkeys(names.split(), 1) | dict.fromkeys(["workers", "window", "warmup", "seed"], 0)
+    rates = dict.fromkeys("clip weight-decay lr epochs max-bad single-frame region-lr".split(), 0)
+    wrong = [(name, least - 1) for name, least in whole.items()]
+    wrong += [(name, value) for name in rates for value in (-1e-3, "nan", "inf")]
+    for name, value in [*wrong, ("max-bad", 1.01), ("single-frame", 5), ("lr", "high"), ("no-such", 1)]:
+        with pytest.raises(SystemExit) as error:
+            train.parse(["--data", "d", f"--{name}={value}"])
+        assert error.value.code == 2 and f"--{name}" in capsys.readouterr().err.splitlines()[-1]
+    for name, least in (whole | rates | {"max-bad": 1, "single-frame": 1}).items():
+        config = train.parse(f"--data d --val v --train region,lora --{name} {least}".split())
+        assert getattr(config, name.replace("-", "_")) == least
+
+
+def test_options_that_do_not_fit_are_refused(here, monkeypatch):
+    """Each would be ignored, or end in a traceback. The error names what was found."""
+    monkeypatch.chdir(here)
+    for options, found in (
+        ("--train region --lr 1e-4", "region"),
+        ("--model published --lr 1e-4", "region"),
+        ("--train llm --region-lr 1e-4", "llm"),
+        ("--train llm --lora-rank 4", "llm"),
+        ("--train regions", "regions"),
+        ("--train llm,lora", "llm,lora"),
+        ("--val-every 3", "None"),
+        ("--preview p.png", "p.png"),
+        ("--problems p.jsonl", "p.jsonl"),
+        ("--check --preview absent/p.png", "absent/p.png"),
+        ("--fsdp", "one process"),
+        ("--device gpu", "gpu"),
+        ("--device cuda:1", "cuda:1"),
+        *([] if torch.cuda.is_available() else [("--device cuda", "cuda")]),
+    ):
+        with pytest.raises(data.DataError) as error:
+            train.train(train.parse(f"--data texts.json --out refused {options}".split()))
+        assert f"found '{found}'" in str(error.value) or f"found {found}" in str(error.value), options
+    assert not (here / "refused").exists()
