@@ -471,6 +471,8 @@ class ReferringVideoLLM(nn.Module):
         """Adds adapters of peft to the LLM's matrices, but for experts (which are no nn.Linear). W x becomes
         W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685), where B, (out, rank), is zero at first.
         """
+        adapters = [name for name, _ in self.named_parameters() if ".lora_" in name]
+        data.expect(not adapters, "--train lora: a model without adapters, as OUT/final is", adapters)
         settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules="all-linear")
         inject_adapter_in_model(settings, self.backbone.model.language_model)
 
@@ -634,7 +636,7 @@ def load_processor(path, texts=(), **settings):
         return Processor(tokenizer, image_processor, config, data.Settings(**given))
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
         is_folder = Path(path).is_dir()
-        data.expect(is_folder or "/" in path, MODEL_FILES, path)  # transformers would try for 40 s
+        data.expect(is_folder or "/" in str(path), MODEL_FILES, path)  # transformers would try for 40 s
         data.expect(not Path(path, "final").is_dir(), f"a model, such as {path}/final", f"the run {path}")
         if cached_file(path, "config.json") is None:
             raise OSError("a folder without config.json")

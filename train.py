@@ -864,7 +864,7 @@ def open_run(given):
     config = Config(**given)
     names = ("final", "config.json", "metrics.jsonl")
     found = [name for name in names if os.path.exists(f"{config.out}/{name}")]
-    found += map(str, checkpoints(config.out))
+    found += [path.name for path in checkpoints(config.out)]
     if not config.check:
         data.expect("final" not in found, f"--out {config.out}: a folder without a finished run", found)
         data.expect(config.resume or not found, f"--out {config.out}: a new folder, or --resume", found)

@@ -15,7 +15,6 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 import decord  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -33,8 +33,7 @@ def write_samples(path, count):
     rng, answer = np.random.default_rng(0), "It walks over the grass to the gate. " * 3
     with open(path, "w") as file:
         for i in range(count):
-            polygons = (rng.random((4, 1, 16)) * 300).round(1).tolist()
-            masks = {6 * k: polygon for k, polygon in enumerate(polygons)}
+            masks = {6 * k: (rng.random((1, 16)) * 300).round(1).tolist() for k in range(4)}
             entry = sample("What is <region> doing?", answer, masks, id=i, video=f"videos/{i}.mp4")
             file.write(("[\n" if i == 0 else ",\n") + json.dumps(entry))
         file.write("\n]")

