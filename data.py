@@ -506,7 +506,7 @@ def _join_tokens(samples, processor, for_generation):
     lengths = [len(row) for row in ids]
     joined = {
         "num_tokens": sum(lengths),
-        "next_position": torch.tensor([[row.max() + 1] for row in positions]),
+        "next_position": torch.tensor([[row[0, -1] + 1] for row in positions]),  # a sample ends in text
     }
     if for_generation:
         pad = partial(pad_sequence, batch_first=True, padding_side="left")

@@ -662,7 +662,8 @@ def load_model(path, processor):
     what learned; the rest comes from the model that the run began with.
     """
     if path == "tiny":
-        return ReferringVideoLLM(AutoModelForImageTextToText.from_config(processor.config), processor)
+        config = copy.deepcopy(processor.config)  # because pack changes it
+        return ReferringVideoLLM(AutoModelForImageTextToText.from_config(config), processor)
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
         ckpt_file = find_file(path, CHECKPOINT)
         if ckpt_file:

@@ -34,8 +34,8 @@ SAMPLES = [
     sample("Say the other thing.", "Never."),
     sample("<image>\nWhat is on the image?", "Noise in the picture.", image="a.png"),
     sample("Describe <video> then.", "More noise.\n\n(Or?)  No.", video=FILES),
-    sample("<video>\nWhat is <region> (look at all frames of the video)?", "The one.", video=FILES),
-    sample("<video>\nIs <region>\n  left of <region> at first and last?", "On the left.", video=FILES),
+    sample("<video>\nWhat is <region>?", "The one.", video=FILES),
+    sample("<video>\nIs <region>\n  left of <region>?", "On the left.", video=FILES),
     sample("<image>\nWhat is <region>?", "A box.", image="a.png"),
 ]
 SAMPLES[2]["conversations"] += sample("And the rest?", "The same.")["conversations"]
