@@ -22,11 +22,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # float32 differs by the order of its sums; the others by the one rounding at the end, half a unit in the last
 # place, and no more. (The interpreter cuts bfloat16 off instead of rounding it: a whole unit.)
-RELATIVE = {
-    torch.float32: 1e-5,
-    torch.float16: 0.55 * 2**-10,
-    torch.bfloat16: (0.55 if GPU else 1.05) * 2**-7,
-}
+RELATIVE = {torch.float32: 1e-5, torch.float16: 0.55 * 2**-10}
+RELATIVE[torch.bfloat16] = (0.55 if GPU else 1.05) * 2**-7
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value")  # numpy computes what tl.where leaves out
 both = pytest.mark.parametrize("choice", ["triton", "reference"])
 
@@ -84,8 +81,7 @@ def assert_close(found, expected, dtype=torch.float32):
         torch.testing.assert_close(x.cpu().double(), y, rtol=RELATIVE[dtype], atol=1e-6)
 
 
-# Rows and columns of features, the regions' first rows, and their lengths. The kernels' tiles have 32 or 16
-# rows and 64 or 256 columns.
+# N, D, the regions' first rows, and their lengths. Tiles have 32 or 16 rows, 64 or 256 columns.
 RANDOM = np.random.default_rng(3).integers(0, 100, size=12)
 CASES = {
     "one cell": (1, 1, [0], [1]),
@@ -181,9 +177,7 @@ class OnGPU(torch.Tensor):
 
 
 def which(module, features):
-    """The pool that module takes: kernels give NaN where a region leaves features, the reference raises. (On
-    a GPU its error would end all work of this process.)
-    """
+    """The pool that is taken: kernels give NaN where a region leaves features, the reference raises."""
     try:
         out = module.masked_average_pool(features, *regions_of([3], [4], np.ones(4)))
     except IndexError:
@@ -256,9 +250,11 @@ def test_the_benchmark_times_averages(monkeypatch, capsys):
     masks = bench_kernels.make_masks(8, 6, 2, False)
     regions = regions_of(np.repeat(np.arange(8) * 36, 2), [36] * 16, masks.flatten())
     grad = torch.randn(16, 10, device=DEVICE)
-    expected = truth(features.detach(), *regions, grad)
     for version in versions.values():
         out = version(features)
-        assert_close([out.detach(), torch.autograd.grad(out, features, grad)[0]], expected)
+        assert_close(
+            [out.detach(), torch.autograd.grad(out, features, grad)[0]],
+            truth(features.detach(), *regions, grad),
+        )
     bench_kernels.bench("tiny", DEVICE, torch.float32)
     assert len(re.findall("^tiny +bmm ", capsys.readouterr().out, re.M)) == 2
