@@ -1,6 +1,4 @@
-"""The model and the loop on a simulated GPU, against the same on a CPU: it is promised that a device changes
-nothing but the rounding. No operation mixes devices, and the CPU hardly ever waits.
-"""
+"""The model and the loop on a simulated GPU, against the same on a CPU: the rounding alone may differ."""
 
 from dataclasses import asdict
 
@@ -11,7 +9,6 @@ from checkpoints import make_checkpoint
 from helpers import box, read_lines, sample, write_json
 from simulated_gpu import SimulatedGPU, to_cpu
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 import data
 import eval as evaluation
@@ -19,7 +16,11 @@ import model as models
 import train
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a real GPU")
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5_moe")  # deepstack; windows; experts and linear attention
+FAMILIES = {
+    "qwen3_vl": ["--train", "region,lora"],  # deepstack
+    "qwen2_5_vl": ["--train", "region,projector,llm,vision", "--grad-checkpoint"],  # windows
+    "qwen3_5_moe": ["--train", "region,projector"],  # experts and linear attention
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -38,12 +39,12 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def build(folder, device, *options):
+def build(folder, *options):
     """The model as train.py builds it, and its processor."""
     config = train.parse(["--data", "-", "--model", str(folder), "--out", f"{folder}/new", *options])
     processor = models.load_processor(folder)
-    train.fill_in_defaults(config, processor, 6)
-    return train.build_model(config, processor, torch.device(device))[0], processor
+    train.fill_in_defaults(config, processor, 4)
+    return train.build_model(config, processor, torch.device("cpu"))[0], processor
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +52,14 @@ def few(toy):
     """A data file with a sample of each kind."""
     left, right = box(5, 5, 30, 25), box(40, 30, 30, 25)
     video, image = {"video": "videos/test0000.mp4"}, {"image": "images/test0000-0.png"}
+    objects = {"0": left, "3": right, "7": left}, {"2": right}
     entries = [
         sample("What?", "Never."),
-        sample("<video>\nIs <region> by <region>?", "Yes.", {"0": left, "3": right, "7": left}, {"2": right})
-        | video,
+        sample("<video>\nIs <region> by <region>?", "Yes.", *objects) | video,
         sample("<image>\nWhat is it?", "Shapes in a picture.") | image,
-        sample("Describe <video> then.", "More shapes.") | video,
         sample("<image>\nWhat is <region>?", "A box.", {"0": right}) | image,
-        sample("<video>\nWhat is <region>?", "The one.", {"1": left}) | video,
     ]
     return write_json(toy / "few.json", entries)
-
-
-def batch_of(few, processor):
-    dataset = data.ReferringDataset(data.read_samples(few), processor, single_frame=0)
-    return data.collate([dataset[0, i] for i in range(6)], processor)
 
 
 def step(model, batch):
@@ -74,28 +68,22 @@ def step(model, batch):
     return loss, {name: to_cpu(p.grad) for name, p in model.named_parameters() if p.requires_grad}
 
 
-OPTIONS = {
-    "qwen3_vl": ["--train", "region,lora"],
-    "qwen2_5_vl": ["--train", "region,projector,llm,vision", "--grad-checkpoint"],
-    "qwen3_5_moe": ["--train", "region,projector"],
-}
-
-
 def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(folder, few):
     """Frozen weights that bfloat16 holds exactly, and matrix products, are in bfloat16."""
-    [options] = (options for family, options in OPTIONS.items() if family in str(folder))
-    on_cpu, processor = build(folder, "cpu", *options)
-    expected_loss, expected = step(on_cpu, batch_of(few, processor))
+    [options] = (options for family, options in FAMILIES.items() if family in str(folder))
+    model, processor = build(folder, *options)
+    dataset = data.ReferringDataset(data.read_samples(few), processor)
+    batch = data.collate([dataset[0, i] for i in range(4)], processor)
+    expected_loss, expected = step(model, batch)
+    model.zero_grad()
     with SimulatedGPU() as gpu:
-        model, processor = build(folder, "cuda", *options)
-        for p, same in zip(model.parameters(), on_cpu.parameters()):
-            if p.requires_grad:  # peft draws adapters on the GPU, if there is one
-                p.data.copy_(same.data)
+        train.halve_frozen(model)
+        model.to(gpu.device)
         for name, p in model.named_parameters():
             low_bits = to_cpu(p.data).float().numpy().view(np.uint32) & 0xFFFF
             is_half = not p.requires_grad and not low_bits.any()
             assert p.is_cuda and p.dtype == (torch.bfloat16 if is_half else torch.float32), name
-        batch = train.to_device(batch_of(few, processor), gpu.device)
+        batch = train.to_device(batch, gpu.device)
         gpu.waits.clear()
         loss, gradients = step(model, batch)
         assert not gpu.waits
@@ -105,7 +93,6 @@ def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(folder, f
             model.float()
             assert logits.dtype == torch.bfloat16 and torch.equal(logits, to_cpu(model.logits(batch)))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected_loss.item(), rel=0.01)
-    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
     found, expected = (torch.cat([x[name].flatten() for name in gradients]) for x in (gradients, expected))
     assert (found - expected).norm() < 0.2 * expected.norm()  # 0.03 to 0.12
 
@@ -120,18 +107,16 @@ def test_places_and_averages_stay_in_float32_under_autocast():
     inputs |= {"frame_start": torch.tensor([0, 4, 4]), "boxes": torch.rand(3, 5)}
     lists, cells = {"object_frames": [3], "region_tokens": [2]}, torch.randn(8, 16)
     expected = encoder(cells, **inputs, **lists)
-    with SimulatedGPU() as gpu, torch.autocast("cuda", torch.bfloat16):
-        found = encoder.to(gpu.device)(cells.to(gpu.device), **train.to_device(inputs, gpu.device), **lists)
-    torch.testing.assert_close(to_cpu(found), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(cells, **inputs, **lists)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu_and_waits_once_a_step(folder, few, tmp_path):
-    """Whatever the number of micro-batches, a step waits for the loss and the norm, which decide whether it
-    is taken. Weights that were kept in bfloat16 are saved in float32, so that transformers loads them whole.
-    """
+    """A step waits for the loss and the norm, which decide whether it is taken."""
     for device in ("cpu", "cuda"):
         options = f"--data {few} --val {few} --model {folder} --out {tmp_path}/{device} --device {device}"
-        options += " --train region,projector --steps 2 --batch-size 6 --micro-batch 3 --workers 0"
+        options += " --train region,projector --steps 2 --batch-size 4 --micro-batch 2 --workers 0"
         with SimulatedGPU(exact=True) as gpu:
             train.train(train.parse(options.split()))
     assert sum(count for (function, _), count in gpu.waits.items() if function == "train") == 2
@@ -139,14 +124,10 @@ def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu_and_waits_once_a_step
     for found, expected in zip(on_gpu, on_cpu, strict=True):
         for name in {"loss", "grad_norm", "val_loss"} & expected.keys():
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
-    read = AutoModelForImageTextToText.from_pretrained
-    before, after = read(folder), read(tmp_path / "cuda/final")
-    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
-        assert new.dtype == torch.float32 and (torch.equal(old, new) or "merger" in name), name
 
 
 def test_replies_on_the_gpu_are_those_on_the_cpu(folder, few):
-    model, processor = build(folder, "cpu")
+    model, processor = build(folder)
     questions = evaluation.Questions(data.read_samples(few), processor)
     keys = [(q["sample"], q["turn"]) for q in evaluation.read_questions(questions.samples, strict=True)]
     expected = [*evaluation.generate_replies(model.eval(), questions, [keys], max_new_tokens=3)]
@@ -156,22 +137,13 @@ def test_replies_on_the_gpu_are_those_on_the_cpu(folder, few):
 
 
 def test_the_simulation_tells_devices_apart_and_counts_waits():
-    """What torch's manual says of CUDA: what waits, what does not (0), and what mixes devices (an error)."""
-    table = [
-        (1, lambda x: x[0].item()),
-        (1, lambda x: x.tolist()),
-        (1, lambda x: x[x > 1]),
-        (1, lambda x: x[torch.tensor([1, 0])]),
-        (1, lambda x: x.repeat_interleave(x.long())),
-        (1, lambda x: x.copy_(torch.ones(3))),
-        (0, lambda x: torch.where(x > 1, x, torch.tensor(1.0)).index_select(0, x.long())),
-        (0, lambda x: x.repeat_interleave(x.long(), output_size=3)),
-        (0, lambda x: torch.ones(3).to(x.device, non_blocking=True)),
-    ]
+    """What torch's manual says of CUDA: what waits, what does not, and what mixes devices."""
     with SimulatedGPU() as gpu:
-        for expected, act in table:
-            gpu.waits.clear()
-            act(torch.arange(3.0, device=gpu.device))
-            assert gpu.waits.total() == expected, gpu.waits
+        x = torch.arange(3.0, device=gpu.device)
+        torch.where(x > 1, x, torch.tensor(1.0)).index_select(0, x.long())
+        torch.ones(3).to(x.device, non_blocking=True)
+        assert not gpu.waits
+        x[x > 1], x[0].item(), x.copy_(torch.ones(3))
+        assert gpu.waits.total() == 3
         with pytest.raises(AssertionError, match="CPU"):
-            torch.cat([torch.ones(3, device=gpu.device), torch.ones(3)])
+            torch.cat([x, torch.ones(3)])
