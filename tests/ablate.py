@@ -1,7 +1,6 @@
 """What each part of the system earns: trains the tiny model without it, with several seeds.
 
-    python tests/ablate.py DIR             # what is missing in DIR/results.jsonl, then the table
-    python tests/ablate.py DIR --jobs 2    # the same, two runs at a time, which share the cores
+    python tests/ablate.py DIR --jobs 2    # what is missing in DIR/results.jsonl, two at a time, and a table
 
 The toy worlds of tests/shapes.py are made in DIR/toy and DIR/small. A run is one arm of ARMS with one seed: a
 training with the arm's options and then its evaluations, which become one line of DIR/results.jsonl. Runs
@@ -11,22 +10,21 @@ order of samples and every random choice; the clips and the questions are always
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial, partialmethod
 from pathlib import Path
 from unittest import mock
 
-here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(here))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import shapes  # noqa: E402
 
@@ -70,33 +68,36 @@ ARMS = {
     "toy: no position code": Arm("toy", without="position"),
     "toy: no MLP": Arm("toy", without="mlp"),
 }
-KINDS = ("colour", "shape", "direction", "relation")
+KINDS = tuple(shapes.ASK)
+SEEDS = 3
 
 
 # ---- one run ----
-def run(name, seed, folder):
-    """Trains and evaluates one arm. Returns its line of results.jsonl."""
-    arm, world, out = ARMS[name], folder / ARMS[name].world, run_folder(folder, name, seed)
+def run(folder, name, seed):
+    """Trains and evaluates one arm, and writes its line of results.jsonl."""
+    arm, world = ARMS[name], folder / ARMS[name].world
+    out = folder / "runs" / re.sub(r"\W+", "-", f"{name} {seed}")
     shutil.rmtree(out, ignore_errors=True)  # what is left of a run that was interrupted
     started = time.time()
-    options = ["--data", str(world / "train.json"), "--seed", str(seed), "--out", str(out), "--workers", "1"]
+    options = ["--data", str(world / "train.json"), "--seed", str(seed), "--out", str(out), "--workers", "0"]
     train_arm(arm, [*options, *arm.options.split()])
     evaluations = {}
     for asked in arm.asks:
         if asked == "first mask":
-            keep_first_mask(out / "final")
+            settings = out / "final" / models.SETTINGS_FILE
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | {"region_frames": 1}))
         scores = out / asked.replace(" ", "-")
         options = ["data", str(world / "test.json"), "--model", str(out / "final"), "--out", str(scores)]
         if arm.controls and asked == "all masks":
             options += ["--control", *arm.controls]
-        evaluation.main(options)
+        evaluation.main([*options, "--workers", "0"])
         evaluations[asked] = json.loads((scores / "scores.json").read_text())["rows"]
-    seconds = round(time.time() - started)
-    return {"arm": name, "seed": seed, "evaluations": evaluations, "seconds": seconds}
+    line = {"arm": name, "seed": seed, "evaluations": evaluations, "seconds": round(time.time() - started)}
+    train.append_jsonl(folder / "results.jsonl", line)
 
 
 class ArmDataset(evaluation.Questions):
-    """The data of a training with the masks of a control. A class that workers may unpickle, by its name."""
+    """The data of a training with the masks of a control."""
 
     def __init__(self, *args, control, **options):
         super(evaluation.Questions, self).__init__(*args, **options)
@@ -116,42 +117,12 @@ def train_arm(arm, options):
 
 
 def groups_without(model, parameter_groups, part):
-    """The model's parameter groups, but a part of the region encoder does not learn.
-
-    Each part ends in zeros at the start. So it then adds exactly nothing, also when the model is evaluated.
-    """
+    """The model's parameter groups without a part of the region encoder, whose last weights so stay zeros."""
     groups = parameter_groups(model)
     if part:
         frozen = {id(p) for p in getattr(model.region_encoder, part).parameters()}
         groups["region"] = [p for p in groups["region"] if id(p) not in frozen]
     return groups
-
-
-def keep_first_mask(final):
-    """Changes the settings of a trained model: it then reads each object's first mask alone."""
-    path = final / models.SETTINGS_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"region_frames": 1}))
-
-
-# ---- all runs ----
-def run_folder(folder, name, seed):
-    return folder / "runs" / re.sub(r"\W+", "-", f"{name} {seed}")
-
-
-def missing_runs(results, seeds):
-    """Returns the (arm, seed) that have no line, all seeds of an arm before the next."""
-    done = {(line["arm"], line["seed"]) for line in results}
-    return [(name, seed) for name in ARMS for seed in range(seeds) if (name, seed) not in done]
-
-
-def run_in_process(name, seed, folder, threads):
-    """Runs one arm in a process of its own, whose output goes to a file."""
-    command = [sys.executable, __file__, str(folder), "--run", name, str(seed)]
-    log = run_folder(folder, name, seed).with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=True)
 
 
 # ---- the tables ----
@@ -181,45 +152,37 @@ def print_tables(results):
     for name, arm in ARMS.items():
         for asked in arm.asks:
             seeds = runs[name, asked]
-            if seeds:
-                kinds = [f"{statistics.mean(percents(seeds, kind)):.1f}" for kind in KINDS]
-                print_row([name, asked, len(seeds), *kinds, summary(percents(seeds, "about regions"))])
+            kinds = [f"{statistics.mean(percents(seeds, kind)):.1f}" for kind in KINDS]
+            print_row([name, asked, len(seeds), *kinds, summary(percents(seeds, "about regions"))])
 
     print("\nThe same models, asked about regions with other masks or with the words alone\n")
     columns = [*CONTROLS, "constant"]
     print_row(["arm", *columns])
     print_row(["---"] * (1 + len(columns)))
     for name, arm in ARMS.items():
-        seeds = runs[name, "all masks"]
-        if seeds and arm.controls:
+        if arm.controls:
+            seeds = runs[name, "all masks"]
             print_row([name, *(summary(percents(seeds, "about regions", column)) for column in columns)])
     minutes = sum(line["seconds"] for line in results) / 60
     print(f"\n{len(results)} runs, which took {minutes:.0f} minutes in sum")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="run one arm with one seed alone")
-    args = parser.parse_args(argv)
-    results = args.folder / "results.jsonl"
-    if args.run:
-        name, seed = args.run
-        train.append_jsonl(results, run(name, int(seed), args.folder))
-        return
+    args = parser.parse_args()
     for world in ("toy", "small"):
         if not (args.folder / world / "bench_q.json").exists():  # the file that is written last
             shapes.write_world(args.folder / world, 600, 60, small=world == "small")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, cores // args.jobs)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = missing_runs(train.read_jsonl(results), args.seeds)
-        list(pool.map(lambda pair: run_in_process(*pair, args.folder, threads), runs))
-    print_tables(train.read_jsonl(results))
+    done = {(line["arm"], line["seed"]) for line in train.read_jsonl(args.folder / "results.jsonl")}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, max_tasks_per_child=1) as pool:
+        runs = [(name, seed) for name in ARMS for seed in range(SEEDS) if (name, seed) not in done]
+        for future in [pool.submit(run, args.folder, *pair) for pair in runs]:
+            future.result()
+    print_tables(train.read_jsonl(args.folder / "results.jsonl"))
 
 
 if __name__ == "__main__":

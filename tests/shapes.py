@@ -29,10 +29,9 @@ import argparse
 import json
 import math
 import random
-from fractions import Fraction
 from pathlib import Path
 
-import av
+import clips
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
@@ -43,6 +42,7 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), 
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = {"black": (0, 0, 0), "brown": (90, 50, 20), "navy": (20, 25, 100)}
+RELATIONS = ("left", "right", "above", "below")
 SPEED = 5  # pixels a frame
 RADIUS = (12, 15)
 SMALL_SCALE, SMALL_RADIUS = 4, (2, 2.75)  # --small: a radius of 8 to 11 pixels, drawn at this scale
@@ -62,10 +62,9 @@ def outline(shape, x, y, r):
 
 
 def deal(rng, radius=RADIUS):
-    """Returns four objects that stay inside the picture and never touch.
+    """Returns four objects that stay inside the picture and never touch, as dicts.
 
-    Each is a dict with colour, shape, direction, r (the radius) and path (the centre (x, y) on each frame).
-    Lengths are in pixels at scale 1.
+    r is the radius and path the centre (x, y) on each frame, in pixels at scale 1.
     """
     while True:
         colours, shapes, directions = (rng.sample(list(names), 4) for names in (COLOURS, SHAPES, DIRECTIONS))
@@ -76,26 +75,22 @@ def deal(rng, radius=RADIUS):
                 dx, dy = (SPEED * d for d in DIRECTIONS[direction])
                 x, y = rng.uniform(r, SIDE - r), rng.uniform(r, SIDE - r)
                 path = [(x + dx * t, y + dy * t) for t in range(FRAMES)]
-                if all(r <= c <= SIDE - r for c in path[-1]) and all(
-                    _apart(path, r, o["path"], o["r"]) for o in objects
-                ):
-                    objects.append(
-                        {"colour": colour, "shape": shape, "direction": direction, "r": r, "path": path}
-                    )
+                obj = {"colour": colour, "shape": shape, "direction": direction, "r": r, "path": path}
+                inside = all(r <= c <= SIDE - r for c in path[-1])
+                if inside and all(apart(obj, other) for other in objects):
+                    objects.append(obj)
                     break
         if len(objects) == 4:
             return objects
 
 
-def _apart(path, r, other_path, other_r):
-    return all(max(abs(p[0] - q[0]), abs(p[1] - q[1])) > r + other_r + 1 for p, q in zip(path, other_path))
+def apart(a, b):
+    far = a["r"] + b["r"] + 1
+    return all(max(abs(p[0] - q[0]), abs(p[1] - q[1])) > far for p, q in zip(a["path"], b["path"]))
 
 
 def draw(objects, background, frame, scale=1):
-    """Returns one frame, uint8 (side, side, 3), side being SIDE * scale.
-
-    It is drawn four times as large and averaged down.
-    """
+    """Returns one frame, uint8 (side, side, 3), side being SIDE * scale: drawn 4 times as large, averaged."""
     side, zoom = SIDE * scale, 4 * scale
     picture = Image.new("RGB", (side * 4, side * 4), BACKGROUNDS[background])
     pen = ImageDraw.Draw(picture)
@@ -106,15 +101,9 @@ def draw(objects, background, frame, scale=1):
 
 
 def write_video(path, frames):
-    with av.open(str(path), "w") as container:
-        # Without mbtree=0, x264 writes other bytes in every run, and the world would not be the same twice.
-        options = {"crf": "16", "threads": "1", "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
-        stream.height, stream.width, _ = frames[0].shape
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    # Without mbtree=0, x264 writes other bytes in every run, and the world would not be the same twice.
+    options = {"crf": 16, "threads": 1, "x264-params": "mbtree=0"}
+    clips.write_video(path, options=options, pictures=frames, rate=FPS)
 
 
 # ---- masks in every form ----
@@ -132,9 +121,8 @@ def segmentation(obj, frame, form, scale=1):
     rle = coco_mask.merge(coco_mask.frPyObjects([_flat(points, scale)], side, side))
     if form == "runs":
         pixels = coco_mask.decode(rle).T.ravel()
-        changes = np.flatnonzero(np.diff(pixels)) + 1
-        runs = np.diff(np.concatenate([[0], changes, [len(pixels)]])).tolist()
-        return {"size": [side, side], "counts": [0, *runs] if pixels[0] else runs}
+        changes = np.flatnonzero(np.diff(pixels, prepend=0))
+        return {"size": [side, side], "counts": np.diff([0, *changes, len(pixels)]).tolist()}
     return {"size": rle["size"], "counts": rle["counts"].decode()}
 
 
@@ -147,10 +135,7 @@ FORMS = ("rle", "runs", "polygon", "polygons", "rle2x")
 
 
 def masks(rng, obj, frames, scale):
-    """Returns one object's entry, {"0": {"segmentation": ...}, ...}.
-
-    One entry in five also has frames that say that the object is hidden there, as null and as an absent mask.
-    """
+    """Returns {"0": {"segmentation": ...}, ...}; one in five also has frames on which the object hides."""
     entry = {str(f): {"segmentation": segmentation(obj, f, rng.choice(FORMS), scale)} for f in frames}
     if rng.random() < 0.2:
         entry = {"1": {"segmentation": None}, "2": {}} | entry
@@ -167,18 +152,14 @@ ASK = {
 
 
 def relation(a, b, frames):
-    """Returns where a is, seen from b: left, right, above or below.
-
-    Returns None unless the same one of these is clearly right on all frames.
-    """
+    """Returns where a is, seen from b, as in RELATIONS, or None unless one is clearly right on all frames."""
     answers = set()
     for f in frames:
         dx, dy = (a["path"][f][i] - b["path"][f][i] for i in (0, 1))
         if abs(abs(dx) - abs(dy)) < 8:
             return None
-        answers.add(
-            ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-        )
+        before, behind, distance = ("left", "right", dx) if abs(dx) > abs(dy) else ("above", "below", dy)
+        answers.add(before if distance < 0 else behind)
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -203,23 +184,18 @@ def questions(rng, objects, frames, kinds):
 
 
 def entry(rng, media, scale, asked, frames, later_format=False):
-    """Returns one sample of the data file.
-
-    media: ("video" or "image", path). later_format: masks stand under `masks`, as in the later data files.
-    """
+    """Returns a sample about media, ("video" or "image", path). later_format: with masks under `masks`."""
     key, path = media
     turns = []
-    for turn_index, (_, question, answer, _) in enumerate(asked):
-        tag = f"<{key}>\n" if turn_index == 0 else ""
-        turns += [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+    for _, question, answer, _ in asked:
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns[0]["value"] = f"<{key}>\n" + turns[0]["value"]
     sample = {key: path, "conversations": turns}
     regions = [masks(rng, obj, frames, scale) for _, _, _, pointed in asked for obj in pointed]
     if key == "image":  # an image has frame 0 alone, whichever frame of the clip it shows
         regions = [{"0": region[str(frames[0])]} for region in regions]
     if regions and later_format:
-        plain = [
-            {f: m["segmentation"] for f, m in region.items() if m.get("segmentation")} for region in regions
-        ]
+        plain = [{f: m["segmentation"] for f, m in r.items() if m.get("segmentation")} for r in regions]
         sample["masks"] = [region["0"] for region in plain] if key == "image" else plain
     elif regions:
         sample["annotation"] = regions
@@ -234,13 +210,8 @@ def bench_q_entry(rng, sample, question):
     The masks are the sample's own, so that eval.py must find the same answers in both files.
     """
     kind, text, answer, pointed = question
-    wrong = {
-        "colour": COLOURS,
-        "shape": SHAPES,
-        "direction": DIRECTIONS,
-        "relation": ("left", "right", "above", "below"),
-    }[kind]
-    options = rng.sample(list(wrong), 4)
+    answers = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "relation": RELATIONS}
+    options = rng.sample(list(answers[kind]), 4)
     lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", options)]
     for object_index in range(len(pointed)):
         text = text.replace("<region>", f"<object{object_index}><REGION>", 1)
@@ -254,82 +225,70 @@ def bench_q_entry(rng, sample, question):
     }
 
 
-def write_clip(rng, folder, name, small=False):
+# ---- the world ----
+def write_clip(rng, folder, name, small):
     """Writes videos/NAME.mp4 and two of its frames as images/NAME-FRAME.png.
 
-    Returns a dict with objects, background, scale, video (a path) and images ({frame: path}).
+    Returns objects, scale, ("video", path), {frame: ("image", path)} and the question about the background.
     """
     scale, radius = (SMALL_SCALE, SMALL_RADIUS) if small else (1, RADIUS)
     objects, background = deal(rng, radius), rng.choice(list(BACKGROUNDS))
     frames = [draw(objects, background, f, scale) for f in range(FRAMES)]
-    images = {f: f"images/{name}-{f}.png" for f in sorted(rng.sample(range(FRAMES), 2))}
+    images = {f: ("image", f"images/{name}-{f}.png") for f in sorted(rng.sample(range(FRAMES), 2))}
     write_video(folder / f"videos/{name}.mp4", frames)
-    for f, path in images.items():
+    for f, (_, path) in images.items():
         Image.fromarray(frames[f]).save(folder / path)
-    paths = {"video": f"videos/{name}.mp4", "images": images}
-    return {"objects": objects, "background": background, "scale": scale} | paths
+    background = ("background", "What colour is the background?", background, [])
+    return objects, scale, ("video", f"videos/{name}.mp4"), images, background
 
 
 def train_samples(rng, clip, left_out):
     """Yields three samples of one clip: a video with regions on three frames, and two of the other kinds,
     mostly images with regions. No question is of the kind left_out."""
-    objects, scale, video = clip["objects"], clip["scale"], ("video", clip["video"])
-    background = ("background", "What colour is the background?", clip["background"], [])
+    objects, scale, video, images, background = clip
     kinds = ["shape"] * 3 + ["direction"] * 4 + ["relation"] * 2 + ["colour"]
     kinds = [kind for kind in kinds if kind != left_out]
-    moving = questions(rng, objects, ANNOTATED, kinds) + [background]
-    yield entry(rng, video, scale, _shuffled(rng, moving), ANNOTATED, rng.random() < 0.2)
-    for frame, path in clip["images"].items():
+    asked = questions(rng, objects, ANNOTATED, kinds) + [background]
+    yield entry(rng, video, scale, rng.sample(asked, len(asked)), ANNOTATED, rng.random() < 0.2)
+    for frame, image in images.items():
         kinds = [kind for kind in ["shape"] * 4 + ["colour"] if kind != left_out]
-        still = questions(rng, objects, (frame,), kinds)
+        asked = questions(rng, objects, (frame,), kinds)
         choice = rng.random()
         if choice < 0.8:
-            yield entry(rng, ("image", path), scale, _shuffled(rng, still), (frame,), rng.random() < 0.2)
+            yield entry(rng, image, scale, rng.sample(asked, len(asked)), (frame,), rng.random() < 0.2)
         elif choice < 0.9:
-            yield entry(rng, video, scale, _shuffled(rng, still), (frame,))
-        elif choice < 0.94:
-            yield entry(rng, ("image", path), scale, [background], ())
+            yield entry(rng, video, scale, rng.sample(asked, len(asked)), (frame,))
         elif choice < 0.98:
-            yield entry(rng, video, scale, [background], ())
+            yield entry(rng, image if choice < 0.94 else video, scale, [background], ())
         else:
-            word = rng.choice(list(COLOURS) + list(SHAPES))
-            yield {
-                "conversations": [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]
-            }
+            word = rng.choice([*COLOURS, *SHAPES])
+            turns = {"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}
+            yield {"conversations": turns}
 
 
-def _shuffled(rng, items):
-    return rng.sample(items, len(items))
-
-
-def write_world(folder, train_clips, test_clips, seed=0, small=False, new_kind=None):
-    rng, folder = random.Random(seed), Path(folder)
+def write_world(folder, train_clips, test_clips, small=False, new_kind=None):
+    rng, folder = random.Random(0), Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     train, new, test, bench = [], [], [], []
     for i in range(train_clips):
-        clip = write_clip(rng, folder, f"train{i:04}", small)
+        clip = objects, scale, video, _, _ = write_clip(rng, folder, f"train{i:04}", small)
         train += train_samples(rng, clip, new_kind)
-        asked = questions(rng, clip["objects"], ANNOTATED, [new_kind] * 4) if new_kind else []
+        asked = questions(rng, objects, ANNOTATED, [new_kind] * 4) if new_kind else []
         if asked:
-            new.append(entry(rng, ("video", clip["video"]), clip["scale"], asked, ANNOTATED))
+            new.append(entry(rng, video, scale, asked, ANNOTATED))
     for i in range(test_clips):
-        clip = write_clip(rng, folder, f"test{i:04}", small)
-        video, scale = ("video", clip["video"]), clip["scale"]
-        for question in questions(
-            rng, clip["objects"], ANNOTATED, ["colour", "shape", "direction", "relation"] * 2
-        ):
+        objects, scale, video, _, background = write_clip(rng, folder, f"test{i:04}", small)
+        for question in questions(rng, objects, ANNOTATED, [*ASK, *ASK]):
             test.append(entry(rng, video, scale, [question], ANNOTATED) | {"type": question[0]})
             bench.append(bench_q_entry(rng, test[-1], question))
-        background = ("background", "What colour is the background?", clip["background"], [])
         test.append(entry(rng, video, scale, [background], ()) | {"type": "background"})
     rng.shuffle(train)
     files = {"train": train, "test": test, "bench_q": bench} | ({"new": new} if new_kind else {})
     for name, samples in files.items():
         with_ids = [{"id": i} | sample for i, sample in enumerate(samples)]
         (folder / f"{name}.json").write_text(json.dumps(with_ids))
-    clips = f"{train_clips} + {test_clips} clips"
-    print(f"{folder}: {clips}, {len(train)} training samples, {len(test)} test questions")
+    print(f"{folder}: {len(train)} training samples, {len(test)} test questions")
 
 
 def main():
@@ -339,11 +298,10 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--train-clips", type=int, default=600)
     parser.add_argument("--test-clips", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="objects of 16 to 22 pixels in 384 x 384")
     parser.add_argument("--new-kind", choices=ASK, help="questions in new.json alone, not in train.json")
     args = parser.parse_args()
-    write_world(args.folder, args.train_clips, args.test_clips, args.seed, args.small, args.new_kind)
+    write_world(args.folder, args.train_clips, args.test_clips, args.small, args.new_kind)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-from dataclasses import asdict
 from functools import reduce
 from operator import getitem
 
@@ -214,7 +213,6 @@ def test_the_media_stand_where_their_tag_does_in_the_first_question(folder, proc
 
 
 GONE = object()
-FRAMES = [f"clip/f{k}.png" for k in range(12)]
 MASK = {"segmentation": box(1, 1, 9, 9)}
 BAD = [  # a field, the places that the error must name, and for each word that it must name a bad value
     ([C], C, {"[]": [], "'hi'": "hi"}),
@@ -230,12 +228,11 @@ BAD = [  # a field, the places that the error must name, and for each word that 
     ([C, 3], C, {"And <region>?": GONE}),
     (["video"], C, {"<video>": GONE}),
     (["video"], "", {"5": 5, "video": [], "b.mp4": ["a.png", "b.mp4"]}),
-    (["video"], "absent.png", {"": [FRAMES[0], "absent.png", *FRAMES[2:]]}),
-    (["video"], "object 0", {"10": "a.png"}),
     (["height"], "", {f"({H}, None)": H}),
     ([A], "", {A: {"1": {}}}),
     ([A, 0], f"{A}, object 0", {"[[1": box(1, 1, 9, 9), "3": {"3": {"segmentation": None}}}),
     ([A, 0, "1"], f"{A}, object 0, frame '1'", {"[[1": box(1, 1, 9, 9)}),
+    (["video"], "object 0", {"10": "a.png"}),
     ([A, 0], "object 0", {"12": {"1": MASK, "12": MASK}}),
     ([A, 1], "object 1", {"[3]": {"3": {"segmentation": EMPTY}}}),
     ([A, 1, "3", "segmentation"], "object 1, frame 3", {f"{H}x{W}": rle(np.ones((W, H))), "[1, 2]": [1, 2]}),
@@ -275,13 +272,6 @@ def test_what_cannot_be_used_is_one_error_that_names_its_place(folder, processor
 
 
 # ---- what a sample becomes ----
-def test_defaults_are_those_of_the_readme_and_the_tiny_model():
-    expected = {"num_frames": 8, "frame_pixels": 32**2, "region_pixels": 64**2, "window": 2}
-    expected |= {"region_frames": 8, "region_tokens": 4, "max_length": 4096}
-    assert asdict(data.Settings()) == expected
-    assert data.PRETRAINED_PIXELS == {"frame_pixels": 384**2, "region_pixels": 384**2}
-
-
 def frames_of(encoded):
     """The frames of the clip on which each object is shown, by the times of its boxes, which are k / 11."""
     times = iter(box[4] for box in encoded["boxes"])
@@ -309,7 +299,6 @@ def test_frames_are_spread_evenly_and_show_what_was_asked_for(folder, processor)
 WINDOWS = [  # sides; x, y, w, h of a box in 128 x 72 pixels; its window: top, bottom, left, right
     (2, (50, 30, 11, 7), (22, 44, 44, 66)),
     (2, (120, 66, 8, 6), (56, 72, 112, 128)),
-    (2, (0, 60, 128, 6), (0, 72, 0, 128)),
     (3, (77, 31, 1, 1), (30, 33, 76, 79)),
     (0, (50, 30, 11, 7), (0, 72, 0, 128)),
 ]
@@ -342,30 +331,21 @@ def test_an_objects_frame_is_encoded_as_the_window_around_it(folder):
 
 
 def test_single_frame_is_the_probability_that_an_object_is_cut_to_one_frame(folder, processor):
-    """Of 400, 100 are expected, with a deviation of 9; also where the object is hidden on half its frames,
-    which are never chosen. The default is 0."""
+    """Of 200, 50 are expected, with a deviation of 6; also where the object is hidden on half its frames,
+    which are never chosen. What is drawn depends on seed, epoch and sample alone. The default is 0."""
     shown = {k: box(50, 30, 11, 7) for k in (4, 6)}
-    entry = on_frames(shown, {1: EMPTY, 2: EMPTY} | shown)
-    dataset = dataset_of(folder, [entry], processor, single_frame=0.25)
-    chosen, info = [], dataset.media_of(dataset.samples[0]).info
-    for seed in range(400):
-        objects = dataset.choose_objects(dataset.samples[0], info, np.random.default_rng(seed))
-        chosen.append([tuple(masks) for masks in objects])
-    for of_object in zip(*chosen):
-        assert set(of_object) == {(4, 6), (4,), (6,)} and 270 < of_object.count((4, 6)) < 330
-    assert frames_of(dataset_of(folder, [entry], processor)[0, 0]) == [[4, 6], [4, 6]]
-
-
-def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone(folder, processor):
-    """Equality is the promise: whatever was read before."""
-    entries, drawn = [on_frames({k: box(50, 30, 11, 7) for k in range(12)})] * 3, []
-    keys = [(epoch, i) for epoch in range(3) for i in range(3)]
+    entries, drawn = [on_frames(shown, {1: EMPTY, 2: EMPTY} | shown)] * 2, []
+    keys = [(epoch, i) for epoch in range(100) for i in range(2)]
     for order, seed in ((keys, 0), (keys[::-1], 0), (keys, 1)):
-        dataset = dataset_of(folder, entries, processor, single_frame=1.0, seed=seed)
-        drawn.append({key: str(frames_of(dataset[key])) for key in order})
+        dataset = dataset_of(folder, entries, processor, single_frame=0.25, seed=seed)
+        drawn.append({key: frames_of(dataset[key]) for key in order})
     first, again, other = drawn
     assert again == first != other
-    assert len({first[0, i] for i in range(3)}) > 1 and len({first[epoch, 0] for epoch in range(3)}) > 1
+    by_sample = [[first[epoch, i] for epoch in range(100)] for i in range(2)]
+    assert by_sample[0] != by_sample[1]
+    for of_object in zip(*by_sample[0] + by_sample[1]):
+        assert {*map(tuple, of_object)} == {(4, 6), (4,), (6,)} and 130 < of_object.count([4, 6]) < 170
+    assert frames_of(dataset_of(folder, entries, processor)[0, 0]) == [[4, 6], [4, 6]]
 
 
 def test_decoded_frames_are_kept_until_the_memory_is_full(tmp_path, processor):
@@ -386,48 +366,29 @@ def test_decoded_frames_are_kept_until_the_memory_is_full(tmp_path, processor):
 
 
 # ---- batches ----
-def test_a_batch_to_learn_from_holds_what_collate_documents(folder, processor):
-    """Joined here by hand, in the documented order; a cell has 4 patches."""
+def test_objects_share_stills_which_a_batch_joins_in_the_documented_order(folder, processor):
+    """Those with the same window share one. An image's, if it is all of it, is the one in the prompt. Joined
+    here by hand; a cell has 4 patches. (test_model.py compares whole batches with transformers.)"""
     ring = DOG.copy()
     ring[32:34, 53:58] = 0
     objects = {0: rle(DOG), 5: rle(DOG)}, {0: rle(ring), 5: box(51, 30, 11, 7)}, {0: box(1, 1, 9, 9)}
-    video, text = on_frames(*objects), sample("What is it?", "A dog.")
-    video[C] += sample("And it?", "A cat.")[C]
     image = on_frames({0: rle(DOG)}, {0: box(1, 1, 40, 9)}, image="a.png", video=None)
     square = on_frames({0: box(0, 0, 64, 64)}, image="square.png", video=None)
-    dataset = dataset_of(folder, [video, text, image, {}, square], processor)
+    text = sample("What is it?", "A dog.")
+    dataset = dataset_of(folder, [on_frames(*objects), text, image, {}, square], processor)
     encoded = [dataset[0, i] for i in range(5)]
     video, text, image, error, square = encoded
-    # Objects with the same window share a still. An image's, if it is all of it, is the one in the prompt.
     assert video["region_still"] == [0, 1, 0, 2, 3] and square["region_still"] == [0]
     samples, batch = [video, text, image, square], data.collate(encoded, processor)
-    tokens, vocabulary = batch["input_ids"].flatten(), processor.tokenizer.get_vocab()
-    pads = [vocabulary[f"<|{name}_pad|>"] for name in ("image", "video", "region")]
-    images, videos, regions = (np.flatnonzero(tokens == pad) for pad in pads)
-    ids, labels = (np.concatenate([s[name] for s in samples]) for name in ("input_ids", "labels"))
-    lengths = [len(s["input_ids"]) for s in samples]
+    assert batch["errors"] == [None, None, None, error, None] and batch["ids"] == [0, 1, 2, 4]
     stills = [image["still_patches"][0], square["still_patches"][0]]  # in prompts
     stills += [*video["still_patches"], *image["still_patches"][1:]]  # views
-    grids = [image["still_grids"][0], square["still_grids"][0]]
-    grids += [*video["still_grids"], *image["still_grids"][1:]]
-    cells = np.array([len(patches) // 4 for patches in stills])
+    cells = [len(patches) // 4 for patches in stills]
     coverage = [grid for s in samples for grid in s["coverage"]]
     expected = {
-        "num_tokens": sum(lengths),
-        "input_ids": [ids],
-        "position_ids": np.concatenate([s["position_ids"] for s in samples], axis=1)[:, None],
-        "next_position": [[s["position_ids"].max() + 1] for s in samples],
-        "sample_lengths": lengths,
-        "cu_seq_lens_q": np.cumsum([0, *lengths]),
-        "max_length_q": max(lengths),
-        "target_index": np.flatnonzero(labels != -100) - 1,
-        "targets": labels[labels != -100],
         "still_patches": np.concatenate(stills),
         "video_patches": video["video_patches"],
-        "grid_thw": [(1, *grid) for grid in grids] + [video["prompt_grid"]],
         "cell_counts": [sum(cells[:2]), sum(cells[2:]), len(video["video_patches"]) // 4],
-        "visual_index": [*images, *videos],
-        "region_index": regions,
         "coverage": np.concatenate(coverage),
         "coverage_start": np.cumsum([0, *map(len, coverage)]),
         "frame_start": [sum(cells[:still]) for still in (2, 3, 2, 4, 5, 6, 7, 1)],
@@ -435,25 +396,5 @@ def test_a_batch_to_learn_from_holds_what_collate_documents(folder, processor):
         "object_frames": [2, 2, 1, 1, 1, 1],
         "region_tokens": [2, 2, 1, 1, 1, 1],
     }
-    assert batch["errors"] == [None, None, None, error, None] and batch["ids"] == [0, 1, 2, 4]
-    batch = batch | batch["attention"] | batch["regions"] | {"grid_thw": batch["tower"]["grid_thw"]}
     for name, value in expected.items():
-        np.testing.assert_array_equal(batch[name], value, name)
-    said = processor.tokenizer.decode(batch["targets"])
-    assert said == "<|im_end|>".join(["Yes.", "A cat.", "A dog.", "Yes.", "Yes.", ""])
-
-    # Nothing but errors: one token, one black cell for the tower, no target.
-    nothing = data.collate([error], processor)
-    assert nothing["errors"] == [error] and nothing["num_tokens"] == 1 and len(nothing["targets"]) == 0
-    assert nothing["cell_counts"] == [0, 1, 0] and not nothing["still_patches"].any()
-    # For generation: padded on the left; a row ends where the last answer begins.
-    rng = np.random.default_rng(0)
-    asked = [dataset.encode(dataset.samples[i], rng, for_generation=True) for i in (0, 1, 2, 4)]
-    batch = data.collate(asked, processor, for_generation=True)
-    for row, s in enumerate(asked):
-        ids, missing = s["input_ids"].tolist(), batch["input_ids"].shape[1] - len(s["input_ids"])
-        assert processor.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
-        assert batch["input_ids"][row].tolist() == [processor.config.vision_start_token_id] * missing + ids
-        assert batch["attention"]["attention_mask"][row].tolist() == [0] * missing + [1] * len(ids)
-        np.testing.assert_array_equal(batch["position_ids"][:, row, missing:], s["position_ids"])
-    np.testing.assert_array_equal(batch["input_ids"].flatten()[batch["region_index"]], [pads[2]] * 8)
+        np.testing.assert_array_equal((batch | batch["regions"])[name], value, name)

@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 from dataclasses import asdict, replace
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint, transformers_processor
-from helpers import box, box_mask, run, sample, write_json, write_texts
+from helpers import box, box_mask, sample, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -275,45 +274,38 @@ def test_end_tokens_are_those_of_generation_config_tokenizer_and_chat(loaded):
 def test_temporal_merge_equals_a_merge_in_plain_python():
     """With vectors of few cosines, which float32 makes of equal numbers wherever they are equal, for ties."""
     rng = np.random.default_rng(0)
-    square = [v for v in product((-1, 0, 1), repeat=4) if math.hypot(*v) == math.hypot(1, 1)]
     axes = [scale * row for scale in (-4, -1, 0, 0.5, 1) for row in np.eye(4)]
     for draw in range(200):
         object_frames = rng.integers(1, 12, size=rng.integers(1, 6))
         region_tokens = rng.integers(1, object_frames + 1)
         R, T = sum(object_frames), sum(region_tokens)
-        vectors = [rng.normal(size=(R, 4)), rng.choice(square, R), rng.choice(axes, R), np.ones((R, 4))]
-        pooled = torch.tensor(vectors[draw % 4], dtype=torch.float32)
+        vectors = [rng.normal(size=(R, 4)), rng.choice(axes, R), np.ones((R, 4))]
+        pooled = torch.tensor(vectors[draw % 3], dtype=torch.float32)
         objects = zip(pooled.split(object_frames.tolist()), region_tokens)
         expected = [torch.tensor(merged_by_hand(rows.tolist(), u)) for rows, u in objects]
         found = models.temporal_merge(pooled, object_frames.tolist(), region_tokens.tolist(), T)
         torch.testing.assert_close(found, torch.block_diag(*expected))
 
 
-def test_at_first_a_region_token_is_the_plain_average_of_its_cells():
-    """By hand: 0.25 a + 0.75 b of one frame and c of the other, which one token averages."""
-    cells, coverage = torch.tensor([[2.0, 4, -1], [6, 8, 1], [1, 1, 1]]), torch.tensor([0.25, 0.75, 1])
-    starts = torch.tensor([0, 2, 3])  # of each frame's coverage; and its cells
-    token = models.RegionEncoder(3)(cells, coverage, starts, starts[:2], torch.rand(2, 5), [2], [1])
-    torch.testing.assert_close(token, torch.tensor([[3.0, 4, 0.75]]))
-
-
-def test_the_position_code_is_that_worked_by_hand_also_in_mixed_precision():
+def test_the_position_code_is_that_worked_by_hand():
     """What a saved encoder has learned to read: (2x - 1), (2x - 1) * (2t - 1), then sin and cos of
     pi * x * (1, 2, 4, 8), for each x of (cx, cy, w, h, t). The two layers behind it are made the identity:
-    far from 0 the GELU between them is one too. Next to 64, bfloat16, as of FSDP, is off by up to 0.25."""
+    far from 0 the GELU between them is one too. Next to 64, bfloat16, as of FSDP, is off by up to 0.25.
+    At first, a region token is the average of its cells alone, which here is 0."""
     s, box = 0.5**0.5, torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
     raw, times_t = [0, -0.5, -1, 1, 0.5], [0, -0.25, -0.5, 0.5, 0.25]
     sin = [1, 0, 0, 0] + [s, 1, 0, 0] + [0, 0, 0, 0] + [0, 0, 0, 0] + [s, -1, 0, 0]
     cos = [0, -1, 1, 1] + [s, 0, -1, 1] + [1, 1, 1, 1] + [-1, 1, 1, 1] + [-s, 0, -1, 1]
     expected = torch.tensor([raw + times_t + sin + cos])
-    for autocast, dtype in product((False, True), (torch.float32, torch.bfloat16)):
+    for dtype in (torch.float32, torch.bfloat16):
         encoder = models.RegionEncoder(50)
+        cells, starts = torch.zeros(1, 50), torch.tensor([0, 1])
+        inputs = torch.ones(1), starts, starts[:1], box, [1], [1]
+        assert not encoder(cells, *inputs).any()
         for layer, bias in ((encoder.position[0], 64), (encoder.position[2], -64)):
             torch.nn.init.eye_(layer.weight)
             torch.nn.init.constant_(layer.bias, bias)
-        cells, starts = torch.zeros(1, 50, dtype=torch.bfloat16 if autocast else dtype), torch.tensor([0, 1])
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = encoder.to(dtype)(cells, torch.ones(1), starts, starts[:1], box, [1], [1])
+        found = encoder.to(dtype)(cells.to(dtype), *inputs)
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
 
 
@@ -329,17 +321,6 @@ def test_groups_and_layers_hold_what_their_names_say(loaded):
         assert [dict(found)[p]] == [part for place, part in parts.items() if name.startswith(place)], name
     layers = [m for m in model.modules() if type(m).__name__.endswith(("VisionBlock", "DecoderLayer"))]
     assert len(layers) == 3 + 3 and set(model.layers()) == set(layers)
-
-
-def test_every_parameter_gets_a_gradient_from_every_kind_of_batch(loaded, samples):
-    """DistributedDataParallel waits for ever for what one rank's batch, without media or regions, lacks."""
-    model, processor = loaded
-    dataset = data.ReferringDataset(samples, processor)
-    for encoded in [*(dataset[0, i] for i in range(4)), data.DataError("bad")]:
-        model.zero_grad()
-        loss = model(data.collate([encoded], processor))
-        loss.backward()
-        assert torch.isfinite(loss) and [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 @dense_families
@@ -403,7 +384,6 @@ def test_a_template_that_writes_other_texts_is_refused(checkpoint, tmp_path):
     changes = [
         ("<|im_start|>{{", "<|im_start|> {{"),
         ("<|vision_start|><|image_pad|>", "Picture: <|vision_start|><|image_pad|>"),
-        ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"),
         ("{% for message in messages %}", "{% for message in messages %}{{ message.content.text.upper() }}"),
         ("{% endfor %}", ""),
     ]
@@ -411,7 +391,6 @@ def test_a_template_that_writes_other_texts_is_refused(checkpoint, tmp_path):
         changes += [
             ("{% if enable_thinking is false %}", "{% if false %}"),  # it always thinks
             ("{{ text }}<|im_end|>", "{{ text if loop.last or loop.first }}<|im_end|>"),
-            ("{% if last.question < 0 %}", "{% if true %}"),  # raises an error of its own
         ]
     folder = shutil.copytree(checkpoint, tmp_path / "changed")
     path = folder / "chat_template.jinja"
@@ -443,22 +422,16 @@ def test_a_saved_model_is_the_published_one_and_the_region_encoder(checkpoint, l
         assert torch.equal(found, model.logits(batch_of(samples, processor, ROW)))
 
 
-def test_final_loads_with_transformers_alone_and_equals_the_last_checkpoint(tmp_path):
-    """Of a run of the tiny model: logits of a text against those of transformers' classes. step-000002 holds
-    what learned; the frozen rest comes from the model that the run began with."""
-    path, out = write_texts(tmp_path / "texts.json", 8), tmp_path / "out"
-    options = "--train projector --seed 3 --steps 2 --save-every 2 --batch-size 4 --workers 0"
-    run(f"train.py --data {path} --out {out} {options}")
-    (model, processor), (again, _) = (evaluation.load(out / name, "cpu") for name in ("final", "step-000002"))
-    one, two = model.state_dict(), again.state_dict()
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    tokenizer = AutoTokenizer.from_pretrained(out / "final")
-    turn = [{"role": "user", "content": "What is 0 + 0?"}, {"role": "assistant", "content": "0, of course"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False)
-    plain = AutoModelForImageTextToText.from_pretrained(out / "final")
+def test_final_loads_with_transformers_alone(final, samples):
+    """Of a run of the tiny model: logits of a text against those of transformers' classes."""
+    model, processor = evaluation.load(final, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    plain = AutoModelForImageTextToText.from_pretrained(final)
+    turns = [{"role": "user", "content": "Say the other thing."}, {"role": "assistant", "content": "Never."}]
+    ids = tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False))
     with torch.no_grad():
-        found = model.logits(batch_of(data.read_samples(path), processor, [0]))
-        expected = plain(input_ids=torch.tensor([tokenizer.encode(text)])).logits
+        found = model.logits(batch_of(samples, processor, [0]))
+        expected = plain(input_ids=torch.tensor([ids])).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -502,10 +475,9 @@ def test_weights_that_do_not_fit_are_refused(loaded, tmp_path):
 def test_a_folder_that_is_no_model_is_refused(checkpoint, tmp_path):
     """Names that do not exist, and folders in which a file is missing, cut or of another family."""
     (tmp_path / "empty").mkdir()
-    folders = [shutil.copytree(checkpoint, tmp_path / name) for name in "abcde"]
+    folders = [shutil.copytree(checkpoint, tmp_path / name) for name in "abcd"]
     (folders[0] / "tokenizer.json").unlink()
     (folders[1] / "model.safetensors").unlink()
-    (folders[4] / "nanorefer.json").write_text("not JSON")
     os.truncate(folders[2] / "model.safetensors", 1000)
     config = json.loads((checkpoint / "config.json").read_text())
     write_json(folders[3] / "config.json", config | {"model_type": "qwen2_vl"})
@@ -525,11 +497,9 @@ def test_settings_are_those_of_training_unless_given(checkpoint, loaded, tmp_pat
     for unfit in ([3], saved | {"u": 4}, without, without | {"windows": 2}):
         write_json(tmp_path / "nanorefer.json", unfit)
         assert "nanorefer.json" in refuse(tmp_path)
-    tiny = {"num_frames": 8, "frame_pixels": 32 * 32, "region_pixels": 64 * 64, "window": 2}
-    tiny |= {"region_frames": 8, "region_tokens": 4, "max_length": 4096}
-    pretrained = tiny | {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
-    assert asdict(models.load_processor("tiny", ["word"]).settings) == tiny
-    assert asdict(models.load_processor(checkpoint).settings) == pretrained
+    assert models.load_processor("tiny", ["word"]).settings == data.Settings()
+    pretrained = replace(data.Settings(), frame_pixels=384 * 384, region_pixels=384 * 384)
+    assert models.load_processor(checkpoint).settings == pretrained
 
 
 @any_family
