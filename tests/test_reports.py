@@ -2,6 +2,7 @@
 traceback here. A test for each kind; the right value comes from the standard, or from another library."""
 
 import json
+import os
 import resource
 import shutil
 import signal
