@@ -115,7 +115,7 @@ def draw_answers(axis, question):
 
 def draw_curves(figure, scores):
     """Draws accuracy over training. scores: {step: rows of scores.json}; the last has the controls."""
-    figure.text(0.06, 0.95, "Right answers on test clips, in %", size=13)
+    figure.text(0.06, 0.95, "% of test answers right", size=13)
     axis = figure.add_axes((0.15, 0.42, 0.83, 0.49))
     curves, lines = [], []
     for kind, colour in KINDS.items():

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 import threading
 from contextlib import suppress
 from functools import partial
@@ -137,6 +138,14 @@ def test_damage(tmp_path):
     for i, name, number in ((0, "0.mp4", 0), (0, "1.mkv", 1), (1, "31.mp4", 31)):
         broken = b"\xff" * clips.packets_of(sources[i])[number].size
         check(remux([sources[i]], tmp_path / name, {number: broken}), holes=i)
+    # Single bits: FFmpeg flags the frame that it could not decode, but not those that refer to it.
+    path = write_video(tmp_path / "bit.mp4", **x264("keyint=24:bframes=0"))
+    content = path.read_bytes()
+    start = content.find(b"mdat")
+    for share in (22, 30):
+        place = start + (len(content) - start) * share // 80
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+        check(path)
 
 
 def test_truncated_files(tmp_path):
@@ -252,6 +261,11 @@ def test_exif_orientation(tmp_path):
             media = open_media(path)
             assert (media.info.height, media.info.width) == upright.shape[:2]
             assert (media.read([0])[0] == upright).all(), (suffix, orientation)
+    # No other tag matters, such as a maker that is a fraction, on which exif_transpose fails.
+    maker, turn = struct.pack("<HHII", 0x10F, 5, 1, 38), struct.pack("<HHII", 0x112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + maker + turn + struct.pack("<III", 0, 6, 1)
+    Image.fromarray(np.rot90(draw_number(77))).save(tmp_path / "a.jpg", exif=exif)
+    assert numbers(tmp_path / "a.jpg", [0]) == [77]
 
 
 def test_folders_and_lists_of_frames(tmp_path):

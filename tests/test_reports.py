@@ -56,11 +56,14 @@ def test_pictures_of_16_bits_keep_their_levels(tmp_path):
             data.open_media(tmp_path / "b.tif").read([0])
 
 
-def test_videos_are_mirrored_as_their_matrix_says(tmp_path):
+def test_videos_are_turned_and_mirrored_as_their_matrix_says(tmp_path):
     """Truth: QuickTime's definition, that the pixel (x, y) is shown at (ax + cy, bx + dy)."""
     upright = draw_number(5)
     turned = upright.transpose(1, 0, 2)
     stored = {
+        (0, 1, -1, 0): np.rot90(upright),
+        (-1, 0, 0, -1): np.rot90(upright, 2),
+        (0, -1, 1, 0): np.rot90(upright, 3),
         (-1, 0, 0, 1): upright[:, ::-1],
         (1, 0, 0, -1): upright[::-1],
         (0, 1, 1, 0): turned,

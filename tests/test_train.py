@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TOP, Program, box, read_lines, run, sample, write_json, write_texts
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -316,6 +316,18 @@ def test_a_folder_holds_one_run(here, tmp_path):
     write_json(here / "notes/notes.txt", {})
     out = learn(here, "notes", "--train llm --steps 1")
     assert sorted(os.listdir(out)) == ["config.json", "final", "metrics.jsonl", "notes.txt"]
+
+
+def test_numbers_that_are_not_finite_end_the_run(here):
+    """A weight that is NaN: the samples of the step are named, and nothing is saved."""
+    broken = shutil.copytree(here / "base", here / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.language_model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    write_texts(here / "single.json", 1)
+    text = run("train.py --data single.json --model broken --out nan --workers 0", code=1, folder=here)
+    assert "step 0" in text.splitlines()[-1] and "[0]" in text.splitlines()[-1]
+    assert not (here / "nan/final").exists() and "Traceback" not in text
 
 
 FOR_ALL = {"num_frames": 8, "window": 2, "region_frames": 8, "region_tokens": 4, "max_length": 4096}
