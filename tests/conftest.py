@@ -34,6 +34,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure(config):
+    # pycocotools warns at each mask that it decodes, about numpy 2.
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A folder with a small toy world: train.json, test.json, videos, ..."""
