@@ -292,7 +292,6 @@ def train(config):
     steps = f"{config.steps} steps of {config.batch_size} samples"
     print0(f"{config.model}: {steps} out of {len(samples)}, on {world_size()} x {device.type}")
 
-    leave_out([], bad, first_step, config, len(samples))  # --max-bad may be lower than before
     sigterms, stop = [], False
     signal.signal(signal.SIGTERM, lambda *_: sigterms.append(True))
     steps = range(first_step, config.steps)
