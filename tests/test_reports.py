@@ -90,7 +90,9 @@ def test_masks_that_are_pictures(tmp_path):
         "cut-out.png": Image.fromarray(np.dstack([noise, truth * 255]).astype(np.uint8)),
         "two.png:2": two_objects,
         "soft.png": Image.fromarray(truth * np.uint8(255)).filter(ImageFilter.GaussianBlur(1)),
-        "dark.png": Image.fromarray(truth * np.uint8(3)),
+        "lossy.jpg": Image.fromarray(truth * np.uint8(255)),
+        "one.png": Image.fromarray(truth * np.uint8(2)).convert("P"),
+        "dark blue.png": Image.fromarray(truth[:, :, None] * np.uint8([0, 0, 100])),
         "16.png": Image.fromarray((truth * 40000).astype(np.uint16)),
     }
     info = data.MediaInfo(1, 24.0, 60, 80, is_image=True)
