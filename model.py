@@ -86,9 +86,9 @@ class Processor:
     def __init__(self, tokenizer, image_processor, config, settings):
         family = config.model_type
         data.expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
-        is_plain = not hasattr(config, "quantization_config")
+        is_plain = getattr(config, "quantization_config", None) is None
         data.expect(is_plain, "weights that are not quantised", "quantization_config in config.json")
-        layers = getattr(config.text_config, "layer_types", ())
+        layers = getattr(config.text_config, "layer_types", None) or ()
         data.expect("sliding_attention" not in layers, "attention to the whole sample", "use_sliding_window")
         self.system, self.thoughts, self.timestamps = FAMILIES[family]
         self.tokenizer, self.image_processor = tokenizer, image_processor
