@@ -124,8 +124,8 @@ def decode_mask(segmentation, height, width):
         for axis, side, numbers in (("x", width, polygon[0::2]), ("y", height, polygon[1::2])):
             least, most = min(numbers), max(numbers)
             inside = all(-EDGE <= number <= side + EDGE for number in numbers)  # False for NaN
-            size = f"{width}x{height}, or height and width, if it is drawn on another size"
-            expect(inside, f"a polygon inside the frame, {size}", f"{axis} from {least} to {most}")
+            frame = f"the {width}x{height} frame (if it is drawn on another size: give height and width)"
+            expect(inside, f"a polygon inside {frame}", f"{axis} from {least} to {most}")
     numbers = [number for polygon in polygons for number in polygon]
     is_share = max(numbers) <= 1 and any(number % 1 for number in numbers)
     expect(not is_share, "polygons in pixels", f"numbers up to {max(numbers)}")
@@ -254,8 +254,8 @@ class View(NamedTuple):
 class ReferringDataset(Dataset):
     """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
 
-    dataset[epoch, i] depends on (seed, epoch, i) alone. A sample that cannot be used comes back as its
-    DataError; raised, it would end the worker.
+    dataset[epoch, i] depends on (seed, epoch, i) alone, except after time-outs. A sample that cannot be used
+    comes back as its DataError; raised, it would end the worker.
 
     processor: a model.Processor. single_frame: the probability that an object is cut to one random annotated
     frame (the paper trains on a mix of both modes). cache_bytes: memory for decoded frames.
@@ -793,7 +793,10 @@ def _parse_objects(entry, media):
 
 def _check_position(key, media):
     """Refuses "00010" where this is the name of another frame than number 10 in a folder or list."""
-    files = media if isinstance(media, tuple) else images_in(media) if os.path.isdir(media or "") else ()
+    files = media if isinstance(media, tuple) else ()
+    if isinstance(media, str) and os.path.isdir(media):
+        with readable("a folder that can be read", media):
+            files = images_in(media)
     names = [os.path.splitext(os.path.basename(file))[0] for file in files]
     number = names.index(key) if key in names else int(key)
     expect(number == int(key), f"positions as keys: {key} is the name of frame {number}", key)
@@ -1084,8 +1087,7 @@ def lies_down(matrix):
 
 
 def as_displayed(frame):
-    """uint8 (H, W, 3) RGB, turned or mirrored as the file says. Pixels that are not square stay so, as in
-    masks."""
+    """uint8 (H, W, 3) RGB, turned or mirrored as the file says. Pixels that are not square stay so."""
     picture = frame.to_ndarray(format="rgb24", threads=1)
     a, b, c, d = matrix = display_matrix(frame)
     x, y = a, d  # negative: to be mirrored

@@ -499,7 +499,8 @@ def judge(args):
         if key not in judged:
             try:
                 answer = client.chat.completions.create(**request)
-                data.expect(answer.choices, "a completion", getattr(answer, "error", answer))
+                with data.within(f"--url {args.url}"):
+                    data.expect(answer.choices, "a completion", getattr(answer, "error", answer))
                 reply = answer.choices[0].message.content or ""  # None: withheld by a filter
                 if isinstance(reply, list):  # of parts: texts, and perhaps thoughts
                     reply = "".join(part.get("text", "") for part in reply)
@@ -531,12 +532,10 @@ def read_object(pointed, info):
         with data.readable("numbers x,y,...", "--object", text):
             numbers = [float(number) for number in mask.split(",")]
         corners = box(*numbers) if len(numbers) == 4 else numbers
-        for axis, side, numbers in (("x", info.width, corners[0::2]), ("y", info.height, corners[1::2])):
-            inside = all(0 <= number <= side for number in numbers)
-            picture = f"--object {text} inside the picture, {info.width}x{info.height}"
-            data.expect(
-                inside, picture, f"{axis} from {min(numbers, default=0):g} to {max(numbers, default=0):g}"
-            )
+        picture = f"--object {text} inside the picture, {info.width}x{info.height} (width x height)"
+        for axis, side, places in (("x", info.width, corners[0::2]), ("y", info.height, corners[1::2])):
+            least, most = min(places, default=0), max(places, default=0)
+            data.expect(0 <= least and most <= side, picture, f"{axis} from {least:g} to {most:g}")
         masks[frame] = tuple(corners) if len(corners) == 2 else corners
     return masks
 

@@ -583,7 +583,8 @@ def atomic_write(path):
             try:
                 yield temporary
             except RuntimeError as error:  # of torch.save, which does not say what the disk said
-                raise error.__context__ or error from None
+                disk = error.__context__
+                raise (disk if isinstance(disk, OSError) else error) from None
         if os.path.isdir(temporary):
             mask = os.umask(0)
             os.umask(mask)

@@ -4,7 +4,8 @@
     python train.py --data toy/train.json --out toy/figure --save-every 70 --keep 8
     python tests/figure.py toy toy/figure --out tests/figure.png
 
-eval.py asks every checkpoint the questions of toy/test.json. What it writes stays in RUN/asked.
+eval.py asks every checkpoint the questions of toy/test.json, and the final model also with controls. What it
+writes is in RUN/asked, so that the same command resumes after a kill, and later only draws.
 
 No clip is picked by hand. Left: for each kind of question, the first test clip not shown yet that has two of
 them with different answers. Right: all test questions about objects, of every checkpoint.
@@ -13,15 +14,17 @@ them with different answers. Right: all test questions about objects, of every c
 import argparse
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import shapes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patheffects import withStroke  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -38,50 +41,74 @@ FRAMES = shapes.ANNOTATED[0], shapes.ANNOTATED[-1]
 LONGEST = 8  # characters of an answer that are shown; blind, the model may repeat itself
 
 
-def find_models(run):
+# ---- asking ----
+def find_models(toy, run):
     """Returns {number of finished steps: folder} of the checkpoints, with RUN/final as the last."""
     folders = {int(path.name[5:]): path for path in train.checkpoints(run)}
     losses = [line for line in train.read_jsonl(run / "metrics.jsonl") if "loss" in line]
-    data.expect(folders and losses, f"{run}: a finished run with its checkpoints", [*folders])
+    command = f"python train.py --data {toy}/train.json --out {run} --save-every 70 --keep 8"
+    data.expect(folders and losses, f"{run}: a finished run with its checkpoints ({command})", [*folders])
     return folders | {losses[-1]["step"] + 1: run / "final"}
 
 
-def ask(model, toy, out):
-    """Returns the rows of the model's OUT/scores.json, once eval.py has asked it what is in toy/test.json."""
+def ask(model, toy, out, controls):
+    """Has eval.py ask a model the questions of toy/test.json, unless OUT has its scores already."""
     if not (out / "scores.json").exists():
         options = ["data", str(toy / "test.json"), "--model", str(model), "--out", str(out)]
-        evaluation.main([*options, *(["--control", *CONTROLS] if model.name == "final" else [])])
-    return json.loads((out / "scores.json").read_text())["rows"]
+        evaluation.main([*options, *(["--control", *controls] if controls else [])])
+
+
+# ---- drawing ----
+def draw(toy, run, models):
+    """Returns the Figure of what the models, {step: folder}, have answered in RUN/asked."""
+    scores = {}
+    for step in sorted(models):
+        path = run / "asked" / models[step].name / "scores.json"
+        scores[step] = json.loads(path.read_text())["rows"]
+    questions = train.read_jsonl(run / "asked" / "final" / "predictions.jsonl")
+    figure = Figure(figsize=(9, 5.4), dpi=200)
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
+    draw_questions(left, data.read_samples(toy / "test.json"), questions)
+    draw_curves(right, scores)
+    return figure
 
 
 def choose_pairs(questions):
     """Returns {kind: (index, index)}: two questions about one clip, as the rule above says."""
     pairs, shown = {}, set()
     for kind in KINDS:
-        asked = [i for i, question in enumerate(questions) if question["type"] == kind]
-        for pair in pairwise(asked):
-            one, other = (questions[i] for i in pair)
-            if one["video"] == other["video"] not in shown and one["answer"] != other["answer"]:
-                pairs[kind] = pair
-                shown.add(one["video"])
+        first = {}  # clip: the index of its first question of this kind
+        for i, question in enumerate(questions):
+            clip = question.get("video")
+            if question["type"] != kind or clip in shown:
+                continue
+            j = first.setdefault(clip, i)
+            if question["answer"] != questions[j]["answer"]:
+                pairs[kind] = j, i
+                shown.add(clip)
                 break
+        data.expect(kind in pairs, f"a clip with two answers to questions about its {kind}", None)
     return pairs
 
 
 def draw_questions(figure, samples, questions):
     """Draws a row for each kind: two questions that differ in the mask alone, and the answers to them."""
+    pairs = choose_pairs(questions)
     margins = {"left": 0.01, "right": 0.98, "bottom": 0.06, "top": 0.84, "hspace": 0.3, "wspace": 0.05}
-    axes = figure.subplots(len(KINDS), 6, width_ratios=(1, 1, 1.25) * 2, gridspec_kw=margins)
+    axes = figure.subplots(len(pairs), 6, width_ratios=(1, 1, 1.25) * 2, gridspec_kw=margins)
     figure.text(0.01, 0.95, "The same clip and question, another mask", size=13)
-    note = f"<region>: outlined, on frames {FRAMES[0]} and {FRAMES[1]}. Blind: without mask and video."
+    note = "<region>: the object under the mask (white outline). Blind: without mask and video."
     figure.text(0.01, 0.91, note, size=9, color="dimgrey")
-    for row, (kind, pair) in zip(axes, choose_pairs(questions).items()):
+    for row, (kind, pair) in zip(axes, pairs.items()):
         text = data.MEDIA_TAG.sub("", questions[pair[0]]["question"])
         row[0].set_title(text, loc="left", color=KINDS[kind], weight="bold", size=10)
         for cells, i in zip((row[:3], row[3:]), pair):
             # A question has the index of its sample, because each sample of test.json asks one.
             draw_frames(cells[:2], samples[i])
             draw_answers(cells[2], questions[i])
+    for axis, frame in zip(axes[-1], (*FRAMES, None, *FRAMES)):
+        if frame is not None:
+            axis.set_xlabel(f"frame {frame}", size=9)
 
 
 def draw_frames(axes, sample):
@@ -106,53 +133,58 @@ def draw_answers(axis, question):
     """Writes the model's answer, and below it the answer to the same words without mask and video."""
     axis.axis("off")
     for title, column, y, size in (("answer", "exact", 0.88, 12), ("asked blind", "blind", 0.36, 9)):
-        right = question[column] == question["answer"]
-        mark, colour = ("✓", "green") if right else ("✗", "firebrick")
+        reply, mark, colour = question[column], "✗", "firebrick"
+        if reply == question["answer"]:
+            mark, colour = "✓", "green"
+        if len(reply) > LONGEST:
+            reply = reply[:LONGEST] + "…"
         axis.text(0.06, y, title, size=9, color="dimgrey", va="center")
         style = {"size": size, "color": colour, "weight": "bold", "va": "center", "parse_math": False}
-        axis.text(0.06, y - 0.2, f"{question[column][:LONGEST]} {mark}", **style)
+        axis.text(0.06, y - 0.2, f"{reply} {mark}", **style)
 
 
 def draw_curves(figure, scores):
     """Draws accuracy over training. scores: {step: rows of scores.json}; the last has the controls."""
-    figure.text(0.06, 0.95, "% of test answers right", size=13)
+    figure.text(0.06, 0.95, "Right answers on test clips", size=13)
     axis = figure.add_axes((0.15, 0.42, 0.83, 0.49))
     curves, lines = [], []
     for kind, colour in KINDS.items():
         shares = [share(rows[kind]["exact"]) for rows in scores.values()]
         curves += axis.plot(list(scores), shares, color=colour, linewidth=2, marker="o", markersize=4,
-                            label=f"{kind}  {shares[-1]:.0f} %")  # fmt: skip
+                            label=f"{kind}  {shares[-1]:.0%}")  # fmt: skip
     for control, (style, meaning) in CONTROLS.items():
         accuracy = share(scores[max(scores)]["about regions"][control])
-        label = f"{control}: {meaning}  {accuracy:.0f} %"
+        label = f"{control}: {meaning}  {accuracy:.0%}"
         lines.append(axis.axhline(accuracy, color="black", linestyle=style, linewidth=1.2, label=label))
-    axis.set(xlim=(0, max(scores) * 1.02), ylim=(0, 103), xlabel="training step")
+    axis.set(xlim=(0, max(scores) * 1.02), ylim=(0, 1.03), xlabel="training step")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.spines[["top", "right"]].set_visible(False)
     style = {"frameon": False, "fontsize": 9, "alignment": "left", "title_fontsize": 9, "handlelength": 1.8}
     figure.legend(handles=curves, loc=(0.04, 0.2), title="The final model:", ncols=2, **style)
     figure.legend(handles=lines, loc=(0.04, 0.02), title="The same model without the right mask:", **style)
 
 
 def share(count):
-    return 100 * count["right"] / count["asked"]
+    return count["right"] / count["asked"]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("toy", type=Path, help="the folder that tests/shapes.py wrote")
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote")
     parser.add_argument("--out", default="figure.png", help="the picture, a PNG (default: %(default)s)")
-    args = parser.parse_args()
-    models, asked = find_models(args.run), args.run / "asked"
-    scores = {step: ask(model, args.toy, asked / model.name) for step, model in models.items()}
-    figure = Figure(figsize=(9, 5.4), dpi=200)
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
-    questions = train.read_jsonl(asked / "final" / "predictions.jsonl")
-    draw_questions(left, data.read_samples(args.toy / "test.json"), questions)
-    draw_curves(right, scores)
+    args = parser.parse_args(argv)
+    models = find_models(args.toy, args.run)
+    for model in models.values():
+        ask(model, args.toy, args.run / "asked" / model.name, CONTROLS if model.name == "final" else ())
+    figure = draw(args.toy, args.run, models)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     with train.atomic_write(args.out) as temporary:
-        figure.savefig(temporary, format="png")
+        picture.quantize(128).save(temporary, format="PNG")  # with a palette, the file is a third as large
 
 
 if __name__ == "__main__":
