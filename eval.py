@@ -12,8 +12,9 @@
 
 Each answer of a conversation is one question: the model reads the conversation up to there, and replies
 greedily. A control asks again with other masks: the whole frame (full), those of an object on other media
-(shuffle) or bounding boxes (box); or as text alone, with "the object" for `<region>` (blind). What is still
-right then does not come from what was replaced.
+(shuffle) or bounding boxes (box); as text alone, with "the object" for `<region>` (blind); or with coloured
+outlines in the frames and their names in the text (outline). What is still right then does not come from what
+was replaced, and outlines are what any video LLM can be asked with.
 
 data and the benchmarks run under torchrun, too. The same command resumes a run that was killed, or adds
 controls. A bad sample ends data (train.py --check lists them). A benchmark goes on without a bad entry, which
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 from transformers import AutoConfig, Sam2VideoInferenceSession, Sam2VideoModel, Sam2VideoProcessor
@@ -46,14 +47,16 @@ import data
 import model as models
 import train
 
-CONTROLS = ("full", "shuffle", "box", "blind")
+CONTROLS = ("full", "shuffle", "box", "blind", "outline")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(path, device=DEVICE):
-    """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone."""
+def load(path, device=DEVICE, **settings):
+    """Returns (model, processor) of a folder that train.py wrote, or of a plain backbone. settings: fields of
+    data.Settings, if they are to be others than in training.
+    """
     data.expect(path != "tiny", "--model: a trained or pretrained model", path)
-    processor = models.load_processor(path)
+    processor = models.load_processor(path, **settings)
     return models.load_model(path, processor).to(device).eval(), processor
 
 
@@ -119,11 +122,17 @@ class Questions(data.ReferringDataset):
             turns = sample.turns[: turn + 1]
             num_regions = sum(question.count(data.REGION_TAG) for question, _ in turns)
             sample = replace(sample, turns=turns, objects=sample.objects[:num_regions])
-            if self.control == "blind":
-                sample = without_media(sample)
             return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
         except data.DataError as error:
             return error
+
+    def encode(self, sample, rng, for_generation=False):
+        if self.control == "blind":
+            sample = without_media(sample)
+        if self.control == "outline" and sample.objects:
+            with data.within(*sample.place):
+                sample = self._outlined(sample, rng)
+        return super().encode(sample, rng, for_generation)
 
     def choose_objects(self, sample, info, rng):
         """The masks of each object as the control has them, on the same frames."""
@@ -153,6 +162,86 @@ class Questions(data.ReferringDataset):
                     [masks] = super().choose_objects(donor, self.media_of(donor).info, rng)
                     return list(masks.values())
         raise data.DataError("expected a sample with regions on other media to take masks from, found none")
+
+    def _outlined(self, sample, rng):
+        """The sample with outlines in the frames of its prompt, and their colours' names in its text."""
+        media, distinct, names = self.media_of(sample), [], []
+        size = media.info.height, media.info.width
+        for masks in self.choose_objects(sample, media.info, rng):
+            masks = {frame: at_size(mask, *size) for frame, mask in masks.items()}
+            same = [k for k, others in enumerate(distinct) if show_the_same(masks, others)]
+            if not same:
+                distinct.append(masks)
+            k = same[0] if same else len(distinct) - 1
+            data.expect(k < len(COLOURS), f"at most {len(COLOURS)} objects to outline", len(sample.objects))
+            in_colour = "{}" if isinstance(self.samples, Bench) else "the object outlined in {}"
+            names.append(in_colour.format(COLOURS[k]))
+        name, turns = iter(names), []
+        for question, answer in sample.turns:
+            turns.append((re.sub(data.REGION_TAG, lambda tag: next(name), question), answer))
+        outlined = Outlined(media, distinct, self.settings.num_frames)
+        return replace(sample, media=outlined, turns=turns, objects=[])
+
+    def media_of(self, sample):
+        return sample.media if isinstance(sample.media, Outlined) else super().media_of(sample)
+
+
+# In the order in which the benchmark's authors give them to objects.
+COLOURS = ("red", "green", "yellow", "blue", "grey", "purple", "orange", "brown", "pink")
+
+
+class Outlined:
+    """Media (see data.open_media) that consist of the frames in a prompt, with the objects outlined. An
+    annotated frame takes the place of the nearest that is sampled otherwise.
+
+    objects: {frame: mask} of each; the k-th is outlined in COLOURS[k].
+    """
+
+    def __init__(self, media, objects, num_frames):
+        self.media, self.objects, info = media, objects, media.info
+        annotated = data.evenly(sorted(set().union(*objects)), num_frames)
+        self.frames = fill_up(annotated, info.num_frames, num_frames)
+        for masks in objects:
+            expected = f"a frame of each object among the {num_frames} of the prompt"
+            data.expect(masks.keys() & {*self.frames}, expected, sorted(masks))
+        self.times = [media.times[frame] for frame in self.frames]
+        fps = info.fps * len(self.frames) / info.num_frames
+        self.info = replace(info, num_frames=len(self.frames), fps=fps)
+
+    def read(self, indices):
+        pictures = self.media.read([self.frames[k] for k in indices])
+        for k, masks in enumerate(self.objects):
+            for frame in masks.keys() & pictures.keys():
+                pictures[frame] = draw_outline(pictures[frame], masks[frame], COLOURS[k])
+        return {k: pictures[self.frames[k]] for k in indices}
+
+
+def at_size(mask, height, width):
+    """A mask at another resolution, bool (H, W): the pixels that it covers by half, or by most if none is."""
+    if mask.shape == (height, width):
+        return mask > 0
+    shares = data.coverage(mask, height, width)
+    return shares >= min(0.5, shares.max())
+
+
+def show_the_same(masks, others):
+    """Whether two regions are one object: on each frame that both have, two thirds are the same (IoU)."""
+    shared = masks.keys() & others.keys()
+    overlaps = [(masks[k] & others[k]).sum() / (masks[k] | others[k]).sum() for k in shared]
+    return bool(shared) and min(overlaps) > 2 / 3
+
+
+def draw_outline(picture, mask, colour):
+    """Returns a frame, uint8 (H, W, 3), with the outline of a mask, bool (H, W): around the object, not on
+    it, and a hundredth of the longer side wide.
+    """
+    reach = max(1, round(max(mask.shape) / 100))  # pixels
+    near = torch.from_numpy(mask)[None].float()
+    near = F.max_pool2d(near, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+    near = F.max_pool2d(near, (1, 2 * reach + 1), stride=1, padding=(0, reach))
+    picture = picture.copy()
+    picture[(near[0] > 0).numpy() & ~mask] = ImageColor.getrgb(colour)
+    return picture
 
 
 def files_of(sample):
@@ -219,10 +308,13 @@ def read_questions(samples, strict):
 def evaluate(args):
     """Asks the questions of a data file or benchmark, scores the replies, and writes all of it to OUT."""
     is_data = args.command == "data"
-    samples = data.read_samples(args.files, args.media)
-    samples = samples if is_data else Bench(samples, args)
+    entries = data.read_samples(args.files, args.media)
+    samples = entries if is_data else Bench(entries, args)
     questions = read_questions(samples, strict=is_data)
-    model, processor = load(args.model, args.device)
+    shown = {"num_frames": args.num_frames, "frame_pixels": args.frame_pixels}
+    model, processor = load(args.model, args.device, **shown)
+    if processor.changed:
+        train.print0(f"unlike before in {args.model}: {', '.join(processor.changed)}")
     open_run(args)
     scores = {}
     if is_data:
@@ -233,6 +325,8 @@ def evaluate(args):
         scores["loss"] = train.mean_loss(model, dataset, args.batch_size, args.workers)
     columns = {"exact" if is_data else "pred": "none"} | {control: control for control in args.control}
     for column, control in columns.items():
+        if not is_data:
+            samples = Bench(entries, args, is_outlined=control == "outline")
         replies = ask_all(model, Questions(samples, processor, control), questions, args)
         for i, reply in replies.items():
             if isinstance(reply, data.DataError):
@@ -260,7 +354,7 @@ def evaluate(args):
 
 def open_run(args):
     """Says in OUT/run.json what is asked. Raises DataError if OUT holds replies to anything else."""
-    names = ("command", "model", "media", "mode", "max_new_tokens")
+    names = ("command", "model", "media", "mode", "max_new_tokens", "num_frames", "frame_pixels")
     run = {name: getattr(args, name) for name in names} | {"files": []}
     for path in [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]:  # their order numbers the questions
         status = os.stat(path)
@@ -371,14 +465,23 @@ def words(text):
 # VideoLLaMA3 has no brackets) and inference_videorefer_d_bench.py.
 BENCH_Q = "{} {}. Answer with the option's letter from the given choices directly."
 BENCH_D = "Please give a detailed description of the highlighted object [<region>] in the video."
+# As they ask general models (VideoRefer/benchmark/evaluation_general_mllms.md); <region> becomes the colour.
+OUTLINE_Q = (
+    "I have highlighted an object using a colored mask in the first frame it occurs in the video. {}. "
+)
+OUTLINE_D = "I have outlined an object with a <region> contour in the video. "
+OUTLINE_D += "Please describe the object in detail."
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
 
 
 class Bench:
-    """The entries of a benchmark as a sequence of samples of one turn, like data.read_samples."""
+    """The entries of a benchmark as a sequence of samples of one turn, like data.read_samples. is_outlined:
+    with the questions for frames with outlines.
+    """
 
-    def __init__(self, entries, args):
+    def __init__(self, entries, args, is_outlined=False):
         self.entries, self.args, self.read = entries, args, entries.read
+        self.is_outlined = is_outlined
 
     def __len__(self):
         return len(self.entries)
@@ -388,13 +491,14 @@ class Bench:
         with data.within(*place):
             data.expect(isinstance(entry, dict), "a JSON object", entry)
             if self.args.command == "bench-d":
-                question, answer = BENCH_D, entry.get("caption")
+                question, answer = OUTLINE_D if self.is_outlined else BENCH_D, entry.get("caption")
                 data.expect(isinstance(answer, str) and answer.strip(), "caption: a text", answer)
             else:
                 question, (_, answer) = entry.get("Question"), read_options(entry)
                 data.expect(isinstance(question, str), "Question: a text", question)
-                question = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
                 question = BENCH_Q.format(question, " ".join(entry["options"]))
+                in_brackets = question.replace(data.REGION_TAG, f"[{data.REGION_TAG}]")
+                question = with_legend(question) if self.is_outlined else in_brackets
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             sample = data.parse_sample(entry | {"conversations": turns}, place, media, position)
             if self.args.mode == "multi":
@@ -404,6 +508,14 @@ class Bench:
             wanted = f"a mask of each object on frame {frame}, as frame_idx says"
             data.expect(all(objects), wanted, [sorted(masks) for masks in sample.objects])
             return replace(sample, objects=objects)
+
+
+def with_legend(question):
+    """A question of Bench-Q behind a legend of its objects, in which the tags stand for colours."""
+    names = re.findall(r"(<object\d+>)?<region>", question)
+    data.expect(all(names), "Question: <object0> or the like before each <region>", question)
+    legend = "; ".join(f"{name}: {data.REGION_TAG}" for name in names)
+    return OUTLINE_Q.format(legend) + question.replace(data.REGION_TAG, "")
 
 
 def read_options(entry):
@@ -579,7 +691,7 @@ def track(media, objects, model, region_frames=data.Settings.region_frames):
     video, name = data.open_media(media), data.media_name(media)
     height, width, size = video.info.height, video.info.width, model.config.image_size
     with data.within(name):
-        frames = frames_to_track(objects, video.info.num_frames, region_frames)
+        frames = fill_up(sorted(set().union(*objects)), video.info.num_frames, region_frames)
     # In place of transformers' Sam2VideoVideoProcessor, which needs torchvision.
     pixels = torch.from_numpy(np.stack(list(video.read(frames).values()))).movedim(3, 1)
     pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
@@ -610,9 +722,8 @@ def track(media, objects, model, region_frames=data.Settings.region_frames):
     return tracked
 
 
-def frames_to_track(objects, num_frames, count):
-    """Returns the frames with masks, filled up to count with others evenly spread, in order of time."""
-    pointed = sorted(set().union(*objects))
+def fill_up(pointed, num_frames, count):
+    """Returns frames of a video, filled up to count with others evenly spread, in order of time."""
     others = data.evenly(range(num_frames), count)
     for frame in pointed:
         data.expect(frame in range(num_frames), f"a frame index from 0 to {num_frames - 1}", frame)
@@ -661,6 +772,8 @@ def parse(argv=None):
         add("files", metavar="FILE", nargs="+" if name == "data" else 1, help="a JSON array or JSONL")
         add("--media", help="folder that media paths are relative to (default: each file's own)")
         add("--control", nargs="+", choices=CONTROLS, default=[], help="ask again with other masks or none")
+        add("--num-frames", type=int, help="frames sampled from a video (default: as in training)")
+        add("--frame-pixels", type=int, help="pixels of such a frame at most (default: as in training)")
         add("--batch-size", type=int, default=32, help="(default: 32)")
         add("--workers", type=int, default=2, help="processes of a rank that read data (default: 2)")
         add("--out", type=Path, required=True, help="a new folder, or that of a run to resume")
@@ -678,8 +791,10 @@ def parse(argv=None):
     add("--no-temperature", action="store_true", help="do not ask for temperature 0, which some refuse")
     add("--column", choices=("pred", *CONTROLS), default="pred", help="(default: pred)")
     args = parser.parse_args(argv)
-    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("workers", 0)):
-        if getattr(args, name, least) < least:
+    numbers = {"batch_size": 1, "max_new_tokens": 1, "workers": 0, "num_frames": 1, "frame_pixels": 1}
+    for name, least in numbers.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')}: expected a number from {least}")
     return args
 

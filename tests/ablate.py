@@ -40,7 +40,7 @@ class Arm:
 
     world: str  # "toy" or "small", folders in DIR
     options: str = ""  # of train.py, beside --data, --seed and --out
-    masks: str = "none"  # of the training data, as eval.Questions' control has them
+    masks: str = "none"  # of the training data, as eval.Questions' control has them; "outline": asked so, too
     without: str = ""  # the part of the region encoder that stays zero: "mlp" or "position"
     asks: tuple = ("all masks",)  # the evaluations; with all masks, or each object's first alone
     controls: tuple = ()  # of the evaluation "all masks"
@@ -49,6 +49,8 @@ class Arm:
 BOTH = ("all masks", "first mask")
 CONTROLS = ("full", "shuffle", "box", "blind")
 WHOLE_FRAMES = "--window 0 --region-pixels 9216"  # 96 x 96, because an object is smaller in these
+# An object that several questions ask about has one outline if they show it on the same frames.
+OUTLINES = "--single-frame 0"
 # The names are those of the table's lines.
 ARMS = {
     "toy: all parts": Arm("toy", asks=BOTH, controls=CONTROLS),
@@ -67,6 +69,10 @@ ARMS = {
     "toy: 2 region tokens": Arm("toy", "--region-tokens 2"),
     "toy: no position code": Arm("toy", without="position"),
     "toy: no MLP": Arm("toy", without="mlp"),
+    "toy: outlines, 16 visual tokens": Arm("toy", OUTLINES, masks="outline"),
+    "toy: outlines, 144 visual tokens": Arm("toy", f"{OUTLINES} --frame-pixels 9216", masks="outline"),
+    "small: outlines, 16 visual tokens": Arm("small", OUTLINES, masks="outline"),
+    "small: outlines, 576 visual tokens": Arm("small", f"{OUTLINES} --frame-pixels 36864", masks="outline"),
 }
 KINDS = tuple(shapes.ASK)
 SEEDS = 3
@@ -88,8 +94,8 @@ def run(folder, name, seed):
             settings.write_text(json.dumps(json.loads(settings.read_text()) | {"region_frames": 1}))
         scores = out / asked.replace(" ", "-")
         options = ["data", str(world / "test.json"), "--model", str(out / "final"), "--out", str(scores)]
-        if arm.controls and asked == "all masks":
-            options += ["--control", *arm.controls]
+        if asked == "all masks":
+            options += ["--control", *arm.controls, *({arm.masks} & {"outline"})]
         evaluation.main([*options, "--workers", "0"])
         evaluations[asked] = json.loads((scores / "scores.json").read_text())["rows"]
     line = {"arm": name, "seed": seed, "evaluations": evaluations, "seconds": round(time.time() - started)}
@@ -151,9 +157,10 @@ def print_tables(results):
     print_row(["---"] * (4 + len(KINDS)))
     for name, arm in ARMS.items():
         for asked in arm.asks:
-            seeds = runs[name, asked]
-            kinds = [f"{statistics.mean(percents(seeds, kind)):.1f}" for kind in KINDS]
-            print_row([name, asked, len(seeds), *kinds, summary(percents(seeds, "about regions"))])
+            seeds, column = runs[name, asked], "outline" if arm.masks == "outline" else "exact"
+            kinds = [f"{statistics.mean(percents(seeds, kind, column)):.1f}" for kind in KINDS]
+            total = summary(percents(seeds, "about regions", column))
+            print_row([name, asked, len(seeds), *kinds, total])
 
     print("\nThe same models, asked about regions with other masks or with the words alone\n")
     columns = [*CONTROLS, "constant"]

@@ -1,5 +1,7 @@
 """Evaluation: what the model is shown, what counts as an answer, the judge, and a question of your own."""
 
+import argparse
+import dataclasses
 import http.server
 import json
 import os
@@ -8,12 +10,14 @@ import shutil
 import signal
 import threading
 
+import einops
 import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
 from helpers import Program, box, box_mask, read_lines, rle, sample, write_json
 from PIL import Image
+from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -90,7 +94,20 @@ def test_replies_are_those_of_transformers(evaluate, checkpoint):
     assert [p["exact"] for p in predictions] == replies
 
 
-def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate):
+RED, GREEN = (255, 0, 0), (0, 128, 0)
+
+
+def outlined(picture, mask, colour):
+    """The picture (H, W, 3) with what is near the mask (H, W), but not on it, in a colour: one by one."""
+    picture, (ys, xs) = picture.copy(), np.nonzero(mask)
+    reach = round(max(mask.shape) / 100)
+    for y, x in np.ndindex(mask.shape):
+        if 0 < np.maximum(abs(ys - y), abs(xs - x)).min() <= reach:
+            picture[y, x] = colour
+    return picture
+
+
+def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media, tmp_path):
     """Each column against a run on a data file with such masks, or as text; in batches of another size."""
     first, second, whole = box(0, 0, 48, 96), box(20, 10, 12, 30), box(0, 0, 96, 96)
     angle = [*box(0, 0, 48, 24), *box(0, 24, 16, 72)]  # its bounding box is `first`
@@ -104,22 +121,80 @@ def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate):
         a = sample("", "", of_a, video="a") | {"conversations": turns}
         return [a, sample("Is it <region>?", "x", of_b, video="b"), sample("Why?", "x", video="b")]
 
+    def drawn(name, masks):
+        """Folder name as a list of frames, in which the masks are outlined in red."""
+        for k, polygons in masks.items():
+            picture = np.asarray(Image.open(media / f"{name}/{k}.png"))
+            mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, 96, 96)))
+            Image.fromarray(outlined(picture, mask, RED)).save(tmp_path / f"{name}{k}.png")
+        return [
+            str(tmp_path / f"{name}{k}.png" if k in masks else media / f"{name}/{k}.png") for k in range(8)
+        ]
+
+    in_red = json.loads(json.dumps(turns).replace("<region>", "the object outlined in red"))
+    in_red = [{"conversations": in_red, "video": drawn("a", mine)}]
+    in_red.append(sample("Is it the object outlined in red?", "x", video=drawn("b", theirs)))
     by_hand = {
         "exact": entries(mine, theirs),
         "full": entries(dict.fromkeys(mine, whole), dict.fromkeys(theirs, whole)),
         "box": entries({0: first, 3: second, 7: first}, theirs),
         "shuffle": entries({0: theirs[2], 3: theirs[5], 7: theirs[2]}, {2: mine[0], 5: mine[3]}),
         "blind": as_text,
+        "outline": [*in_red, sample("Why?", "x", video="b")],
     }
-    predictions, scores = evaluate("data", by_hand["exact"], "--control full shuffle box blind")
+    predictions, scores = evaluate("data", by_hand["exact"], "--control full shuffle box blind outline")
     for name, replaced in by_hand.items():
         expected = [p["exact"] for p in evaluate("data", replaced, "--batch-size 2")[0]]
-        if name in ("full", "box", "shuffle"):  # without regions there is nothing to replace
+        if name in ("full", "box", "shuffle", "outline"):  # without regions there is nothing to replace
             expected[0] = expected[4] = None
         assert [p.get(name) for p in predictions] == expected, name
-    assert len({tuple(p.get(name) for p in predictions) for name in by_hand}) == 5
+    assert len({tuple(p.get(name) for p in predictions) for name in by_hand}) == 6
     # Of the five, three are about regions, the third because an earlier turn pointed at one.
-    assert [scores["rows"]["all"][name]["asked"] for name in by_hand] == [5, 3, 3, 3, 5]
+    assert [scores["rows"]["all"][name]["asked"] for name in by_hand] == [5, 3, 3, 3, 5, 3]
+
+
+def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tmp_path):
+    """Words: their evaluation_general_mllms.md. Pixels: drawn one by one on frames of flat colours."""
+    width, height, processor = 192, 96, loaded[1]  # a contour of 2 pixels
+    flat = [np.full((height, width, 3), 20 * k, np.uint8) for k in range(8)]
+    (tmp_path / "v").mkdir()
+    for k in range(8):
+        Image.fromarray(flat[k]).save(tmp_path / f"v/{k}.png")
+    first, second = box_mask(height, width, 0, 10, 30, 20), box_mask(height, width, 100, 76, 60, 20)
+    first[12:20, 30:50] = 1
+    annotation = [{"3": {"segmentation": rle(first)}}, {"3": {"segmentation": rle(second)}}]
+    annotation[1]["6"] = {"segmentation": rle(second.repeat(2, axis=0).repeat(2, axis=1))}
+    question = "Is <object3><region> near <object1><region>?"
+    entry = bench_entry(Question=question, annotation=annotation, video="v")
+    of_one = bench_entry(annotation=annotation[:1], video="v")
+    same = sample("<region>? <region>? <region>?", "x", {3: rle(first)}, {3: rle(second)}, video="v")
+    same["annotation"][2:] = [{"3": {"segmentation": [[0, 10, 30, 10, 30, 30, 0, 30]]}}]  # most of the first
+    (tmp_path / "d.json").write_text(json.dumps([entry, of_one, same]))
+    entries = data.read_samples(tmp_path / "d.json")
+    processor.settings = dataclasses.replace(processor.settings, num_frames=4)
+    texts, shown = [], []
+    for i, command in enumerate(("bench-q", "bench-d", "data")):
+        args = argparse.Namespace(command=command, mode="multi")
+        samples = entries if command == "data" else evaluation.Bench(entries, args, is_outlined=True)
+        encoded = evaluation.Questions(samples, processor, "outline")[i, 0]
+        texts.append(processor.tokenizer.decode(encoded["input_ids"]).split("<|im_end|>")[0])
+        pattern = "(t gh gw m n) (c a ph pw) -> (t a) (gh m ph) (gw n pw) c"
+        sizes = {"t": 2, "gh": 3, "gw": 6, "m": 2, "n": 2, "c": 3, "a": 2, "ph": 16}
+        shown.append(einops.rearrange(encoded["video_patches"], pattern, **sizes))
+        assert encoded["region_tokens"] == []
+    ask_q = "I have highlighted an object using a colored mask in the first frame it occurs in the video. "
+    ask_q += "<object3>: red; <object1>: green. Is <object3> near <object1>? (A) Yes (B) No. "
+    ask_q += "Answer with the option's letter from the given choices directly."
+    ask_d = "I have outlined an object with a red contour in the video. Please describe the object in detail."
+    named = [f"the object outlined in {colour}?" for colour in ("red", "green", "red")]
+    for text, expected in zip(texts, (ask_q, ask_d, " ".join(named)), strict=True):
+        assert text.split("<|vision_end|>")[-1].strip() == expected
+    # Of 8 frames, 0, 2, 5 and 7 are sampled; 3 and 6 take the places of 2 and 5, at 24 frames a second.
+    both = outlined(outlined(flat[3], first, RED), second, GREEN)
+    assert np.array_equal(shown[0], [flat[0], both, outlined(flat[6], second, GREEN), flat[7]])
+    assert re.findall("<([0-9.]+) seconds>", texts[0]) == ["0.1", "0.3"]
+    assert np.array_equal(shown[1], [flat[0], outlined(flat[3], first, RED), flat[5], flat[7]])
+    assert np.array_equal(shown[2][1], both)
 
 
 def test_shuffle_lends_any_object_of_other_media(loaded, media, tmp_path):
