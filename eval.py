@@ -73,12 +73,27 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
     sample = data.parse_sample(entry, (data.media_name(media),), "", 0)
     dataset = Questions([sample], processor)
-    if preview:
-        train.preview(dataset, [0], preview, frames_shown=max(1, sum(map(len, objects))))
     [reply] = generate_replies(model, dataset, [[(0, 0)]], max_new_tokens)
     if isinstance(reply, data.DataError):
         raise reply
+    if preview:
+        dataset.samples = [replace(sample, turns=[(question, reply)])]
+        train.preview(dataset, [0], preview, frames_shown=max(1, sum(map(len, objects))))
     return reply
+
+
+def look(media, objects, frame, preview):
+    """Draws the objects, as ask takes them, in their frames to a PNG file, or one frame if it is given."""
+    video, name, tiles = data.open_media(media), data.media_name(media), []
+    frames = set().union(*objects) or {0} if frame is None else {frame}
+    for frame, picture in video.read(frames).items():
+        masks = {}
+        for k, of_object in enumerate(objects):
+            with data.within(name, f"object {k}", f"frame {frame}"):
+                if frame in of_object:
+                    masks[k] = data.decode_mask(to_segmentation(of_object[frame]), *picture.shape[:2])
+        tiles.append((f"frame {frame}", picture, masks))
+    train.draw([(name, tiles)], preview)
 
 
 def to_annotation(objects):
@@ -264,7 +279,8 @@ def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, worker
     tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
     end_token_ids = model.end_token_ids(tokenizer)
     batches = train.read_batches(dataset, batches_of_keys, device, workers, for_generation=True)
-    for batch in tqdm(batches, "replies", len(batches_of_keys), leave=False, disable=train.rank() > 0):
+    name = "replies" if dataset.control == "none" else dataset.control
+    for batch in tqdm(batches, name, len(batches_of_keys), leave=False, disable=train.rank() > 0):
         texts = []  # the replies of samples that are not bad
         if not all(batch["errors"]):
             tokens = model.generate(batch, end_token_ids, max_new_tokens)
@@ -756,18 +772,21 @@ def parse(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("ask", "data", "bench-q", "bench-d"):
         add = commands.add_parser(name, allow_abbrev=False).add_argument
-        add("--model", required=True, help="a folder that train.py wrote, or a pretrained backbone")
+        needed = name != "ask"
+        add("--model", required=needed, help="a folder that train.py wrote, or a pretrained backbone")
         add("--max-new-tokens", type=int, default=128, help="(default: 128)")
         add("--device", default=DEVICE, help="cuda or cpu (default: cuda if there is one)")
         if name == "ask":
-            add("question", help="with one <region> for each --object, in order")
+            ask = "with one <region> for each --object, in order (without a question: see --preview)"
+            add("question", nargs="?", help=ask)
             add("--video", "--image", required=True, help="a file, or a folder of frames")
             mask = "a box x,y,w,h, a polygon x,y,x,y,..., a picture (FILE.png; of several objects FILE.png:2)"
             mask += " or, with --track, a click x,y; of an image without FRAME:"
             add("--object", nargs="+", action="append", default=[], metavar="FRAME:MASK", help=mask)
             add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
             add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
-            add("--preview", metavar="PNG", help="draw the objects into their frames")
+            add("--preview", metavar="PNG", help="draw the objects in their frames, with a scale of pixels")
+            add("--frame", type=int, help="without a question: the frame to draw")
             continue
         add("files", metavar="FILE", nargs="+" if name == "data" else 1, help="a JSON array or JSONL")
         add("--media", help="folder that media paths are relative to (default: each file's own)")
@@ -812,12 +831,15 @@ def main(argv=None):
     objects = [read_object(pointed, info) for pointed in args.object]
     clicks = [mask for masks in objects for mask in masks.values() if isinstance(mask, tuple)]
     data.expect(args.track or not clicks, "--track for a click", clicks)
-    model, processor = load(args.model, args.device)
     if args.track:
-        sam = load_tracker(args.track, args.device)
-        objects = track(args.video, objects, sam, processor.settings.region_frames)
+        objects = track(args.video, objects, load_tracker(args.track, args.device))
     if args.save_masks:
         train.write_jsonl(args.save_masks, [{"video": args.video, "annotation": to_annotation(objects)}])
+    if args.question is None:
+        data.expect(args.preview, "a question, or --preview to look at a frame", "neither")
+        return look(args.video, objects, args.frame, args.preview)
+    data.expect(args.model and args.frame is None, "--model with a question, and no --frame", args.frame)
+    model, processor = load(args.model, args.device)
     reply = ask(model, processor, args.video, args.question, objects, args.max_new_tokens, args.preview)
     # What a terminal would obey is shown as an escape.
     train.print0("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in reply))

@@ -51,6 +51,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 import data
 from kernels import masked_average_pool
@@ -614,6 +615,8 @@ def add_at(hidden, index, rows):
 
 
 # ---- A first reading may end here. Below stand the files of models, and the tiny model. ----
+disable_progress_bar()  # "Loading weights" of each file
+
 MODEL_FILES = '"tiny", a Hugging Face name, or a folder with config.json, weights and tokenizer'
 # RuntimeError: names or shapes that do not fit. KeyError, UnpicklingError: no checkpoint, but named as one.
 MODEL_ERRORS = (*data.FILE_ERRORS, SafetensorError, RuntimeError, KeyError, pickle.UnpicklingError)

@@ -89,7 +89,7 @@ class Config:
 
     data: list[str] = option(None, "data files: JSON arrays or JSONL", "data")
     media: str = option(None, "folder that media paths are relative to (default: each data file's own)")
-    val: list[str] = option(None, "held-out data files, whose loss is measured; a bad sample ends the run")
+    val: list[str] = option(None, "data files to measure the loss on, not to learn from; none may be bad")
     val_every: int = option(None, "steps between two measurements (default: at the start and the end)")
     max_bad: float = option(0.01, "stop when a larger share of the samples than this cannot be used")
     check: bool = option(False, "read all samples as the run would, say what is wrong with them, and end")
@@ -97,13 +97,15 @@ class Config:
     preview: str = option(None, "with --check: a PNG file in which some samples are drawn")
 
     model: str = option("tiny", "tiny (random weights), or a Qwen3.5, Qwen3-VL, Qwen2.5-VL", "model")
-    train: str = option(None, "what learns: region, projector, llm, vision; or lora for llm")
+    train: str = option(None, "what learns: region (encoder), projector, llm, vision; lora adapts the llm")
     lora_rank: int = option(None, "rank of the adapters that lora adds to the LLM")
 
     num_frames: int = option(None, "frames sampled evenly from a video", "how media become tokens")
     frame_pixels: int = option(None, "pixels of such a frame at most")
-    region_pixels: int = option(None, "pixels of an image, or of what shows an object, at most")
-    window: int = option(None, "encode a square so many times an object's box; 0: the whole frame")
+    region_pixels: int = option(None, "pixels of an image, or of the cut-out that shows an object, at most")
+    window: int = option(
+        None, "cut out a square so many times as long as an object's box; 0: all of the frame"
+    )
     region_frames: int = option(None, "annotated frames per object at most, evenly spread")
     region_tokens: int = option(None, "tokens per object at most, similar frames being merged")
     max_length: int = option(None, "tokens per sample at most; a longer one is refused")
@@ -367,6 +369,9 @@ def train(config):
         if config.val:
             measure(model, held_out, config, config.steps, sigterms)
         print0(f"saved {config.out}/final")
+        print0(
+            f"next: python eval.py data HELD_OUT.json --model {config.out}/final --control full --out scores"
+        )
     if dist.is_initialized():
         # As the last owner of the process group, DDP would wait for gloo's threads while it holds
         # the GIL, which they need to free the tensors they sent.
@@ -765,70 +770,87 @@ def check(config, samples, processor):
     if config.preview and usable:
         with_objects = [i for i in data.evenly(usable, 200) if samples[i].objects]
         preview(dataset, data.evenly(with_objects or usable, 5), config.preview)
-        print(f"drawn: {config.preview}")
     if problems:
         raise SystemExit(1)
 
 
 def preview(dataset, sample_indices, path, frames_shown=3):
-    """Draws samples to a PNG file: the conversation, and some annotated frames with the objects outlined and
-    numbered. Behind each frame stands what is encoded of it, its cells as bright as they are covered.
+    """Draws samples to a PNG file: the conversation, some annotated frames with their objects, and for each
+    object what the vision tower sees of it there, its cells as bright as they are covered.
     """
-    from matplotlib.figure import Figure  # takes a second, which each run would wait for
-
-    rows = []  # (text above it, tiles)
+    rows = []
     for i in sample_indices:
         sample, numbers = dataset.samples[i], count(1)
-        lines = [", ".join([*sample.place, data.media_name(sample.media or "text only")])]
+        names = [*sample.place, data.media_name(sample.media or "text only")]
+        lines = [", ".join(dict.fromkeys(names))]  # ask has the media as its place
         for question, answer in sample.turns:
             question = re.sub(data.REGION_TAG, lambda tag, n=numbers: f"<region {next(n)}>", question)
             lines.append(f"Q: {question}  A: {answer}")
         text = "\n".join(textwrap.fill(" ".join(line.split()), 150) for line in lines)
         with data.within(*sample.place):
-            tiles = _tiles(dataset, sample, frames_shown) if sample.media else []
-        rows.append((text, tiles[:6]))
-        rows += [("", tiles[k : k + 6]) for k in range(6, len(tiles), 6)]
-    heights = [2.4 + 0.2 * text.count("\n") for text, _ in rows]  # inches
-    figure = Figure((14, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(rows), height_ratios=heights, squeeze=False)[:, 0]
-    for (text, tiles), part in zip(rows, parts):
-        part.suptitle(text, x=0, ha="left", fontsize=9, parse_math=False)
-        axes = part.subplots(1, 6)
-        for ax, (title, picture, outlines) in zip(axes, tiles):
-            ax.imshow(picture)
-            ax.set_title(title, fontsize=8)
-            for k, inside in outlines.items():
-                colour, (top, _, left, _) = f"C{k % 10}", data.mask_bounds(inside > 0)
-                if min(inside.shape) > 1:
-                    ax.contour(inside, [min(0.5, inside.max() / 2)], colors=colour, linewidths=1.5)
-                place = left, max(top, len(picture) // 8)
-                ax.text(*place, k + 1, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
-        for ax in axes:
-            ax.set_axis_off()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+            rows.append((text, _tiles(dataset, sample, frames_shown) if sample.media else []))
+    draw(rows, path)
 
 
 def _tiles(dataset, sample, frames_shown):
-    """Returns (title, picture, {object: coverage of pixels}) of frames, and of what is encoded of them."""
+    """Returns (title, picture, masks) of frames, and behind each one the views of its objects, without."""
     media, tiles = dataset.media_of(sample), []
     objects = dataset.choose_objects(sample, media.info, np.random.default_rng(0))
     frames = data.evenly(sorted(set().union(*objects)) or [0], frames_shown)
     for frame, picture in media.read(frames).items():
-        outlines, views = {}, {}  # views: View -> its objects' numbers, and their coverage
-        for k, masks in enumerate(objects):
-            if frame in masks:
-                outlines[k] = data.coverage(masks[frame], *picture.shape[:2])
-                view, cells = dataset.region_view(frame, masks[frame], media.info)
-                numbers, others = views.get(view, ("", 0))  # several objects may share a view
-                views[view] = f"{numbers} {k + 1}", np.maximum(cells, others)
-        tiles.append((f"frame {frame}", picture, outlines))
-        for view, (numbers, cells) in views.items():
+        masks_here = {k: masks[frame] for k, masks in enumerate(objects) if frame in masks}
+        tiles.append((f"frame {frame}", picture, masks_here))
+        for k, mask in masks_here.items():
+            view, cells = dataset.region_view(frame, mask, media.info)
             top, bottom, left, right = view.part
             part = np.asarray(Image.fromarray(picture[top:bottom, left:right]).resize(view.size[::-1]))
             light = np.kron(0.15 + 0.85 * cells / cells.max(), np.ones((dataset.processor.factor,) * 2))
-            tiles.append((f"encoded for{numbers}", np.uint8(part * light[:, :, None]), {}))
+            tiles.append((f"what the tower sees of {k + 1}", np.uint8(part * light[:, :, None]), None))
     return tiles
+
+
+def draw(rows, path):
+    """Draws rows of a text and (title, picture, masks) tiles to a PNG file, and prints its path.
+
+    masks: {object: mask} to outline and number on a picture with a scale of pixels; None: without a scale.
+    """
+    from matplotlib.figure import Figure  # takes a second, which each run would wait for
+
+    columns = min(6, max(len(tiles) for _, tiles in rows) or 1)
+    parts, heights = [], []  # (text, tiles, their relative widths), and inches
+    for text, tiles in rows:
+        for start in range(0, len(tiles) or 1, columns):
+            shown = tiles[start : start + columns]
+            widths = [1 if masks is None else 2 for _, _, masks in shown] + [1] * (columns - len(shown))
+            parts.append((text if start == 0 else "", shown, widths))
+            tallest = max([w * len(tile[1]) / tile[1].shape[1] for w, tile in zip(widths, shown)], default=0)
+            heights.append(0.6 + 0.2 * text.count("\n") + min(10, 14 * tallest / sum(widths)))
+    figure = Figure((14, sum(heights)), layout="constrained")
+    subfigures = figure.subfigures(len(parts), height_ratios=heights, squeeze=False)[:, 0]
+    for (text, tiles, widths), part in zip(parts, subfigures):
+        part.suptitle(text, x=0, ha="left", fontsize=9, parse_math=False)
+        axes = part.subplots(1, columns, squeeze=False, width_ratios=widths)[0]
+        for ax in axes[len(tiles) :]:
+            ax.set_axis_off()
+        for ax, (title, picture, masks) in zip(axes, tiles):
+            height, width, _ = picture.shape
+            ax.imshow(picture, extent=(0, width, height, 0))
+            ax.set_title(title, fontsize=8)
+            ax.tick_params(labelsize=6)
+            if masks is None:
+                ax.set_axis_off()
+                continue
+            for k, mask in masks.items():
+                inside, colour = data.coverage(mask, height, width), f"C{k % 10}"
+                if min(height, width) > 1:
+                    middles = np.arange(width) + 0.5, np.arange(height) + 0.5
+                    ax.contour(*middles, inside, [min(0.5, inside.max() / 2)], colors=colour, linewidths=1.5)
+                top, _, left, _ = data.mask_bounds(inside > 0)
+                place = left, max(top, height // 8)
+                ax.text(*place, k + 1, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    print(f"drawn: {path}")
 
 
 # ---- command line ----

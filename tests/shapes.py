@@ -267,27 +267,29 @@ def train_samples(rng, clip, left_out):
 
 
 def write_world(folder, train_clips, test_clips, small=False, new_kind=None):
-    rng, folder = random.Random(0), Path(folder)
+    folder = Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     train, new, test, bench = [], [], [], []
+    rng = random.Random(0)
     for i in range(train_clips):
         clip = objects, scale, video, _, _ = write_clip(rng, folder, f"train{i:04}", small)
         train += train_samples(rng, clip, new_kind)
         asked = questions(rng, objects, ANNOTATED, [new_kind] * 4) if new_kind else []
         if asked:
             new.append(entry(rng, video, scale, asked, ANNOTATED))
+    rng.shuffle(train)
+    rng = random.Random("test")  # so that the test does not depend on how many clips there are to learn from
     for i in range(test_clips):
         objects, scale, video, _, background = write_clip(rng, folder, f"test{i:04}", small)
         for question in questions(rng, objects, ANNOTATED, [*ASK, *ASK]):
             test.append(entry(rng, video, scale, [question], ANNOTATED) | {"type": question[0]})
             bench.append(bench_q_entry(rng, test[-1], question))
         test.append(entry(rng, video, scale, [background], ()) | {"type": "background"})
-    rng.shuffle(train)
     files = {"train": train, "test": test, "bench_q": bench} | ({"new": new} if new_kind else {})
     for name, samples in files.items():
-        with_ids = [{"id": i} | sample for i, sample in enumerate(samples)]
-        (folder / f"{name}.json").write_text(json.dumps(with_ids))
+        lines = [json.dumps({"id": i} | sample) for i, sample in enumerate(samples)]
+        (folder / f"{name}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
     print(f"{folder}: {len(train)} training samples, {len(test)} test questions")
 
 

@@ -130,17 +130,17 @@ BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first two colours
 def test_preview_outlines_objects_and_lights_cells(media, tmp_path):
     """Two boxes in a picture of 4 x 2 cells, the first of a cell and a half: pixels at known places."""
     masks = {0: box(0, 0, 24, 16)}, {0: box(48, 16, 16, 16)}
-    frame, cells = preview(media, tmp_path, [sample(A + A, B, *masks, image="p.png")], "--window 0")
+    frame, *cells = preview(media, tmp_path, [sample(A + A, B, *masks, image="p.png")], "--window 0")
     assert abs(at(frame, 0.7, 0.1) - (200, 100, 50)).max() < 3
     assert abs(at(frame, 0.3, 0.9) - (240, 120, 60)).max() < 3
     assert abs(at(frame, 1 / 4, 12 / 64) - (200, 100, 50)).max() < 3  # inside
     for colour, y, x in ((BLUE, 1 / 4, 24 / 64), (BLUE, 1 / 2, 12 / 64), (ORANGE, 3 / 4, 48 / 64)):
         assert abs(at(frame, y, x, margin=3) - colour).max(1).min() < 20
     dim = 0.15
-    light = [[1, (1 + dim) / 2, dim, dim], [dim, dim, dim, 1]]
-    for row, column in np.ndindex(2, 4):
-        red = at(cells, (row + 0.5) / 2, (column + 0.5) / 4)[0][0]
-        assert abs(red - (200, 240)[column // 2] * light[row][column]) < 3
+    light = [[1, (1 + dim) / 2, dim, dim], [dim] * 4], [[dim] * 4, [dim, dim, dim, 1]]
+    for k, row, column in np.ndindex(2, 2, 4):
+        red = at(cells[k], (row + 0.5) / 2, (column + 0.5) / 4)[0][0]
+        assert abs(red - (200, 240)[column // 2] * light[k][row][column]) < 3
 
 
 def test_preview_shows_windows(media, tmp_path):

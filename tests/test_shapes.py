@@ -74,6 +74,14 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         contents.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in files])
     assert contents[0] == contents[1] and len(contents[0]) == 8 * 3 + 3
+    # The clips of the test are the same beside fewer to learn from; a line of a file is a sample.
+    shapes.write_world(tmp_path / "fewer", train_clips=2, test_clips=2)
+    texts = [(tmp_path / name / "test.json").read_text() for name in ("one", "fewer")]
+    assert texts[0] == texts[1]
+    lines = texts[0].splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == json.loads(texts[0])
+    videos = [(tmp_path / name / "videos/test0001.mp4").read_bytes() for name in ("one", "fewer")]
+    assert videos[0] == videos[1]
 
 
 def test_a_new_kind_is_asked_in_a_file_of_its_own(tmp_path):
