@@ -1003,7 +1003,7 @@ class Video:
         self.path = path
         with readable(A_VIDEO, path):
             with open_video(path) as (container, stream):
-                rate, time_base = stream.average_rate or UNKNOWN_FPS, stream.time_base
+                rate, time_base = stream.guessed_rate or UNKNOWN_FPS, stream.time_base
                 first, self.pts, self.keyframes = list_packets(container, stream)
             times = self.pts
             if self.pts is None:

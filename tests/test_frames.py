@@ -184,6 +184,14 @@ def test_times_that_do_not_rise(tmp_path):
     # At 3000 frames a second, Matroska's milliseconds give three frames the same pts.
     fast = write_video(tmp_path / "fast.mkv", rate=3000, **x264("keyint=24:bframes=0"))
     assert numbers(fast, [71, 40, 41, 42]) == [71, 40, 41, 42]
+    # Where all frames have time 0, the codec's own rate is left.
+    packets = clips.packets_of(write_video(tmp_path / "source.mp4", **SHORT_GOP))
+    with av.open(str(tmp_path / "source.mp4")) as source, av.open(str(tmp_path / "zero.mp4"), "w") as zero:
+        stream = zero.add_stream_from_template(source.streams.video[0])
+        for packet in packets:
+            packet.stream, packet.pts, packet.dts = stream, 0, 0
+            zero.mux(packet)
+    assert check(tmp_path / "zero.mp4", step=7).times == pytest.approx([k / 24 for k in range(72)])
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc"])
