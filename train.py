@@ -67,6 +67,7 @@ import data
 import model as models
 
 FRAME_CACHE = 128 << 20  # bytes of decoded frames that the workers of a rank keep
+DECAY = 0.3  # of the steps, at the end of which the learning rate is 0
 HANGING = 3600  # seconds after which a batch will not come any more: some call of a library hangs
 
 
@@ -116,7 +117,7 @@ class Config:
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
     lr: float = option(None, "peak learning rate of all but region")
     region_lr: float = option(None, "peak learning rate of region")
-    warmup: int = option(10, "steps of linear warm-up, after which a cosine falls to 0")
+    warmup: int = option(10, "steps in which the learning rate rises; it falls in the last 30 %% of them")
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
     seed: int = option(0, "of the weights, the order and every random choice")
@@ -230,10 +231,12 @@ def choose_parameters(model, config):
 
 
 def schedule(step, config):
-    """Returns the share of the peak learning rate that a step takes: linear warm-up, then a cosine to 0."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+    """Returns the share of the peak learning rate that a step takes. It rises for --warmup steps, stays, and
+    falls to 0 in the last steps. (A cosine had become small when small objects' directions could be learned.)
+    """
+    rise = (step + 1) / max(1, config.warmup)
+    fall = (config.steps - step) / (DECAY * config.steps)
+    return min(rise, 1.0, fall)
 
 
 def backward(model, micro_batches):
