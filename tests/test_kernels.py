@@ -147,26 +147,26 @@ def test_the_reference_raises_where_starts_lie_outside():
             pool("reference", features, weights, torch.tensor(frame_start), torch.tensor(weight_start))
 
 
-def test_wrong_arguments_are_named():
+def test_wrong_arguments_are_refused():
+    """Each with what the message must show."""
     with torch.device(DEVICE):
         right = {"features": torch.zeros(8, 4), "weights": torch.ones(8)}
         right |= {"frame_start": torch.tensor([0, 4]), "weight_start": torch.tensor([0, 4, 8])}
         table = [
-            ("features", torch.zeros(8, 4, dtype=torch.float64), "float64"),
-            ("features", torch.zeros(8), "(8,)"),
             ("features", torch.zeros(4, 8).T, "(1, 8)"),
+            ("weights", torch.ones(16)[::2], "(2,)"),
             ("weights", torch.ones(8).half(), "float16"),
             ("weights", torch.ones(8, requires_grad=True), "True"),
             ("weights", torch.ones(8, device="meta"), "meta"),
             ("frame_start", torch.zeros(2).int(), "int32"),
+            ("weight_start", torch.tensor([0, 4, 8]).int(), "int32"),
             ("weight_start", torch.tensor([0, 8]), "frame_start"),
             ("weight_start", torch.tensor([0, 4, 8, 8]), "frame_start"),
         ]
     for name, wrong, found in table:
         with pytest.raises(AssertionError) as error:
             kernels.masked_average_pool(**right | {name: wrong})
-        message = str(error.value)
-        assert message.startswith(name) and found in message, (name, found, message)
+        assert found in str(error.value), (name, found, str(error.value))
 
 
 class OnGPU(torch.Tensor):
