@@ -340,26 +340,22 @@ class ReferringDataset(Dataset):
         return [self._choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
 
     def _choose_masks(self, sample, i, info, rng):
-        is_single = rng.random() < self.single_frame
-
-        def choose(frames):
-            if is_single:
-                return [frames[rng.integers(len(frames))]]
-            return evenly(frames, self.settings.region_frames)
-
-        frames = sorted(sample.objects[i])
+        is_single, frames = rng.random() < self.single_frame, sorted(sample.objects[i])
         with within(f"object {i}"):  # whichever frames are drawn
             most = f"frame indices below {info.num_frames}, the number of frames"
             expect(frames[-1] < info.num_frames, most, frames[-1])
-        masks = {frame: mask_on(frame, sample, i, info) for frame in choose(frames)}
-        if not all(mask.any() for mask in masks.values()):
+        while True:
+            if is_single:
+                chosen = [frames[rng.integers(len(frames))]]
+            else:
+                chosen = evenly(frames, self.settings.region_frames)
+            masks = {frame: mask_on(frame, sample, i, info) for frame in chosen}
+            if all(mask.any() for mask in masks.values()):
+                return masks
             # An empty mask says that the object is hidden. Choose anew among the frames where it is visible.
-            masks = {frame: mask_on(frame, sample, i, info) for frame in frames}
-            visible = [frame for frame in frames if masks[frame].any()]
+            frames = [frame for frame in frames if mask_on(frame, sample, i, info).any()]
             with within(f"object {i}"):
-                expect(visible, "a mask that is not empty on at least one frame", frames)
-            masks = {frame: masks[frame] for frame in choose(visible)}
-        return masks
+                expect(frames, "a mask that is not empty on at least one frame", sorted(sample.objects[i]))
 
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
