@@ -563,7 +563,6 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     return out.to(query.dtype)[None], None
 
 
-@torch.compiler.disable  # because each row has other lengths, for which it would compile the loop anew
 def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
     """The same on a CPU, (L, heads, size). Neighbours of equal length (frames of a video) are one batch."""
     outputs, start = [], 0

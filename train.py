@@ -127,13 +127,12 @@ class Config:
     workers: int = option(None, "processes per rank that load data (default: its cores, at most 16)")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2, not DDP)")
     grad_checkpoint: bool = option(False, "compute layers again in the backward pass rather than store them")
-    compile: bool = option(False, "compile the layers (torch.compile): slower at first, then faster")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
 # The options that a resumed run may change. The metrics depend on all the others.
 MAY_CHANGE = set("media val_every max_bad check problems preview out save_every keep".split())
-MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint compile device".split())
+MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint device".split())
 
 
 # ---- the data of a step ----
@@ -408,10 +407,8 @@ def build_model(config, processor, device):
     model = models.load_model(config.model, processor)
     if config.lora_rank:
         model.add_lora(config.lora_rank)
-    for layer in model.layers():  # only forward is replaced, so that FSDP's hooks stay outside
-        if config.compile:  # for any length of a row; experts that learn are then computed one by one
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-        if config.grad_checkpoint:
+    if config.grad_checkpoint:
+        for layer in model.layers():  # only forward is replaced, so that FSDP's hooks stay outside
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.fsdp:
         shard(model, device)  # before the optimizer is made, because a sharded model has new parameters
@@ -558,9 +555,7 @@ def measure(model, held_out, config, step, stop):
     Training does not notice, because the random numbers of a step begin at a seed of its own.
     """
     model.eval()
-    # A compiled layer has a few variants at most, and they are for training.
-    with torch.compiler.set_stance("force_eager"):
-        loss = mean_loss(model, held_out, config.micro_batch, config.workers, stop)
+    loss = mean_loss(model, held_out, config.micro_batch, config.workers, stop)
     model.train()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass, it keeps weights for a backward pass
