@@ -165,7 +165,10 @@ class Processor:
         """
         rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
         columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
-        return max(1, rows) * self.factor, max(1, columns) * self.factor
+        # Of a thin window, one side is less than a cell and becomes one. The other may then have all cells.
+        most = self.max_pixels // self.factor**2
+        rows, columns = (max(1, min(cells, most)) for cells in (rows, columns))
+        return rows * self.factor, columns * self.factor
 
     def still_patches(self, picture):
         """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
