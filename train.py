@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --data data.json --model Qwen/Qwen3-VL-2B-Instruct --out stage1
     torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm \\
         --fsdp --out stage2
-    python train.py --out stage2 --resume                     # goes on with a run that was stopped
+    torchrun --nproc_per_node 8 train.py --out stage2 --resume           # goes on with a run that was stopped
     python train.py --data data.json --check --preview preview.png       # reads the data, and trains nothing
 
     samples --Order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --backward--> gradients
