@@ -208,7 +208,7 @@ class Settings:
     num_frames: int = 8  # frames sampled evenly from a video
     frame_pixels: int = 32 * 32  # about the most pixels that each of them has after resizing
     region_pixels: int = 64 * 64  # the same for stills: images and annotated frames
-    window: int = 2  # a still shows the square of so many sides of its object's box; 0: the whole frame
+    window: int = 2  # side of a window, in lengths of the longer side of the object's box; 0: whole frames
     region_frames: int = 8  # the most annotated frames used of one object, evenly spread
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
@@ -217,8 +217,8 @@ class Settings:
 # For a pretrained backbone, in place of the pixels for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
-# The fields of an encoded sample. These values are those of a text for media and regions, and with a single
-# token, from which nothing is learned, what a batch holds if none of its samples can be used.
+# The fields of an encoded sample, with the values of a text without media. As it stands, with one token and
+# no label, it is what a batch holds when all its samples are bad.
 EMPTY_SAMPLE = {
     "id": None,
     "input_ids": np.zeros(1, np.int64),  # (L,)
@@ -312,7 +312,8 @@ class ReferringDataset(Dataset):
         size = size_of(info.height, info.width)
         in_prompt = [View(frame, (0, info.height, 0, info.width), size) for frame in sampled]
 
-        stills = list(dict.fromkeys(in_prompt + views if info.is_image else views))  # each once
+        stills = in_prompt + views if info.is_image else views
+        stills = list(dict.fromkeys(stills))  # each once
         pictures = self._read_pictures(sample.media, media, in_prompt + views)
         encoded = {
             "kind": "image" if info.is_image else "video",
@@ -410,9 +411,9 @@ def mask_on(frame, sample, object_index, info):
         return decode_mask(sample.objects[object_index][frame], *size)
 
 
-def evenly(items, count):
-    """At most count of the items (a sequence, not empty), evenly spread from the first to the last."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+def evenly(items, most):
+    """At most so many of the items (a sequence, not empty), evenly spread from the first to the last."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
 
 
 # ---- batches ----
@@ -638,7 +639,11 @@ def _find_samples(file):
                 chunk[begin:end].decode()  # raises a UnicodeDecodeError
                 after = gap.match(text, end)
                 is_last = after.end() == len(text)
-                if after[1] not in (last if is_last else between) or (is_last and not is_end):
+                # Behind a value must come a comma (in JSONL a line break), behind the last one the end.
+                is_wrong = after[1] not in (last if is_last else between)
+                # The chunk ends behind it, but not the file: 12 may go on as 123.
+                is_cut = is_last and not is_end
+                if is_wrong or is_cut:
                     raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
                 yield offset + begin, offset + end
                 if is_last:

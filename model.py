@@ -361,7 +361,7 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
 
 # ---- The video LLM with regions ----
 def in_prompt(rows, batch):
-    """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
+    """Rows of the tower's output that stand in the prompt: images and videos, not the views of regions."""
     images, _, videos = rows.split(batch["cell_counts"])
     return torch.cat([images, videos])
 
@@ -409,7 +409,7 @@ class ReferringVideoLLM(nn.Module):
         """What the LLM reads, as its keyword arguments."""
         vision = self.backbone.model.visual(self._pixels(batch), **batch["tower"])
         cells = vision.pooler_output  # (C, D)
-        # Without regions it makes no tokens, but the empty gradients that DDP waits for.
+        # It runs even without regions, because DDP waits for a gradient of each of its weights.
         tokens = self.region_encoder(cells, **batch["regions"])  # (T, D)
         embeddings = self._embed(batch["input_ids"])  # (rows, L, D)
         flat = embeddings.flatten(0, 1)  # all rows in one, as the indices count
@@ -684,7 +684,7 @@ def load_model(path, processor):
 
 def load_weights(model_class, path):
     """model_class.from_pretrained(path) in float32. Raises data.DataError unless the weights fit exactly."""
-    # Mismatched sizes that are "ignored" come into the report.
+    # A weight of another size would raise an error of its own. "Ignored", it comes into the report.
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = model_class.from_pretrained(path, **options)
     problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}
