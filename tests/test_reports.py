@@ -106,22 +106,6 @@ def test_masks_that_are_pictures(tmp_path):
 
 
 # ---- data files ----
-def test_keys_that_would_change_the_meaning_are_refused(tmp_path):
-    """Truth: the format in README, where a key is a position."""
-    mask = box(2, 2, 20, 20)
-    refused = [
-        (sample("<region>?", "A.", {"00010": mask}, video="f"), "00010"),
-        (sample("<region>?", "A.", {"00": mask}, video="f"), "00"),
-        (sample("?", "A.", video="f") | {"annotation": [{"1": {"segmentaton": mask}}]}, "segmentaton"),
-    ]
-    right = sample("<region>?", "A.", {"0": mask, "10": mask, "200": mask}, video="f")
-    samples = data.read_samples(write_json(tmp_path / "d.json", [right] + [entry for entry, _ in refused]))
-    assert list(samples[0].objects[0]) == [0, 10, 200]
-    for i, (_, key) in enumerate(refused, start=1):
-        with pytest.raises(data.DataError, match=f"found.*{key}"):
-            samples[i]
-
-
 def test_polygons_of_another_size_are_refused():
     """Truth: a polygon of a 1920x1080 frame does not lie in one of 1280x720. COCO's may touch the border."""
     assert data.decode_mask(box(-1, -1, 1282, 722), 720, 1280).all()
