@@ -208,7 +208,7 @@ class Settings:
     num_frames: int = 8  # frames sampled evenly from a video
     frame_pixels: int = 32 * 32  # about the most pixels that each of them has after resizing
     region_pixels: int = 64 * 64  # the same for stills: images and annotated frames
-    window: int = 2  # a still shows the square of so many sides of its object's box; 0: the whole frame
+    window: int = 2  # side of a window, in lengths of the longer side of the object's box; 0: whole frames
     region_frames: int = 8  # the most annotated frames used of one object, evenly spread
     region_tokens: int = 4  # the most tokens that one object becomes (the paper's u)
     max_length: int = 4096  # the most tokens of a sample; a longer one is an error, never cut
@@ -217,8 +217,8 @@ class Settings:
 # For a pretrained backbone, in place of the pixels for the tiny model above.
 PRETRAINED_PIXELS = {"frame_pixels": 384 * 384, "region_pixels": 384 * 384}
 
-# The fields of an encoded sample. These values are those of a text for media and regions, and with a single
-# token, from which nothing is learned, what a batch holds if none of its samples can be used.
+# The fields of an encoded sample, with the values of a text without media. As it stands, with one token and
+# no label, it is what a batch holds when all its samples are bad.
 EMPTY_SAMPLE = {
     "id": None,
     "input_ids": np.zeros(1, np.int64),  # (L,)
@@ -312,7 +312,8 @@ class ReferringDataset(Dataset):
         size = size_of(info.height, info.width)
         in_prompt = [View(frame, (0, info.height, 0, info.width), size) for frame in sampled]
 
-        stills = list(dict.fromkeys(in_prompt + views if info.is_image else views))  # each once
+        stills = in_prompt + views if info.is_image else views
+        stills = list(dict.fromkeys(stills))  # each once
         pictures = self._read_pictures(sample.media, media, in_prompt + views)
         encoded = {
             "kind": "image" if info.is_image else "video",
@@ -340,26 +341,22 @@ class ReferringDataset(Dataset):
         return [self._choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
 
     def _choose_masks(self, sample, i, info, rng):
-        is_single = rng.random() < self.single_frame
-
-        def choose(frames):
-            if is_single:
-                return [frames[rng.integers(len(frames))]]
-            return evenly(frames, self.settings.region_frames)
-
-        frames = sorted(sample.objects[i])
+        is_single, frames = rng.random() < self.single_frame, sorted(sample.objects[i])
         with within(f"object {i}"):  # whichever frames are drawn
             most = f"frame indices below {info.num_frames}, the number of frames"
             expect(frames[-1] < info.num_frames, most, frames[-1])
-        masks = {frame: mask_on(frame, sample, i, info) for frame in choose(frames)}
-        if not all(mask.any() for mask in masks.values()):
+        while True:
+            if is_single:
+                chosen = [frames[rng.integers(len(frames))]]
+            else:
+                chosen = evenly(frames, self.settings.region_frames)
+            masks = {frame: mask_on(frame, sample, i, info) for frame in chosen}
+            if all(mask.any() for mask in masks.values()):
+                return masks
             # An empty mask says that the object is hidden. Choose anew among the frames where it is visible.
-            masks = {frame: mask_on(frame, sample, i, info) for frame in frames}
-            visible = [frame for frame in frames if masks[frame].any()]
+            frames = [frame for frame in frames if mask_on(frame, sample, i, info).any()]
             with within(f"object {i}"):
-                expect(visible, "a mask that is not empty on at least one frame", frames)
-            masks = {frame: masks[frame] for frame in choose(visible)}
-        return masks
+                expect(frames, "a mask that is not empty on at least one frame", sorted(sample.objects[i]))
 
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
@@ -414,9 +411,9 @@ def mask_on(frame, sample, object_index, info):
         return decode_mask(sample.objects[object_index][frame], *size)
 
 
-def evenly(items, count):
-    """At most count of the items (a sequence, not empty), evenly spread from the first to the last."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+def evenly(items, most):
+    """At most so many of the items (a sequence, not empty), evenly spread from the first to the last."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
 
 
 # ---- batches ----
@@ -642,7 +639,11 @@ def _find_samples(file):
                 chunk[begin:end].decode()  # raises a UnicodeDecodeError
                 after = gap.match(text, end)
                 is_last = after.end() == len(text)
-                if after[1] not in (last if is_last else between) or (is_last and not is_end):
+                # Behind a value must come a comma (in JSONL a line break), behind the last one the end.
+                is_wrong = after[1] not in (last if is_last else between)
+                # The chunk ends behind it, but not the file: 12 may go on as 123.
+                is_cut = is_last and not is_end
+                if is_wrong or is_cut:
                     raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
                 yield offset + begin, offset + end
                 if is_last:
@@ -777,10 +778,9 @@ def _parse_objects(entry, media):
             found = {}
             for key, mask in masks.items():
                 with within(f"frame {key[:20]!r}"):
-                    expect(re.fullmatch(r"[0-9]{1,9}", key), "a frame index: a whole number from 0", key)
-                    expect(int(key) not in found, "each frame once", key)
-                    if key != str(int(key)):
-                        _check_position(key, media)
+                    # "00010" would be a file's name, often of another frame than number 10.
+                    is_position = re.fullmatch("0|[1-9][0-9]{0,8}", key)
+                    expect(is_position, "a frame's position (0, 1, 2, ... in order), not its name", key)
                     if name == "annotation" and mask is not None:
                         expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
                         expect("segmentation" in mask or not mask, '"segmentation", or no key', [*mask])
@@ -789,17 +789,6 @@ def _parse_objects(entry, media):
             objects.append({frame: mask for frame, mask in found.items() if mask is not None})
             expect(objects[i], "a mask on at least one frame", sorted(found))
     return objects
-
-
-def _check_position(key, media):
-    """Refuses "00010" where this is the name of another frame than number 10 in a folder or list."""
-    files = media if isinstance(media, tuple) else ()
-    if isinstance(media, str) and os.path.isdir(media):
-        with readable("a folder that can be read", media):
-            files = images_in(media)
-    names = [os.path.splitext(os.path.basename(file))[0] for file in files]
-    number = names.index(key) if key in names else int(key)
-    expect(number == int(key), f"positions as keys: {key} is the name of frame {number}", key)
 
 
 def rle_runs(counts):

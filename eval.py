@@ -294,9 +294,9 @@ def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, worker
 ENTRY_FIELDS = ("id", "video", "image", "caption", "frame_idx", "Question", "options", "Answer")
 
 
-def read_questions(samples, strict):
+def read_questions(samples, raise_bad):
     """Returns a dict for each answer of each sample, which becomes a line of predictions.jsonl. A bad entry
-    becomes one question with an "error"; it is raised if strict, or if all are bad.
+    becomes one question with an "error"; it is raised if raise_bad, or if all are bad.
     """
     questions = []
     for i in range(len(samples)):
@@ -307,7 +307,7 @@ def read_questions(samples, strict):
         try:
             turns, about_regions = samples[i].turns, False
         except data.DataError as error:
-            if strict:
+            if raise_bad:
                 raise
             common["error"] = str(error)
             turns, about_regions = [("", None)], True  # so that it counts in every column, as wrong
@@ -326,7 +326,7 @@ def evaluate(args):
     is_data = args.command == "data"
     entries = data.read_samples(args.files, args.media)
     samples = entries if is_data else Bench(entries, args)
-    questions = read_questions(samples, strict=is_data)
+    questions = read_questions(samples, raise_bad=is_data)
     shown = {"num_frames": args.num_frames, "frame_pixels": args.frame_pixels}
     model, processor = load(args.model, args.device, **shown)
     if processor.changed:
@@ -418,13 +418,16 @@ def score(questions, columns, suffix=""):
 
     A question that was asked for a column has a reply under column + suffix, which is right if it equals the
     answer. Rows: the types of questions, "about regions" (if only some are) and "all". The column "constant"
-    is added: always the most frequent answer to questions of this type, with or without regions.
+    is added, also to the questions: always the most frequent answer to those of this type, with or without
+    regions.
     """
     counts, rows = defaultdict(Counter), defaultdict(list)
     for q in sorted(questions, key=lambda q: q["type"]):
         if q["answer"] is not None:  # None: a bad entry
             counts[q["type"], q["regions"]][q["answer"]] += 1
-        rows[q["type"] if q["type"] not in ("about regions", "all") else f"type {q['type']}"].append(q)
+        # A type may be called as one of the rows below.
+        name = f"type {q['type']}" if q["type"] in ("about regions", "all") else q["type"]
+        rows[name].append(q)
     for q in questions:
         answers = counts[q["type"], q["regions"]]
         q["constant" + suffix] = max(answers, key=answers.get, default=None)
@@ -561,7 +564,7 @@ def score_choices(questions, columns):
 
 def score_file(args):
     """Scores a file of replies to Bench-Q: {"id": ..., "pred": text} for each question, once."""
-    questions = read_questions(Bench(data.read_samples(args.file), args), strict=False)
+    questions = read_questions(Bench(data.read_samples(args.file), args), raise_bad=False)
     missing = {json.dumps(q["id"]): q for q in questions}
     data.expect(len(missing) == len(questions), f"{args.file}: each id once", [q["id"] for q in questions])
     lines, columns = data.read_samples(args.predictions), set()

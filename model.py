@@ -166,7 +166,10 @@ class Processor:
         """
         rows = math.isqrt(self.max_pixels * height // (width * self.factor**2))
         columns = math.isqrt(self.max_pixels * width // (height * self.factor**2))
-        return max(1, rows) * self.factor, max(1, columns) * self.factor
+        # Of a thin window, one side is less than a cell and becomes one. The other may then have all cells.
+        most = self.max_pixels // self.factor**2
+        rows, columns = (max(1, min(cells, most)) for cells in (rows, columns))
+        return rows * self.factor, columns * self.factor
 
     def still_patches(self, picture):
         """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
@@ -359,7 +362,7 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
 
 # ---- The video LLM with regions ----
 def in_prompt(rows, batch):
-    """Leaves out of the tower's output the cells of views of regions, which are not in the prompt."""
+    """Rows of the tower's output that stand in the prompt: images and videos, not the views of regions."""
     images, _, videos = rows.split(batch["cell_counts"])
     return torch.cat([images, videos])
 
@@ -407,7 +410,7 @@ class ReferringVideoLLM(nn.Module):
         """What the LLM reads, as its keyword arguments."""
         vision = self.backbone.model.visual(self._pixels(batch), **batch["tower"])
         cells = vision.pooler_output  # (C, D)
-        # Without regions it makes no tokens, but the empty gradients that DDP waits for.
+        # It runs even without regions, because DDP waits for a gradient of each of its weights.
         tokens = self.region_encoder(cells, **batch["regions"])  # (T, D)
         embeddings = self._embed(batch["input_ids"])  # (rows, L, D)
         flat = embeddings.flatten(0, 1)  # all rows in one, as the indices count
@@ -564,7 +567,6 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     return out.to(query.dtype)[None], None
 
 
-@torch.compiler.disable  # because each row has other lengths, for which it would compile the loop anew
 def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
     """The same on a CPU, (L, heads, size). Neighbours of equal length (frames of a video) are one batch."""
     outputs, start = [], 0
@@ -685,7 +687,7 @@ def load_model(path, processor):
 
 def load_weights(model_class, path):
     """model_class.from_pretrained(path) in float32. Raises data.DataError unless the weights fit exactly."""
-    # Mismatched sizes that are "ignored" come into the report.
+    # A weight of another size would raise an error of its own. "Ignored", it comes into the report.
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = model_class.from_pretrained(path, **options)
     problems = {problem: sorted(map(str, names)) for problem, names in report.items() if names}

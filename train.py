@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --data data.json --model Qwen/Qwen3-VL-2B-Instruct --out stage1
     torchrun --nproc_per_node 8 train.py --data data.json --model stage1/final --train region,projector,llm \\
         --fsdp --out stage2
-    python train.py --out stage2 --resume                     # goes on with a run that was stopped
+    torchrun --nproc_per_node 8 train.py --out stage2 --resume           # goes on with a run that was stopped
     python train.py --data data.json --check --preview preview.png       # reads the data, and trains nothing
 
     samples --Order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --backward--> gradients
@@ -130,13 +130,12 @@ class Config:
     workers: int = option(None, "processes per rank that load data (default: its cores, at most 16)")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2, not DDP)")
     grad_checkpoint: bool = option(False, "compute layers again in the backward pass rather than store them")
-    compile: bool = option(False, "compile the layers (torch.compile): slower at first, then faster")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
 
 
 # The options that a resumed run may change. The metrics depend on all the others.
 MAY_CHANGE = set("media val_every max_bad check problems preview out save_every keep".split())
-MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint compile device".split())
+MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint device".split())
 
 
 # ---- the data of a step ----
@@ -294,10 +293,10 @@ def train(config):
     batches = read_batches(dataset, keys, device, config.workers)
     held_out = data.ReferringDataset(val_samples, processor, cache_bytes=cache)
     bad = {tuple(line["places"][:2]) for line in read_jsonl(f"{config.out}/bad_samples.jsonl")}
-    steps = f"{config.steps} steps of {config.batch_size} samples"
-    print0(f"{config.model}: {steps} out of {len(samples)}, on {world_size()} x {device.type}")
+    plan = f"{config.steps} steps of {config.batch_size} samples out of {len(samples)}"
+    print0(f"{config.model}: {plan}, on {world_size()} x {device.type}")
 
-    sigterms, stop = [], False
+    sigterms, num_sigterms = [], 0  # of this rank, and of all
     signal.signal(signal.SIGTERM, lambda *_: sigterms.append(True))
     steps = range(first_step, config.steps)
     progress = tqdm(steps, initial=first_step, total=config.steps, disable=rank() > 0)
@@ -307,8 +306,8 @@ def train(config):
             measure(model, held_out, config, step, sigterms)
 
         # ---- one step ----
-        # Forward and backward. Dropout, if the backbone has any, draws from the seed. (So does the DataLoader
-        # when it begins: therefore the batches come first.)
+        # Forward and backward. The DataLoader draws from torch's generator when it begins, so fetch the
+        # batches first, then seed: dropout, if the backbone has any, draws from it, too.
         started = time.time()
         micro_batches = [next(batches) for _ in range(micro_steps)]
         torch.manual_seed(config.seed + 1_000_003 * (step * world_size() + rank()))
@@ -324,7 +323,7 @@ def train(config):
         tokens = sum(batch["num_tokens"] for batch in micro_batches)
         counts = np.array([loss_of_rank, supervised_tokens, tokens, len(sigterms)])
         counts, errors = zip(*gather_over_ranks((counts, errors)))
-        loss_sum, supervised_tokens, tokens, stop = sum(counts).tolist()
+        loss_sum, supervised_tokens, tokens, num_sigterms = sum(counts).tolist()
         errors = sum(errors, [])
         leave_out(errors, bad, step, config, len(samples))
 
@@ -360,12 +359,12 @@ def train(config):
         progress.set_postfix(loss=loss)
 
         steps_done = step + 1
-        if stop or (config.save_every and steps_done % config.save_every == 0):
+        if num_sigterms or (config.save_every and steps_done % config.save_every == 0):
             save_checkpoint(model, processor, optimizer, config, len(samples), steps_done)
-        if stop:
+        if num_sigterms:
             break
 
-    if stop:
+    if num_sigterms:
         print0(f"stopped by SIGTERM after {steps_done} steps, which are saved; --resume goes on")
     else:
         save_final(model, processor, config)
@@ -381,7 +380,7 @@ def train(config):
         del ddp_model
         dist.barrier()
         dist.destroy_process_group()
-    if stop:
+    if num_sigterms:
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -416,10 +415,8 @@ def build_model(config, processor, device):
     model = models.load_model(config.model, processor)
     if config.lora_rank:
         model.add_lora(config.lora_rank)
-    for layer in model.layers():  # only forward is replaced, so that FSDP's hooks stay outside
-        if config.compile:  # for any length of a row; experts that learn are then computed one by one
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-        if config.grad_checkpoint:
+    if config.grad_checkpoint:
+        for layer in model.layers():  # only forward is replaced, so that FSDP's hooks stay outside
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.fsdp:
         shard(model, device)  # before the optimizer is made, because a sharded model has new parameters
@@ -539,11 +536,11 @@ def leave_out(errors, bad, step, config, num_samples):
 
 # ---- held-out data ----
 @torch.no_grad()
-def mean_loss(model, dataset, batch_size, workers, stop=()):
+def mean_loss(model, dataset, batch_size, workers, sigterms=()):
     """Returns the cross-entropy of the right answers: the mean over all supervised tokens of all ranks.
 
-    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks. stop: where it
-    is not empty on a rank, all give up and return None.
+    dataset: a data.ReferringDataset. Raises data.DataError if a sample is bad, on all ranks. sigterms: once
+    a rank has one, all give up and return None.
     """
     keys = shared_out([(0, i) for i in range(len(dataset))], batch_size)
     loss_sum, tokens, errors = 0.0, 0, []
@@ -552,7 +549,7 @@ def mean_loss(model, dataset, batch_size, workers, stop=()):
         loss_sum += model(batch).item()
         tokens += len(batch["targets"])
         errors += filter(None, batch["errors"])
-        if any(gather_over_ranks(bool(stop))):
+        if any(gather_over_ranks(bool(sigterms))):
             return None
     loss_sums, tokens, errors = zip(*gather_over_ranks((loss_sum, tokens, errors)))
     for error in sum(errors, []):
@@ -560,15 +557,13 @@ def mean_loss(model, dataset, batch_size, workers, stop=()):
     return sum(loss_sums) / sum(tokens)
 
 
-def measure(model, held_out, config, step, stop):
-    """Logs the loss on held-out data, unless a signal comes (stop). Every rank must call it.
+def measure(model, held_out, config, step, sigterms):
+    """Logs the loss on held-out data, unless a SIGTERM comes. Every rank must call it.
 
     Training does not notice, because the random numbers of a step begin at a seed of its own.
     """
     model.eval()
-    # A compiled layer has a few variants at most, and they are for training.
-    with torch.compiler.set_stance("force_eager"):
-        loss = mean_loss(model, held_out, config.micro_batch, config.workers, stop)
+    loss = mean_loss(model, held_out, config.micro_batch, config.workers, sigterms)
     model.train()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass, it keeps weights for a backward pass
@@ -861,21 +856,24 @@ def parse(argv=None):
     """Returns the Config of a command line, or exits with a message on a wrong option."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, list[str]: {"nargs": "+"}}
     for f in fields(Config):
         if f.metadata["group"]:
             add = parser.add_argument_group(f.metadata["group"]).add_argument
-        kind = {bool: {"action": argparse.BooleanOptionalAction}, list[str]: {"nargs": "+"}}
-        kind = kind.get(f.type, {"type": f.type}) | {"default": argparse.SUPPRESS}
+        kind = kinds.get(f.type, {"type": f.type})
         defaults = [f"{values[f.name]} if {who}" for who, values in DEFAULTS.items() if f.name in values]
         default = ", ".join(defaults) if defaults else f.default
         shown = "" if default in (None, False) else f" (default: {default})"
-        add("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown, **kind)
+        name = "--" + f.name.replace("_", "-")
+        add(name, help=f.metadata["help"] + shown, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
+        if f.type not in (int, float) or f.name not in given:
+            continue
         least = 0 if f.type is float or f.name in ("warmup", "workers", "seed", "window") else 1
         most = 1 if f.name in ("single_frame", "max_bad") else math.inf
-        value = given.get(f.name, least)
-        if f.type in (int, float) and not (least <= value <= most and value < math.inf):  # or NaN
+        value = given[f.name]
+        if not (least <= value <= most and value < math.inf):  # or NaN
             expected = f"a number from {least}" + (" to 1" if most == 1 else "")
             parser.error(f"--{f.name.replace('_', '-')}: expected {expected}, found {value}")
     return open_run(given)

@@ -96,7 +96,7 @@ def median_ms(call, device):
     if device == "cpu":
         return 1000 * Timer("call(0)", globals={"call": call}).blocked_autorange().median
     results, times = deque(maxlen=2), []
-    for i in range(3):  # these compile, and tune the block sizes
+    for i in range(3):  # the first ones compile the kernels
         results.append(call(i % 2))
     for _ in range(5):
         torch.cuda.synchronize()

@@ -231,13 +231,13 @@ BAD = [  # a field, the places that the error must name, and for each word that 
     (["height"], "", {f"({H}, None)": H}),
     ([A], "", {A: {"1": {}}}),
     ([A, 0], f"{A}, object 0", {"[[1": box(1, 1, 9, 9), "3": {"3": {"segmentation": None}}}),
-    ([A, 0, "1"], f"{A}, object 0, frame '1'", {"[[1": box(1, 1, 9, 9)}),
+    ([A, 0, "1"], f"{A}, object 0, frame '1'", {"[[1": box(1, 1, 9, 9), "mentaton": {"segmentaton": MASK}}),
     (["video"], "object 0", {"10": "a.png"}),
     ([A, 0], "object 0", {"12": {"1": MASK, "12": MASK}}),
     ([A, 1], "object 1", {"[3]": {"3": {"segmentation": EMPTY}}}),
     ([A, 1, "3", "segmentation"], "object 1, frame 3", {f"{H}x{W}": rle(np.ones((W, H))), "[1, 2]": [1, 2]}),
 ]
-for key in ("01", "-1", "١", "0" * 5000):
+for key in ("00010", "-1", "١", "0" * 5000):
     BAD += [([A, 0, key], f"{A}, object 0, frame {key[:20]!r}", {"": None})]
 BAD += [([key], "", {key: [0]}) for key in ("image", "masks", "mask_ids", "masked_video", "timestamps")]
 BAD_AS_A_WHOLE = {  # what an entry has in place of the fields of a good one

@@ -365,6 +365,11 @@ def test_sizes_of_pictures(loaded):
         processor = models.Processor(*parts, settings)
         assert (processor.still_size(300, 400), processor.window_size(300, 400)) == still_and_window
         assert processor.frame_size(300, 400) == (32, 64) and processor.frame_size(9, 9) == (32, 32)
+        # Where 12 cells are allowed, a square has 3 x 3, and what is 100 times as wide as high has 1 x 12.
+        # Where 900 are, they have 30 x 30 and 3 x 300.
+        side, thin = (96, (32, 12 * 32)) if still_and_window == twelve else (30 * 32, (96, 300 * 32))
+        assert processor.window_size(7, 7) == (side, side)
+        assert processor.window_size(10, 1000) == thin and processor.window_size(1000, 10) == thin[::-1]
     assert processor.still_size(64, 64) == (128, 128) and processor.still_size(10, 2000)
     with pytest.raises(data.DataError):  # transformers' own limit
         processor.still_size(10, 2001)

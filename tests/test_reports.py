@@ -106,29 +106,6 @@ def test_masks_that_are_pictures(tmp_path):
 
 
 # ---- data files ----
-def test_keys_that_would_change_the_meaning_are_refused(tmp_path):
-    """Truth: the format in README, where a key is a position."""
-    names = [f"f/{k:05}.png" for k in range(0, 80, 5)]
-    (tmp_path / "f").mkdir()
-    for name in names:
-        Image.new("RGB", (32, 32)).save(tmp_path / name)
-    mask = box(2, 2, 20, 20)
-    refused = [
-        (sample("<region>?", "A.", {"00010": mask}, video="f"), "00010"),
-        (sample("<region>?", "A.", {"00010": mask}, video=names), "00010"),
-        (sample("?", "A.", video="f") | {"annotation": [{"1": {"segmentaton": mask}}]}, "segmentaton"),
-    ]
-    allowed = [
-        sample("<region>?", "A.", {"00000": mask}, video="f"),  # it is frame 0
-        sample("<region>?", "A.", {"00010": mask}, video="a.mp4"),  # no frame has a name
-    ]
-    samples = data.read_samples(write_json(tmp_path / "d.json", [entry for entry, _ in refused] + allowed))
-    for i, (_, key) in enumerate(refused):
-        with pytest.raises(data.DataError, match=key):
-            samples[i]
-    assert [list(samples[i].objects[0]) for i in range(len(refused), len(samples))] == [[0], [10]]
-
-
 def test_polygons_of_another_size_are_refused():
     """Truth: a polygon of a 1920x1080 frame does not lie in one of 1280x720. COCO's may touch the border."""
     assert data.decode_mask(box(-1, -1, 1282, 722), 720, 1280).all()

@@ -173,7 +173,7 @@ def test_what_may_change_at_resume(whole, tmp_path):
         expected, found = error_of(f"--out {out} --resume {name} {value}").split("found")
         assert name in expected and str(before[name[2:].replace("-", "_")]) in expected and value in found
     allowed = {"media": "other", "val_every": 3, "max_bad": 0.5, "save_every": 5, "keep": 3, "micro_batch": 1}
-    allowed |= {"workers": 9, "device": "cuda", "fsdp": True, "grad_checkpoint": True, "compile": True}
+    allowed |= {"workers": 9, "device": "cuda", "fsdp": True, "grad_checkpoint": True}
     arguments = ["--out", str(out), "--resume"]
     for name, value in allowed.items():
         arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])

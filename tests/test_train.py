@@ -9,14 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import TOP, Program, box, read_lines, run, sample, write_json, write_texts
 from safetensors.torch import load_file, save_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import data
@@ -203,28 +201,6 @@ def test_only_what_train_names_learns(here, toy):
             assert torch.equal(before[name], after[name]) != (part_of(name) in parts), (parts, name)
 
 
-def test_compiled_layers_learn_the_same_and_are_compiled_once(here, monkeypatch):
-    """Rows of other lengths need no new code. (The backend makes no C++: minutes.)"""
-    graphs, graphs_at_step = [], []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.chdir(here)
-    options = "--train llm --batch-size 3 --micro-batch 2 --steps 3"
-    command = f"--data texts.json --model base --workers 0 --out compiled --device cpu --compile {options}"
-    hook = register_optimizer_step_pre_hook(lambda *_: graphs_at_step.append(len(graphs)))
-    train.train(train.parse(command.split()))
-    hook.remove()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert graphs_at_step[0] > 0 and set(graphs_at_step) == {graphs_at_step[0]}
-    plain = learn(here, "not_compiled", options)
-    for name in ("loss", "grad_norm"):
-        assert column(here / "compiled", name) == pytest.approx(column(plain, name), rel=1e-5)
-
-
 # ---- held-out data ----
 def test_held_out_loss_and_that_training_does_not_notice(here):
     """--val against transformers' own loss; the run, to the bit, against one without. With dropout."""
@@ -332,7 +308,7 @@ def test_numbers_that_are_not_finite_end_the_run(here):
 FOR_ALL = {"num_frames": 8, "window": 2, "region_frames": 8, "region_tokens": 4, "max_length": 4096}
 FOR_ALL |= {"single_frame": 0.25, "max_bad": 0.01, "batch_size": 7, "warmup": 10, "weight_decay": 0.01}
 FOR_ALL |= {"clip": 1.0, "seed": 0, "keep": 2, "micro_batch": 8, "save_every": None, "lora_rank": None}
-FOR_ALL |= dict.fromkeys(["resume", "fsdp", "grad_checkpoint", "compile"], False)
+FOR_ALL |= dict.fromkeys(["resume", "fsdp", "grad_checkpoint"], False)
 PRETRAINED = {"frame_pixels": 147456, "region_pixels": 147456, "region_lr": 1e-3}
 DEFAULTS = {
     "--model tiny": {"lr": 1e-3, "region_lr": 3e-3, "train": "region,projector,llm,vision"}
