@@ -105,7 +105,11 @@ def test_problems_have_places_and_are_grouped(media, tmp_path):
 def preview(media, tmp_path, samples, options=""):
     """uint8 (H, W, 3), and the tiles in it that show the media, from left to right: slices."""
     check(media, samples, f"--preview {tmp_path}/p.png {options}")
-    with Image.open(tmp_path / "p.png") as picture:
+    return tiles_of(tmp_path / "p.png")
+
+
+def tiles_of(path):
+    with Image.open(path) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     r, g, b = np.moveaxis(pixels, 2, 0)
@@ -168,3 +172,17 @@ def test_preview_draws_any_right_sample(media, tmp_path):
         check(media, samples, f"--preview {tmp_path}/any.png")
         with Image.open(tmp_path / "any.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_a_look_at_a_frame_needs_no_model_and_no_question(media, tmp_path):
+    """The frame by its brightness, and a box by the pixels of its left and lower edge."""
+    look = f"eval.py ask --video {media}/video"
+    assert f"{tmp_path}/p.png" in run(f"{look} --frame 5 --preview {tmp_path}/p.png")
+    [frame] = tiles_of(tmp_path / "p.png")
+    assert abs(at(frame, 0.5, 0.5) - (200, 100, 50)).max() < 3 and frame.shape[1] > 1000
+    run(f"{look} --object 7:24,16,48,32 --preview {tmp_path}/p.png")
+    [frame] = tiles_of(tmp_path / "p.png")
+    assert abs(at(frame, 0.5, 0.5) - (240, 120, 60)).max() < 3
+    for y, x in ((32 / 64, 24 / 96), (48 / 64, 40 / 96)):
+        assert abs(at(frame, y, x, margin=3) - BLUE).max(1).min() < 20
+    assert "--preview" in run(look, code=1) and "--model" in run(f"{look} What?", code=1)

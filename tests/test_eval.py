@@ -1,6 +1,7 @@
 """Evaluation: what the model is shown, what counts as an answer, the judge, and a question of your own."""
 
 import argparse
+import copy
 import dataclasses
 import http.server
 import json
@@ -155,7 +156,7 @@ def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media, 
 
 def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tmp_path):
     """Words: their evaluation_general_mllms.md. Pixels: drawn one by one on frames of flat colours."""
-    width, height, processor = 192, 96, loaded[1]  # a contour of 2 pixels
+    width, height, processor = 192, 96, copy.copy(loaded[1])  # a contour of 2 pixels
     flat = [np.full((height, width, 3), 20 * k, np.uint8) for k in range(8)]
     (tmp_path / "v").mkdir()
     for k in range(8):
