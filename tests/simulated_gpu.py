@@ -228,4 +228,4 @@ class Launcher:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *args: self.kernel[grid](*map(to_cpu, args))
+        return lambda *args, **blocks: self.kernel[grid](*map(to_cpu, args), **blocks)

@@ -129,7 +129,7 @@ def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu_and_waits_once_a_step
 def test_replies_on_the_gpu_are_those_on_the_cpu(folder, few):
     model, processor = build(folder)
     questions = evaluation.Questions(data.read_samples(few), processor)
-    keys = [(q["sample"], q["turn"]) for q in evaluation.read_questions(questions.samples, strict=True)]
+    keys = [(q["sample"], q["turn"]) for q in evaluation.read_questions(questions.samples, raise_bad=True)]
     expected = [*evaluation.generate_replies(model.eval(), questions, [keys], max_new_tokens=3)]
     with SimulatedGPU(exact=True) as gpu:
         model.to(gpu.device)
