@@ -75,6 +75,7 @@ def child(seed, first, last, now):
         for now.value in range(first, last):
             faulthandler.dump_traceback_later(PATIENCE, exit=True)
             read_file(Path(folder, f"{now.value}.json"), make_file(seed, now.value))
+        faulthandler.cancel_dump_traceback_later()  # to remove all these files may take longer
 
 
 if __name__ == "__main__":
