@@ -1097,6 +1097,12 @@ def open_video(path):
         kinds = [stream.type for stream in container.streams]
         expect(streams, "a video stream", f"only {kinds} (or cover art)")
         expect(streams[0].codec_context, "a codec that FFmpeg knows", kinds)
+        # PyAV tells what a player cuts off in this text alone, which is empty below level INFO.
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)
+        crops = re.findall(r"(?m)^ *(Frame Cropping: .*)", container.dumps_format())
+        av.logging.set_level(level)
+        expect(not crops, "a video of which a player shows all pixels (no clap, no PixelCrop)", crops)
         # A DataLoader runs a process a core, and one thread is the exact, deterministic way.
         streams[0].thread_count = 1
         yield container, streams[0]

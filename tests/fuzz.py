@@ -64,7 +64,7 @@ def read_file(path, raw):
         samples = data.read_samples(path)
     assert len(samples) == expected, f"{len(samples)} samples, by json.loads {expected}"
     with suppress(data.DataError):
-        for mask in samples[0].objects[0].values() if samples else ():
+        for mask in (samples[0].objects or [{}])[0].values() if samples else ():
             decoded = data.decode_mask(mask, 16, 9)
             assert not decoded.any() or 0 < data.coverage(decoded, 5, 7).max() <= 1
 
@@ -75,6 +75,7 @@ def child(seed, first, last, now):
         for now.value in range(first, last):
             faulthandler.dump_traceback_later(PATIENCE, exit=True)
             read_file(Path(folder, f"{now.value}.json"), make_file(seed, now.value))
+        faulthandler.cancel_dump_traceback_later()  # to remove all these files may take longer
 
 
 if __name__ == "__main__":

@@ -243,6 +243,24 @@ def test_other_streams_are_not_the_video(tmp_path):
     assert numbers(path) == [5]
 
 
+def test_a_video_of_which_a_player_shows_a_part_is_refused(tmp_path):
+    # MP4's clap is width, height and two offsets, each a fraction. FFmpeg turns it into Matroska's PixelCrop.
+    plain = write_video(tmp_path / "a.mp4", num_frames=5).read_bytes()
+    end = plain.find(b"stts") - 4  # of the sample description avc1
+    for width in (128, 96):
+        content = bytearray(plain)
+        content[end:end] = struct.pack(">I4s8I", 40, b"clap", width, 1, 64, 1, 0, 1, 0, 1)
+        for name in (b"avc1", b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+            start = content.rfind(name, 0, end) - 4
+            content[start : start + 4] = (int.from_bytes(content[start : start + 4]) + 40).to_bytes(4)
+        (tmp_path / "a.mp4").write_bytes(content)
+        for path in (tmp_path / "a.mp4", remux([tmp_path / "a.mp4"], tmp_path / "a.mkv")):
+            if width == 128:
+                assert numbers(path) == list(range(5))
+            else:
+                fails(lambda path=path: open_media(path), path, "16/16/0/0")
+
+
 def test_images_of_all_kinds(tmp_path):
     # The number drawn, whatever the mode, the suffix and its case.
     kinds = "RGB.jpg RGB.JPEG L.jpg CMYK.jpg YCbCr.jpg RGB.PNG RGBA.png L.png LA.png P.png 1.png RGB.webp"

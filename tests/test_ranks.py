@@ -160,6 +160,26 @@ def test_errors_end_all_ranks(mixed, tmp_path):
             assert "(2, 4, 0), (None, 4, 0)" in program.wait(1)
 
 
+def test_a_rank_without_memory_ends_all_ranks_and_leaves_no_process(mixed, tmp_path):
+    """With workers, in a step, in a measurement and in saving: a function of torch fails on rank 0 alone."""
+    program = "import os, torch, train\ndef fail(*_, **__): raise torch.OutOfMemoryError('simulated')\n"
+    program += "if os.environ['RANK'] == '0': torch.{} = fail\ntrain.main()"
+    for i, (name, options) in enumerate(
+        (
+            ("nn.functional.cross_entropy", ""),
+            ("nn.functional.cross_entropy", f"--val {mixed}"),
+            ("save", "--save-every 1"),
+        )
+    ):
+        (tmp_path / "fails.py").write_text(program.format(name))
+        command = f"{tmp_path}/fails.py --data {mixed} {STEPS} --workers 2 --out {tmp_path}/{i} {options}"
+        with Program(command, ranks=2) as ranks:
+            assert "OutOfMemoryError: simulated" in ranks.wait(1)
+            for rank in range(2):
+                with pytest.raises(ProcessLookupError):
+                    ranks.send(0, rank)  # asks whether a process is left
+
+
 def test_fsdp_needs_ranks(mixed, tmp_path):
     with pytest.raises(data.DataError) as error:
         train.train(train.parse(["--data", str(mixed), "--out", str(tmp_path / "run"), "--fsdp"]))
