@@ -1,9 +1,9 @@
 """Prints what reading a sample costs, beside the plain way: `python tests/bench_data.py DATA.json`.
 
-"ours" is data.ReferringDataset with an empty cache. "plain" is how VideoRefer's own code reads a sample: decord
-decodes the sampled frames, then opens the video again for the annotated ones; pixels become float32, and masks
-float32 at the video's resolution. Both encode whole frames (--window 0) with the tiny model's settings. Times
-are those of one core, because a DataLoader runs a worker for each.
+"ours" is data.ReferringDataset with an empty cache. "plain" is how VideoRefer's own code reads a sample:
+decord decodes the sampled frames, then opens the video again for the annotated ones; pixels become float32,
+and masks float32 at the video's resolution. Both encode whole frames (--window 0) with the tiny model's
+settings. Times are those of one core, because a DataLoader runs a worker for each.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Prints what a data file of a million samples costs: `python tests/bench_index.py [SAMPLES]`.
 
-It needs 0.9 GB of disk for a while. The memory is that of a process and its 4 workers, to be compared with that
+It needs 0.9 GB of disk for a while. The memory is that of a process and its 4 workers; compare it with that
 for a file of one sample. (A page that n processes share counts 1/n for each.)
 """
 

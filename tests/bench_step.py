@@ -90,7 +90,9 @@ def make_steps(folder, sides, processor, has_regions):
         mask = box(*rng.integers(height // 2, size=2).tolist(), width // 4, height // 4)
         regions = [dict.fromkeys(frames, mask)] if media and has_regions else []
         answer = " ".join(rng.choice(WORDS.split(), rng.integers(10, 120)))
-        entries.append(sample("What is <region> ?" if regions else "What is this ?", answer, *regions, **media))
+        entries.append(
+            sample("What is <region> ?" if regions else "What is this ?", answer, *regions, **media)
+        )
     dataset = data.ReferringDataset(data.read_samples(write_json(f"{folder}/data.json", entries)), processor)
     order = train.Order(len(dataset), BATCH, STEPS, 0, 0, 1)
     steps = [[*train.micro_batches_of([keys], MICRO_BATCH)] for keys in order]
@@ -164,10 +166,12 @@ def main():
     parameters = [p for p in model.parameters() if p.requires_grad]
     sides = (180, 320) if size == "tiny" else (720, 1280)
     with tempfile.TemporaryDirectory() as folder:
-        without, regions = (make_steps(folder, sides, processor, has_regions) for has_regions in (False, True))
+        without = make_steps(folder, sides, processor, has_regions=False)
+        regions = make_steps(folder, sides, processor, has_regions=True)
     padded = [[plain_batch(batch, processor) for batch in step] for step in without]
     name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU"
-    print(f"{name}, torch {torch.__version__}, {sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M weights")
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{name}, torch {torch.__version__}, {weights:,.0f} million weights")
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     ours = partial(our_step, model, parameters, optimizer)
     plain = partial(plain_step, plain_twin(model), parameters, optimizer)

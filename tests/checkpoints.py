@@ -73,7 +73,7 @@ def make_tokenizer(template):
     return fast
 
 
-def make_checkpoint(folder, family, seed=0, spare_rows=8):
+def make_checkpoint(folder, family, spare_rows=8):
     """Writes a checkpoint to folder. spare_rows: embedding rows that the tokenizer does not use."""
     hybrid = family.startswith("qwen3_5")  # with layers of linear attention
     template = TEMPLATE.replace("@SYSTEM@", SYSTEM if family == "qwen2_5_vl" else "")
@@ -107,7 +107,7 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(SPECIAL[3:])))
     parts = {"text_config": text, "vision_config": vision | {"patch_size": patch}}
     config = AutoConfig.for_model(family, **parts, **ids, tie_word_embeddings=False)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     for name, p in model.named_parameters():
         if p.ndim > 1:  # transformers starts with 0.02; larger weights make every input matter
@@ -122,7 +122,7 @@ def make_checkpoint(folder, family, seed=0, spare_rows=8):
     return Path(folder)
 
 
-def make_sam(folder, seed=0):
+def make_sam(folder):
     """Writes a SAM 2 video model that sees pictures of 128x128 pixels, and an object on most of them."""
     size, sides = 128, [[32, 32], [16, 16], [8, 8]]
     backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [size, size]}
@@ -139,7 +139,7 @@ def make_sam(folder, seed=0):
     decoder = Sam2VideoMaskDecoderConfig(**sizes)
     memory["prompt_encoder_config"] = {"hidden_size": 128, "image_size": size, "mask_input_channels": 4}
     config = Sam2VideoConfig(image_size=size, vision_config=vision, mask_decoder_config=decoder, **memory)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = Sam2VideoModel(config)
     for p in model.parameters():
         if p.ndim > 1:

@@ -42,7 +42,7 @@ LONGEST = 8  # characters of an answer that are shown; blind, the model may repe
 
 
 def ask(toy, run):
-    """Has eval.py ask all checkpoints, and RUN/final as the last. Returns {finished steps: rows of its scores}."""
+    """Has eval.py ask all checkpoints, and RUN/final as the last. Returns {steps: rows of scores.json}."""
     models = {int(path.name[5:]): path for path in train.checkpoints(run)}
     models[train.read_jsonl(run / "metrics.jsonl")[-1]["step"] + 1] = run / "final"
     scores = {}

@@ -94,13 +94,8 @@ def test_a_mask_may_have_another_resolution_of_the_frames_shape():
     video = (720, 1280)  # 9 : 16
     fits = [((9, w), video) for w in (15, 16, 17)] + [((8, 16), video), ((480, 854), video)]
     fits += [((720, w), (9, 16)) for w in (1200, 1280, 1440)] + [(video, (240, 426)), ((12, 16), (720, 960))]
-    other = [
-        ((9, 14), video),
-        ((9, 18), video),
-        ((7, 16), video),
-        ((720, 1441), (9, 16)),
-        ((1280, 720), video),
-    ]
+    other = [((9, w), video) for w in (14, 18)] + [((7, 16), video), ((1280, 720), video)]
+    other += [((720, 1441), (9, 16))]
     for size, frame in fits:
         assert data.decode_mask(rle(np.ones(size)), *frame).shape == size
     for size, frame in other:
@@ -159,11 +154,7 @@ COUNTS = [[20, -4], [8.0, 8], [True, 15], 16, None]
 # An unfinished number, one without end, one of seven characters, and other characters.
 COUNTS += ["PPP", "P" * 99 + "0", "0<1goooooO", "\u00e9~ "]
 BAD += [({"size": [4, 4], "counts": counts}, "counts") for counts in COUNTS]
-SUMS = {
-    "found 7": [3, 4],
-    "found 17": [3, 14],
-    "16": [9 * 10**4299] * 2,
-}  # the last is too long to be printed
+SUMS = {"found 7": [3, 4], "found 17": [3, 14], "16": [9 * 10**4299] * 2}  # too long to be printed
 BAD += [({"size": [4, 4], "counts": counts}, found) for found, counts in SUMS.items()]
 SIZES = [None, "44", [4], [4.0, 4], [True, 16], [0, 4], [-4, -4], [2**13 + 1, 2**13]]  # 2**26 is the limit
 BAD += [({"size": size, "counts": [16]}, "size") for size in SIZES]

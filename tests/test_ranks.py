@@ -4,6 +4,7 @@ The truths: one process on the same data, plain algebra in float64, transformers
 """
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -71,7 +72,7 @@ def assert_same_training(found, expected, atol=1e-4):
 
 
 # ---- training on ranks ----
-@pytest.mark.parametrize("options", ["", "--fsdp", "--fsdp --grad-checkpoint --micro-batch 2"])
+@pytest.mark.parametrize("options", ["", "--fsdp --grad-checkpoint --micro-batch 2"])
 def test_two_ranks_train_and_measure_as_one_process(command, one, tmp_path, options):
     """Losses on training and held-out data, gradient norms, counts, weights."""
     run(f"{command} --out {tmp_path / 'run'} --micro-batch 1 {options}", ranks=2)
@@ -128,10 +129,13 @@ def test_a_bad_sample_of_one_rank(mixed, tmp_path):
 
 
 def test_a_batch_is_a_multiple_of_the_ranks(tmp_path):
-    """By default the largest one up to 16; one that is given and does not fit ends all ranks."""
+    """By default the largest one up to 16; one that is given and does not fit ends all ranks. Workers: ranks
+    share the cores."""
     path = write_texts(tmp_path / "data.json", 20)
-    command = f"train.py --data {path} --workers 0 --steps 2 --out {tmp_path}"
+    command = f"train.py --data {path} --steps 2 --out {tmp_path}"
     run(f"{command}/run", ranks=3)
+    [config] = read_lines(tmp_path / "run" / "config.json")
+    assert config["workers"] == min(16, max(1, len(os.sched_getaffinity(0)) // 3))
     assert [line["epoch"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 15 / 20]
     assert "found 16" in run(f"{command}/other --batch-size 16", ranks=3, code=1)
     assert not (tmp_path / "other").exists()
@@ -158,12 +162,6 @@ def test_errors_end_all_ranks(mixed, tmp_path):
     ):
         for program in (first, second):
             assert "(2, 4, 0), (None, 4, 0)" in program.wait(1)
-
-
-def test_fsdp_needs_ranks(mixed, tmp_path):
-    with pytest.raises(data.DataError) as error:
-        train.train(train.parse(["--data", str(mixed), "--out", str(tmp_path / "run"), "--fsdp"]))
-    assert "--fsdp" in str(error.value) and not (tmp_path / "run").exists()
 
 
 # ---- evaluation on ranks ----

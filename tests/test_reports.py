@@ -129,14 +129,6 @@ def test_keys_that_would_change_the_meaning_are_refused(tmp_path):
     assert [list(samples[i].objects[0]) for i in range(len(refused), len(samples))] == [[0], [10]]
 
 
-def test_polygons_of_another_size_are_refused():
-    """Truth: a polygon of a 1920x1080 frame does not lie in one of 1280x720. COCO's may touch the border."""
-    assert data.decode_mask(box(-1, -1, 1282, 722), 720, 1280).all()
-    for polygon, found in ((box(300, 700, 100, 23), "723"), (box(-30, 10, 100, 100), "-30")):
-        with pytest.raises(data.DataError, match=found):
-            data.decode_mask(polygon, 720, 1280)
-
-
 # ---- models ----
 def test_configs_that_cannot_be_trained_are_one_error(changed, checkpoint, tmp_path):
     """Before anything is loaded. The error names the key."""
