@@ -8,6 +8,7 @@ from math import ceil, floor
 
 import numpy as np
 import pytest
+from fuzz import with_a_change
 from helpers import box, box_mask, rle
 from pycocotools import mask as coco_mask
 
@@ -55,17 +56,6 @@ def test_both_forms_of_rle_give_the_pixels_that_were_encoded():
             np.testing.assert_array_equal(decoded, mask)
 
 
-def mutated(rng, text):
-    """A string with one change."""
-    i = rng.randrange(len(text))
-    char = chr(rng.choice([0, 10, 47, 112, 233, 0xDC80] + [*range(48, 112)] * 2))
-    j = rng.choice([k for k, c in enumerate(text) if c < "P"] or [0])
-    same = text[:j] + chr(ord(text[j]) + 32) + ("O" if text[j] >= "@" else "0") + text[j + 1 :]
-    changed = [text[:i] + char + text[i + 1 :], text[:i] + text[i + 1 :], text[:i] + char + text[i:]]
-    swapped = text[:i] + text[i : i + 2][::-1] + text[i + 2 :]
-    return rng.choice([*changed, swapped, same, same, same])  # same: one digit more, the same number
-
-
 def test_mutated_strings_are_decoded_as_specified_or_refused():
     """Truths: the decoder above, and pycocotools for what is valid. What is refused never reaches it."""
     rng, accepted = random.Random(0), 0
@@ -75,9 +65,9 @@ def test_mutated_strings_are_decoded_as_specified_or_refused():
         mask = np.array([[rng.random() < share for _ in range(width)] for _ in range(height)])
         text = rle(mask)["counts"]
         for _ in range(rng.choice([0, 1, 2, 8])):
-            text = mutated(rng, text) or "0"
+            text = with_a_change(rng, text) or "0"
         segmentation = {"size": [height, width], "counts": text}
-        expected = draw(coco_runs(text), height, width)
+        expected = draw(coco_runs(text), height, width) if isinstance(text, str) else None
         if expected is None:
             with pytest.raises(data.DataError):
                 data.decode_mask(segmentation, height, width)
@@ -86,7 +76,7 @@ def test_mutated_strings_are_decoded_as_specified_or_refused():
         decoded = data.decode_mask(segmentation, height, width)
         np.testing.assert_array_equal(decoded, expected, text)
         np.testing.assert_array_equal(decoded, coco_mask.decode(segmentation), text)
-    assert 500 < accepted < 1500, "mutations spoil neither everything nor nothing"
+    assert 400 < accepted < 1500, "mutations spoil neither everything nor nothing"
 
 
 def test_a_mask_may_have_another_resolution_of_the_frames_shape():
