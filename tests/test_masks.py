@@ -40,14 +40,6 @@ def draw(runs, height, width):
     return np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
 
 
-def random_masks():
-    rng = np.random.default_rng(1)
-    yield from (np.zeros((H, W), np.uint8), np.ones((H, W), np.uint8))
-    for share in (0.02, 0.5, 0.9):
-        yield (rng.random((H, W)) < share).astype(np.uint8)
-    yield box_mask(130, 70, 5, 20, 61, 90)  # long runs: several characters a number, negative differences
-
-
 def test_mutated_strings_are_decoded_as_specified_or_refused():
     """Truths: the decoder above, and pycocotools for what is valid. What is refused never reaches it."""
     rng, accepted = random.Random(0), 0
@@ -185,19 +177,7 @@ def test_coverage_is_the_exact_share_of_each_cell():
     assert found[401 * 27 // 720, 997 * 27 // 1280] > 0
 
 
-# ---- boxes and windows ----
-def test_boxes_are_those_of_pycocotools():
-    for mask in random_masks():
-        if not mask.any():
-            assert data.mask_bounds(mask) == (0, 0, 0, 0)
-            continue
-        x, y, w, h = coco_mask.toBbox(rle(mask))
-        height, width = mask.shape
-        assert data.mask_bounds(mask) == (y, y + h, x, x + w)
-        fractions = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
-        assert data.mask_box(mask) == pytest.approx(fractions)
-
-
+# ---- windows ----
 def true_window(touched, sides, height, width):
     """Of all stretches of the right length, the one whose centre is nearest; of two, the first."""
     top, bottom, left, right = touched
