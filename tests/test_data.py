@@ -9,7 +9,7 @@ from operator import getitem
 
 import numpy as np
 import pytest
-from helpers import box, box_mask, rle, sample, write_json
+from helpers import box, box_mask, refusal, rle, sample, write_json
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -55,13 +55,6 @@ def on_frames(*masks, **keys):
 def dataset_of(folder, entries, processor, **options):
     samples = data.read_samples(write_json(folder / "data.json", entries))
     return data.ReferringDataset(samples, processor, **options)
-
-
-def refusal(function, *arguments):
-    """The DataError that a call raises."""
-    with pytest.raises(data.DataError) as caught:
-        function(*arguments)
-    return caught.value
 
 
 # ---- files ----

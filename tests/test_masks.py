@@ -9,7 +9,7 @@ from math import ceil, floor
 import numpy as np
 import pytest
 from fuzz import with_a_change
-from helpers import box, box_mask, rle
+from helpers import box, box_mask, refusal, rle
 from pycocotools import mask as coco_mask
 
 import data
@@ -53,8 +53,7 @@ def test_mutated_strings_are_decoded_as_specified_or_refused():
         segmentation = {"size": [height, width], "counts": text}
         expected = draw(coco_runs(text), height, width) if isinstance(text, str) else None
         if expected is None:
-            with pytest.raises(data.DataError):
-                data.decode_mask(segmentation, height, width)
+            refusal(data.decode_mask, segmentation, height, width)
             continue
         accepted += 1
         decoded = data.decode_mask(segmentation, height, width)
@@ -75,9 +74,7 @@ def test_a_mask_may_have_another_resolution_of_the_frames_shape():
     for size, frame in fits:
         assert data.decode_mask(rle(np.ones(size)), *frame).shape == size
     for size, frame in other:
-        with pytest.raises(data.DataError) as caught:
-            data.decode_mask(rle(np.ones(size)), *frame)
-        assert f"{size[1]}x{size[0]}" in str(caught.value)
+        assert f"{size[1]}x{size[0]}" in str(refusal(data.decode_mask, rle(np.ones(size)), *frame))
 
 
 # ---- polygons ----
@@ -104,8 +101,7 @@ def test_a_polygon_may_reach_2_pixels_beyond_the_frame():
     assert data.decode_mask(box(-2, -2, W + 4, H + 4), H, W).all()
     outside = box(-3, 0, W, H), box(0, -3, W, H), box(0, 0, W + 3, H), box(0, 0, W, H + 3)
     for polygon, found in zip(outside, (-3, -3, W + 3, H + 3)):
-        with pytest.raises(data.DataError, match=f"{found}"):
-            data.decode_mask(polygon, H, W)
+        assert f"{found}" in str(refusal(data.decode_mask, polygon, H, W))
 
 
 # ---- what is refused ----
@@ -134,9 +130,8 @@ BAD += [({"size": size, "counts": [16]}, "size") for size in SIZES]
 
 def test_a_wrong_mask_is_an_error_that_names_what_is_wrong():
     for segmentation, named in BAD:
-        with pytest.raises(data.DataError) as caught:
-            data.decode_mask(segmentation, 4, 4)
-        assert named in str(caught.value) and len(str(caught.value)) < 400
+        error = str(refusal(data.decode_mask, segmentation, 4, 4))
+        assert named in error and len(error) < 400
     largest = {"size": [2**13] * 2, "counts": [2**26]}
     assert data.decode_mask(largest, 4, 4).shape == (2**13, 2**13)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint, transformers_processor
-from helpers import box, box_mask, sample, write_json
+from helpers import box, box_mask, refusal, sample, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -315,8 +315,7 @@ def test_texts_that_would_end_a_turn_or_hide_an_answer_are_refused(loaded):
     thinks = processor.config.model_type.startswith("qwen3_5")
     for text in control_tokens + thoughts * thinks:
         for turns in ([(text, "x")], [("x", text)], [("x", text), ("y", "z")]):
-            with pytest.raises(data.DataError):
-                processor.encode(turns, "", [])
+            refusal(processor.encode, turns, "", [])
     for text in thoughts * (not thinks) + ["a < b > c |im_end|"]:
         assert text in processor.tokenizer.decode(processor.encode([("x", text)], "", [])[0])
 
@@ -350,16 +349,14 @@ def test_sizes_of_pictures(loaded):
         assert (processor.still_size(300, 400), processor.window_size(300, 400)) == still_and_window
         assert processor.frame_size(300, 400) == (32, 64) and processor.frame_size(9, 9) == (32, 32)
     assert processor.still_size(64, 64) == (128, 128) and processor.still_size(10, 2000)
-    with pytest.raises(data.DataError):  # transformers' own limit
-        processor.still_size(10, 2001)
+    refusal(processor.still_size, 10, 2001)  # transformers' own limit
 
 
 def refuse(path):
     """Asserts that loading ends with one line that names the model, and returns it."""
-    with pytest.raises(data.DataError) as caught:
-        evaluation.load(path, "cpu")
-    assert caught.value.args[1] == f"--model {path}" and "\n" not in str(caught.value)
-    return str(caught.value)
+    error = refusal(evaluation.load, path, "cpu")
+    assert error.args[1] == f"--model {path}" and "\n" not in str(error)
+    return str(error)
 
 
 @dense_families
