@@ -1,7 +1,7 @@
 """Hostile data files and masks: python tests/fuzz.py 100000 1 (how many, and a seed) before a release.
 
-A finding is any error but DataError, a crash, a hang, or a file that json.loads understands otherwise. It ends
-the program, and is the last file in the folder that is printed.
+A finding is any error but DataError, a crash, a hang, or a file that json.loads understands otherwise. It
+ends the program, and is the last file in the folder that is printed.
 """
 
 import faulthandler
