@@ -1,18 +1,16 @@
-"""Prints what reading a sample costs, beside the plain way: `python tests/bench_data.py DATA.json [OPTIONS]`.
+"""Prints what reading a sample costs, beside the plain way: `python tests/bench_data.py DATA.json`.
 
-OPTIONS are those of train.py (--model, --num-frames, --region-pixels ...) but --window: both ways encode
-whole frames, as VideoRefer does. "ours" is data.ReferringDataset with an empty cache. "plain" is how
-VideoRefer's own code reads a sample: decord decodes the sampled frames, then opens the video again for the
-annotated ones; pixels become float32, and masks float32 at the video's resolution. Both give the same pixels,
-masks and tokens (tests/test_train.py compares them). Times are those of one core, because a DataLoader runs a
-worker for each.
+"ours" is data.ReferringDataset with an empty cache. "plain" is how VideoRefer's own code reads a sample:
+decord decodes the sampled frames, then opens the video again for the annotated ones; pixels become float32,
+and masks float32 at the video's resolution. Both encode whole frames (--window 0) with the tiny model's
+settings. Times are those of one core, because a DataLoader runs a worker for each.
 """
 
-import math
 import os
 import statistics
 import sys
 import time
+from itertools import cycle, islice
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import decord  # noqa: E402
@@ -22,18 +20,15 @@ from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
 import model as models  # noqa: E402
-import train  # noqa: E402
 
-SAMPLES = 8  # different samples at most, spread over the data file
+SAMPLES = 8  # different samples at most
 RUNS = 24  # how often each way reads a sample; all samples equally often
 
 
 def resize(frames, size):
     """uint8 (N, H, W, 3) -> float32 (N, h, w, 3) in [-1, 1]."""
-    height, width = size
-    images = [Image.fromarray(frame) for frame in frames]
-    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
-    return (np.stack(resized).astype(np.float32) / 255 - 0.5) / 0.5
+    images = [Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC) for frame in frames]
+    return (np.stack(images).astype(np.float32) / 255 - 0.5) / 0.5
 
 
 def plain_sample(processor, sample):
@@ -46,7 +41,8 @@ def plain_sample(processor, sample):
     sampled = data.evenly(range(len(reader)), settings.num_frames)
     frames = reader.get_batch(sampled).asnumpy()
     height, width = frames.shape[1:3]
-    video = resize(frames, processor.frame_size(height, width))
+    rows, columns = processor.frame_size(height, width)
+    video = resize(frames, (rows, columns))
     annotated_frames = decord.VideoReader(sample.media, num_threads=1).get_batch(stills).asnumpy()
     pictures = resize(annotated_frames, processor.still_size(height, width))
 
@@ -54,57 +50,40 @@ def plain_sample(processor, sample):
     for segmentations, frames in zip(sample.objects, annotated):
         decoded = [data.decode_mask(segmentations[frame], height, width) for frame in frames]
         masks += [mask.astype(np.float32) for mask in decoded]
-    cells = math.prod(processor.frame_size(height, width)) // processor.factor**2
-    prompt = processor.video_prompt([frame / reader.get_avg_fps() for frame in sampled], cells)
+    times = [frame / reader.get_avg_fps() for frame in sampled]
+    prompt = processor.video_prompt(times, rows * columns // processor.factor**2)
     tokens = [min(len(frames), settings.region_tokens) for frames in annotated]
     still_patches = [processor.still_patches(picture) for picture in pictures]
     encoded = processor.encode(sample.turns, prompt, tokens)
     return processor.video_patches(video), still_patches, masks, encoded
 
 
-def num_bytes(value):
-    """The bytes of all arrays in nested lists, tuples and dicts."""
-    value = list(value.values()) if isinstance(value, dict) else value
-    return sum(map(num_bytes, value)) if isinstance(value, (list, tuple)) else getattr(value, "nbytes", 0)
-
-
-def choose_samples(samples):
-    """The indices of up to SAMPLES samples with regions in a video."""
-
-    def is_usable(sample):
-        return sample.objects and not data.open_media(sample.media).info.is_image
-
-    usable = [i for i in data.evenly(range(len(samples)), 100) if is_usable(samples[i])]
-    return data.evenly(usable, SAMPLES) if usable else sys.exit("expected regions in a video, found none")
-
-
-def main(arguments):
-    config = train.parse(["--check", "--data", *arguments])  # which, unlike a run, needs no new folder
-    if config.window:
-        sys.exit(f"--window: expected none, as both ways read whole frames; found {config.window}")
-    samples = data.read_samples(config.data, config.media)
-    given = {name: getattr(config, name) for name in vars(data.Settings())} | {"window": 0}
-    processor = models.load_processor(config.model, data.sample_texts(samples), **given)
+def main(path):
+    samples = data.read_samples(path)
+    processor = models.load_processor("tiny", data.sample_texts(samples), window=0)
     dataset = data.ReferringDataset(samples, processor, cache_bytes=0)
-    chosen = choose_samples(samples)
-
+    # Of a hundred, those with regions in a video.
+    chosen = [i for i in data.evenly(range(len(samples)), 100) if samples[i].objects]
+    chosen = [i for i in chosen if not data.open_media(samples[i].media).info.is_image][:SAMPLES]
     torch.set_num_threads(1)  # as in a worker
-    milliseconds, megabytes = {"ours": [], "plain": []}, {"ours": [], "plain": []}
-    for i in [*chosen] * math.ceil(RUNS / len(chosen)):
-        for way in milliseconds:
+    ways = {"ours": lambda i: dataset[0, i], "plain": lambda i: plain_sample(processor, samples[i])}
+    milliseconds = {"ours": [], "plain": []}
+    for i in islice(cycle(chosen), RUNS // len(chosen) * len(chosen)):
+        found = {}
+        for way, read in ways.items():
             start = time.process_time()
-            sample = dataset[0, i] if way == "ours" else plain_sample(processor, samples[i])
+            found[way] = read(i)
             milliseconds[way].append(1000 * (time.process_time() - start))
-            if isinstance(sample, data.DataError):
-                raise sample
-            megabytes[way].append(num_bytes(sample) / 1e6)
+        ours, (video, _, _, (input_ids, _)) = found["ours"], found["plain"]
+        assert np.array_equal(ours["input_ids"], input_ids)
+        np.testing.assert_allclose((ours["video_patches"] / 255 - 0.5) / 0.5, video, atol=1e-6)
 
     print(f"a sample: medians of {len(milliseconds['ours'])} runs over {len(chosen)} samples, on one core")
     cost = {way: statistics.median(times) for way, times in milliseconds.items()}
     for way in cost:
-        print(f"{way:>6}: {cost[way]:8.1f} ms, {statistics.median(megabytes[way]):8.2f} MB")
+        print(f"{way:>6}: {cost[way]:8.1f} ms")
     print(f"ours is {cost['plain'] / cost['ours']:.2f} times as fast")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

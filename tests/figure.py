@@ -41,36 +41,19 @@ FRAMES = shapes.ANNOTATED[0], shapes.ANNOTATED[-1]
 LONGEST = 8  # characters of an answer that are shown; blind, the model may repeat itself
 
 
-# ---- asking ----
-def find_models(toy, run):
-    """Returns {number of finished steps: folder} of the checkpoints, with RUN/final as the last."""
-    folders = {int(path.name[5:]): path for path in train.checkpoints(run)}
-    losses = [line for line in train.read_jsonl(run / "metrics.jsonl") if "loss" in line]
-    command = f"python train.py --data {toy}/train.json --out {run} --save-every 70 --keep 8"
-    data.expect(folders and losses, f"{run}: a finished run with its checkpoints ({command})", [*folders])
-    return folders | {losses[-1]["step"] + 1: run / "final"}
-
-
-def ask(model, toy, out, controls):
-    """Has eval.py ask a model the questions of toy/test.json, unless OUT has its scores already."""
-    if not (out / "scores.json").exists():
-        options = ["data", str(toy / "test.json"), "--model", str(model), "--out", str(out)]
-        evaluation.main([*options, *(["--control", *controls] if controls else [])])
-
-
-# ---- drawing ----
-def draw(toy, run, models):
-    """Returns the Figure of what the models, {step: folder}, have answered in RUN/asked."""
+def ask(toy, run):
+    """Has eval.py ask all checkpoints, and RUN/final as the last. Returns {steps: rows of scores.json}."""
+    models = {int(path.name[5:]): path for path in train.checkpoints(run)}
+    models[train.read_jsonl(run / "metrics.jsonl")[-1]["step"] + 1] = run / "final"
     scores = {}
-    for step in sorted(models):
-        path = run / "asked" / models[step].name / "scores.json"
-        scores[step] = json.loads(path.read_text())["rows"]
-    questions = train.read_jsonl(run / "asked" / "final" / "predictions.jsonl")
-    figure = Figure(figsize=(9, 5.4), dpi=200)
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
-    draw_questions(left, data.read_samples(toy / "test.json"), questions)
-    draw_curves(right, scores)
-    return figure
+    for step, model in sorted(models.items()):
+        out = run / "asked" / model.name
+        if not (out / "scores.json").exists():
+            controls = ["--control", *CONTROLS] if model.name == "final" else []
+            options = ["data", str(toy / "test.json"), "--model", str(model), "--out", str(out)]
+            evaluation.main([*options, *controls])
+        scores[step] = json.loads((out / "scores.json").read_text())["rows"]
+    return scores
 
 
 def choose_pairs(questions):
@@ -87,7 +70,6 @@ def choose_pairs(questions):
                 pairs[kind] = j, i
                 shown.add(clip)
                 break
-        data.expect(kind in pairs, f"a clip with two answers to questions about its {kind}", None)
     return pairs
 
 
@@ -106,9 +88,8 @@ def draw_questions(figure, samples, questions):
             # A question has the index of its sample, because each sample of test.json asks one.
             draw_frames(cells[:2], samples[i])
             draw_answers(cells[2], questions[i])
-    for axis, frame in zip(axes[-1], (*FRAMES, None, *FRAMES)):
-        if frame is not None:
-            axis.set_xlabel(f"frame {frame}", size=9)
+    for column in (0, 1, 3, 4):
+        axes[-1][column].set_xlabel(f"frame {FRAMES[column % 3]}", size=9)
 
 
 def draw_frames(axes, sample):
@@ -133,9 +114,8 @@ def draw_answers(axis, question):
     """Writes the model's answer, and below it the answer to the same words without mask and video."""
     axis.axis("off")
     for title, column, y, size in (("answer", "exact", 0.88, 12), ("asked blind", "blind", 0.36, 9)):
-        reply, mark, colour = question[column], "✗", "firebrick"
-        if reply == question["answer"]:
-            mark, colour = "✓", "green"
+        reply = question[column]
+        mark, colour = ("✓", "green") if reply == question["answer"] else ("✗", "firebrick")
         if len(reply) > LONGEST:
             reply = reply[:LONGEST] + "…"
         axis.text(0.06, y, title, size=9, color="dimgrey", va="center")
@@ -144,19 +124,19 @@ def draw_answers(axis, question):
 
 
 def draw_curves(figure, scores):
-    """Draws accuracy over training. scores: {step: rows of scores.json}; the last has the controls."""
+    """Draws accuracy over training; the last scores have the controls."""
     figure.text(0.06, 0.95, "Right answers on test clips", size=13)
     axis = figure.add_axes((0.15, 0.42, 0.83, 0.49))
-    curves, lines = [], []
+    curves, lines, last = [], [], max(scores)
     for kind, colour in KINDS.items():
         shares = [share(rows[kind]["exact"]) for rows in scores.values()]
-        curves += axis.plot(list(scores), shares, color=colour, linewidth=2, marker="o", markersize=4,
-                            label=f"{kind}  {shares[-1]:.0%}")  # fmt: skip
+        style = {"color": colour, "linewidth": 2, "marker": "o", "markersize": 4}
+        curves += axis.plot(list(scores), shares, label=f"{kind}  {shares[-1]:.0%}", **style)
     for control, (style, meaning) in CONTROLS.items():
-        accuracy = share(scores[max(scores)]["about regions"][control])
+        accuracy = share(scores[last]["about regions"][control])
         label = f"{control}: {meaning}  {accuracy:.0%}"
         lines.append(axis.axhline(accuracy, color="black", linestyle=style, linewidth=1.2, label=label))
-    axis.set(xlim=(0, max(scores) * 1.02), ylim=(0, 1.03), xlabel="training step")
+    axis.set(xlim=(0, last * 1.02), ylim=(0, 1.03), xlabel="training step")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.spines[["top", "right"]].set_visible(False)
     style = {"frameon": False, "fontsize": 9, "alignment": "left", "title_fontsize": 9, "handlelength": 1.8}
@@ -168,25 +148,19 @@ def share(count):
     return count["right"] / count["asked"]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("toy", type=Path, help="the folder that tests/shapes.py wrote")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote")
-    parser.add_argument("--out", default="figure.png", help="the picture, a PNG (default: %(default)s)")
-    args = parser.parse_args(argv)
-    models = find_models(args.toy, args.run)
-    for model in models.values():
-        ask(model, args.toy, args.run / "asked" / model.name, CONTROLS if model.name == "final" else ())
-    figure = draw(args.toy, args.run, models)
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("toy", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", default="figure.png")
+    args = parser.parse_args()
+    scores = ask(args.toy, args.run)
+    figure = Figure(figsize=(9, 5.4), dpi=200)
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
+    asked = train.read_jsonl(args.run / "asked/final/predictions.jsonl")
+    draw_questions(left, data.read_samples(args.toy / "test.json"), asked)
+    draw_curves(right, scores)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    with train.atomic_write(args.out) as temporary:
-        picture.quantize(128).save(temporary, format="PNG")  # with a palette, the file is a third as large
-
-
-if __name__ == "__main__":
-    with train.errors_in_one_line():
-        main()
+    picture.quantize(128).save(args.out)  # with a palette, the file is a third as large

@@ -18,10 +18,12 @@ from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from pycocotools import mask as coco_mask
 from transformers import Qwen3VLForConditionalGeneration  # noqa: F401 (takes a second when it is first used)
 
+import data
 import eval  # noqa: F401 (and with it all other modules)
 
 TOP = Path(__file__).resolve().parent.parent
@@ -104,6 +106,13 @@ def run(command, ranks=1, code=0, **options):
     """Runs a command line to its end. Returns what it printed; fails unless it exits with this code."""
     with Program(command, ranks, **options) as program:
         return program.wait(code)
+
+
+def refusal(function, *arguments):
+    """The DataError that a call raises."""
+    with pytest.raises(data.DataError) as caught:
+        function(*arguments)
+    return caught.value
 
 
 # ---- files ----

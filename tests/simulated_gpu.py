@@ -5,8 +5,7 @@ only a number (a CPU tensor of no dimensions) may meet tensors of the GPU, as to
 has to wait until the GPU has computed, because it asks for a value or for a size that depends on values, the
 place is noted. (A copy to the GPU with non_blocking does not wait, as if it came from pinned memory.)
 
-Triton's kernels run in its interpreter. Flash attention is written out below, behind checks of what the real
-one demands, and so are the types that autocast chooses.
+Triton's kernels run in its interpreter. Flash attention is written out, and so are autocast's types.
 """
 
 import sys
@@ -51,31 +50,28 @@ class GPUTensor(torch.Tensor):
 class SimulatedGPU(ExitStack):
     """Within this context, device="cuda" is the simulated GPU.
 
-    waits: a Counter of the places where the CPU waited for it, each (function, operator). exact: without
-    mixed precision, and without the model's own casts to bfloat16, so that the CPU's results can be compared.
+    waits: a Counter of the functions where the CPU waited for it.
     """
 
-    device = GPU
-
-    def __init__(self, exact=False):
-        super().__init__()
-        self.waits, self.exact = Counter(), exact
-
     def __enter__(self):
-        enter = self.enter_context
-        enter(mock.patch("torch.cuda._lazy_init", lambda: None))
+        self.waits, arguments = Counter(), Arguments()
+        answers = {
+            "cuda._lazy_init": None,
+            "cuda.is_available": True,
+            "cuda.get_device_capability": (9, 0),  # an H100
+            "cuda.is_bf16_supported": True,
+            "cuda.amp.common.amp_definitely_not_available": False,
+            "__future__.get_swap_module_params_on_conversion": True,
+        }
+        for name, answer in answers.items():
+            self.enter_context(mock.patch(f"torch.{name}", return_value=answer))
         for name in ("Stream", "stream", "current_stream"):
-            enter(mock.patch(f"torch.cuda.{name}"))
-        enter(mock.patch("torch.__future__.get_swap_module_params_on_conversion", lambda: True))
-        enter(mock.patch("torch.cuda.is_available", lambda: True))
-        enter(mock.patch("torch.cuda.get_device_capability", lambda device=None: (9, 0)))  # an H100
+            self.enter_context(mock.patch(f"torch.cuda.{name}"))
         for name in ("pool_forward", "pool_backward"):
-            enter(mock.patch.object(kernels, name, Launcher(getattr(kernels, name))))
-        enter(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-        enter(mock.patch("torch.cuda.is_bf16_supported", lambda: True))
-        arguments = enter(Arguments(self.exact))
-        enter(mock.patch("torch.autograd._engine_run_backward", arguments.run_backward))
-        enter(Operators(self.waits))
+            self.enter_context(mock.patch.object(kernels, name, Launcher(getattr(kernels, name))))
+        self.enter_context(mock.patch("torch.autograd._engine_run_backward", arguments.run_backward))
+        self.enter_context(arguments)
+        self.enter_context(Operators(self.waits))
         return self
 
 
@@ -92,25 +88,19 @@ TO_FLOAT32 = {F.layer_norm, F.softmax, torch.Tensor.sum}
 class Arguments(TorchFunctionMode):
     """Sees torch's functions as a program calls them, and casts their arguments as autocast would."""
 
-    def __init__(self, exact):
-        super().__init__()
-        self.exact = exact
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") == "__get__":  # of a shape, for example
             return function(*args)
         args, kwargs = tree_map(self.with_index, (args, kwargs or {}))
-        if self.exact and function is torch.Tensor.bfloat16:
-            return args[0]
         if function is torch.ops.torch_attn._varlen_attn:
-            return flash_attention(torch.float32 if self.exact else torch.bfloat16, *args)
+            return flash_attention(*args)
         # These two would copy numbers where we do not see it.
         if function is torch.tensor and kwargs.get("device") == GPU:
             values = tree_map(lambda x: x.item() if isinstance(x, GPUTensor) else x, args[0])
             return torch.tensor(values, **kwargs | {"device": None}).to(GPU)
         if function is torch.Tensor.tolist:
             return args[0].to("cpu").tolist()
-        if torch.is_autocast_enabled("cuda") and not self.exact:
+        if torch.is_autocast_enabled("cuda"):
             # Mixtures of experts multiply by this, for which torch has no rule, but a program can make one.
             rules = aten._grouped_mm.default.py_kernels
             if function is torch._grouped_mm and torch._C.DispatchKey.AutocastCUDA in rules:
@@ -133,14 +123,14 @@ class Arguments(TorchFunctionMode):
 
 
 def flash_attention(
-    dtype, query, key, value, bounds, key_bounds, longest, key_longest, is_causal, scale, window, *rest
+    query, key, value, bounds, key_bounds, longest, key_longest, is_causal, scale, window, *_
 ):
     """torch_attn::_varlen_attn, behind checks of what the real kernel demands, and of what it would pass over
     in silence: a length that is too short, or bounds that leave out tokens.
     """
     T, heads, size = query.shape
     for x in (query, key, value):
-        assert x.is_cuda and x.dtype == dtype, f"expected {dtype} on the GPU, found {x.dtype}, {x.device}"
+        assert x.is_cuda and x.dtype == torch.bfloat16, (x.device, x.dtype)
         assert x.shape == query.shape and x.stride(-1) == 1, (x.shape, x.stride())
     assert size % 8 == 0 and size <= 256 and isinstance(scale, float), (size, scale)
     assert bounds is key_bounds and longest == key_longest and window == [-1, 0 if is_causal else -1], window
@@ -152,7 +142,7 @@ def flash_attention(
         visible = visible.tril()
     q, k, v = (x.transpose(0, 1).float() for x in (query, key, value))
     scores = (q @ k.mT * scale).masked_fill(~visible.to(GPU, non_blocking=True), -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1).to(dtype), None, None
+    return (scores.softmax(-1) @ v).transpose(0, 1).bfloat16(), None, None
 
 
 # The size of what they return depends on values, or they return values (_local_scalar_dense: item(), if).
@@ -179,7 +169,7 @@ class Operators(TorchDispatchMode):
             # To the GPU, pinned memory is copied while the CPU goes on. Back, it must wait for the numbers.
             in_background = output_on_gpu and (kwargs.get("non_blocking") or args[2:] == (True,))
             if output_on_gpu != isinstance(source, GPUTensor) and not in_background:
-                self.note_wait(operator)
+                self.note_wait()
         else:
             on_cpu = [x for x in tensors if not isinstance(x, GPUTensor) and x.dim() > 0]
             if operator in INDEXING:  # torch copies indices, and waits for it
@@ -188,7 +178,7 @@ class Operators(TorchDispatchMode):
             device = kwargs.get("device")
             output_on_gpu = device.type in ON_GPU if device else bool(on_gpu)
             if on_gpu and self.waits_for(operator, args, kwargs):
-                self.note_wait(operator)
+                self.note_wait()
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         compute = histogram if operator is aten.histc.default else operator
@@ -209,11 +199,11 @@ class Operators(TorchDispatchMode):
             return args[0].dtype != torch.bfloat16
         return operator in ALWAYS_WAIT
 
-    def note_wait(self, operator):
+    def note_wait(self):
         frame = sys._getframe()
         while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
             frame = frame.f_back
-        self.waits[frame.f_code.co_name, str(operator.overloadpacket)] += 1
+        self.waits[frame.f_code.co_name] += 1
 
 
 def histogram(x, *bins):

@@ -7,7 +7,6 @@ import importlib
 import re
 import sys
 
-import bench_kernels
 import numpy as np
 import pytest
 import torch
@@ -228,20 +227,3 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     assert set(re.findall(row_start, text)) == {"i64"}
     # Nothing is added up in an order that may change from run to run.
     assert not re.search(r"\batom|\bred\.", text)
-
-
-def test_the_benchmark_times_averages(monkeypatch, capsys):
-    """Each version that it times gives the average of float64, and its gradient; and it prints a table."""
-    monkeypatch.setitem(bench_kernels.CASES, "tiny", (8, 6, 10, 2, False))
-    (features,), versions = bench_kernels.make_versions("tiny", DEVICE, torch.float32, 1)
-    masks = bench_kernels.make_masks(8, 6, 2, False)
-    regions = regions_of(np.repeat(np.arange(8) * 36, 2), [36] * 16, masks.flatten())
-    grad = torch.randn(16, 10, device=DEVICE)
-    for version in versions.values():
-        out = version(features)
-        assert_close(
-            [out.detach(), torch.autograd.grad(out, features, grad)[0]],
-            truth(features.detach(), *regions, grad),
-        )
-    bench_kernels.bench("tiny", DEVICE, torch.float32)
-    assert len(re.findall("^tiny +bmm ", capsys.readouterr().out, re.M)) == 2

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint, transformers_processor
-from helpers import box, box_mask, sample, write_json
+from helpers import box, box_mask, refusal, sample, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText
 
 import data
 import eval as evaluation
@@ -287,40 +287,24 @@ def test_temporal_merge_equals_a_merge_in_plain_python():
         torch.testing.assert_close(found, torch.block_diag(*expected))
 
 
-def test_the_position_code_is_that_worked_by_hand():
-    """What a saved encoder has learned to read: (2x - 1), (2x - 1) * (2t - 1), then sin and cos of
-    pi * x * (1, 2, 4, 8), for each x of (cx, cy, w, h, t). The two layers behind it are made the identity:
-    far from 0 the GELU between them is one too. Next to 64, bfloat16, as of FSDP, is off by up to 0.25.
-    At first, a region token is the average of its cells alone, which here is 0."""
-    s, box = 0.5**0.5, torch.tensor([[0.5, 0.25, 0.0, 1.0, 0.75]])
-    raw, times_t = [0, -0.5, -1, 1, 0.5], [0, -0.25, -0.5, 0.5, 0.25]
-    sin = [1, 0, 0, 0] + [s, 1, 0, 0] + [0, 0, 0, 0] + [0, 0, 0, 0] + [s, -1, 0, 0]
-    cos = [0, -1, 1, 1] + [s, 0, -1, 1] + [1, 1, 1, 1] + [-1, 1, 1, 1] + [-s, 0, -1, 1]
-    expected = torch.tensor([raw + times_t + sin + cos])
-    for dtype in (torch.float32, torch.bfloat16):
-        encoder = models.RegionEncoder(50)
-        cells, starts = torch.zeros(1, 50), torch.tensor([0, 1])
-        inputs = torch.ones(1), starts, starts[:1], box, [1], [1]
-        assert not encoder(cells, *inputs).any()
-        for layer, bias in ((encoder.position[0], 64), (encoder.position[2], -64)):
-            torch.nn.init.eye_(layer.weight)
-            torch.nn.init.constant_(layer.bias, bias)
-        found = encoder.to(dtype)(cells.to(dtype), *inputs)
-        torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
-
-
-def test_groups_and_layers_hold_what_their_names_say(loaded):
-    """Each parameter is in the one group that transformers' name of its module stands for."""
-    model, visual = loaded[0], "backbone.model.visual."
-    parts = {"region_encoder.": "region", "backbone.lm_head": "llm", "backbone.model.language_model.": "llm"}
-    parts |= dict.fromkeys([visual + "merger", visual + "deepstack_merger_list"], "projector")
-    parts |= {visual + name: "vision" for name in ("patch_embed", "pos_embed", "blocks")}
-    found = [(p, part) for part, group in model.parameter_groups().items() for p in group]
-    assert len(found) == len(dict(found)) == len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        assert [dict(found)[p]] == [part for place, part in parts.items() if name.startswith(place)], name
-    layers = [m for m in model.modules() if type(m).__name__.endswith(("VisionBlock", "DecoderLayer"))]
-    assert len(layers) == 3 + 3 and set(model.layers()) == set(layers)
+@torch.no_grad()
+def test_region_tokens_are_as_exact_in_bfloat16():
+    """Under autocast, and with weights that FSDP casts, against float32. bfloat16, with 8 bits, would be
+    wrong by up to 4e-3. At first, a region token is the average of its cells alone, which here is 0."""
+    torch.manual_seed(0)
+    encoder = models.RegionEncoder(16)
+    inputs = {"coverage": torch.rand(12), "coverage_start": torch.tensor([0, 4, 8, 12])}
+    inputs |= {"frame_start": torch.tensor([0, 4, 4]), "boxes": torch.rand(3, 5)}
+    inputs |= {"object_frames": [3], "region_tokens": [2]}
+    assert not encoder(torch.zeros(8, 16), **inputs).any()
+    torch.nn.init.normal_(encoder.position[2].weight)
+    encoder, cells = encoder.bfloat16(), torch.randn(8, 16)
+    expected = encoder.float()(cells, **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(encoder(cells, **inputs), expected, atol=1e-5, rtol=1e-5)
+    zeros = torch.zeros(8, 16, dtype=torch.bfloat16)
+    expected = encoder(zeros.float(), **inputs)
+    torch.testing.assert_close(encoder.bfloat16()(zeros, **inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 @dense_families
@@ -331,22 +315,21 @@ def test_texts_that_would_end_a_turn_or_hide_an_answer_are_refused(loaded):
     thinks = processor.config.model_type.startswith("qwen3_5")
     for text in control_tokens + thoughts * thinks:
         for turns in ([(text, "x")], [("x", text)], [("x", text), ("y", "z")]):
-            with pytest.raises(data.DataError):
-                processor.encode(turns, "", [])
+            refusal(processor.encode, turns, "", [])
     for text in thoughts * (not thinks) + ["a < b > c |im_end|"]:
         assert text in processor.tokenizer.decode(processor.encode([("x", text)], "", [])[0])
 
 
 @any_family
 def test_a_sample_that_is_too_long_is_refused_not_cut(loaded, samples):
-    """At the limit and one beyond; the error names the sample, the limit and the length."""
-    processor = loaded[1]
-    length = len(data.ReferringDataset(samples, processor)[0, 4]["input_ids"])
-    processor.settings = replace(SETTINGS, max_length=length)
-    assert len(data.ReferringDataset(samples, processor)[0, 4]["input_ids"]) == length
-    processor.settings = replace(SETTINGS, max_length=length - 1)
-    error = data.ReferringDataset(samples, processor)[0, 4]
-    assert "sample 4" in error.args and f"{length - 1} " in str(error) and f"{length} " in str(error)
+    """At the limit and one beyond; the error names the limit and the length."""
+    dataset = data.ReferringDataset(samples, loaded[1])
+    length = len(dataset[0, 4]["input_ids"])
+    for limit in (length, length - 1):
+        dataset.processor.settings = replace(SETTINGS, max_length=limit)
+        found = dataset[0, 4]
+        assert len(found["input_ids"]) == length if limit == length else f"{limit} " in str(found), limit
+    assert f"{length} " in str(found)
 
 
 @any_family
@@ -371,16 +354,14 @@ def test_sizes_of_pictures(loaded):
         assert processor.window_size(7, 7) == (side, side)
         assert processor.window_size(10, 1000) == thin and processor.window_size(1000, 10) == thin[::-1]
     assert processor.still_size(64, 64) == (128, 128) and processor.still_size(10, 2000)
-    with pytest.raises(data.DataError):  # transformers' own limit
-        processor.still_size(10, 2001)
+    refusal(processor.still_size, 10, 2001)  # transformers' own limit
 
 
 def refuse(path):
     """Asserts that loading ends with one line that names the model, and returns it."""
-    with pytest.raises(data.DataError) as caught:
-        evaluation.load(path, "cpu")
-    assert caught.value.args[1] == f"--model {path}" and "\n" not in str(caught.value)
-    return str(caught.value)
+    error = refusal(evaluation.load, path, "cpu")
+    assert error.args[1] == f"--model {path}" and "\n" not in str(error)
+    return str(error)
 
 
 @dense_families
@@ -427,19 +408,6 @@ def test_a_saved_model_is_the_published_one_and_the_region_encoder(checkpoint, l
         assert torch.equal(found, model.logits(batch_of(samples, processor, ROW)))
 
 
-def test_final_loads_with_transformers_alone(final, samples):
-    """Of a run of the tiny model: logits of a text against those of transformers' classes."""
-    model, processor = evaluation.load(final, "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(final)
-    plain = AutoModelForImageTextToText.from_pretrained(final)
-    turns = [{"role": "user", "content": "Say the other thing."}, {"role": "assistant", "content": "Never."}]
-    ids = tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False))
-    with torch.no_grad():
-        found = model.logits(batch_of(samples, processor, [0]))
-        expected = plain(input_ids=torch.tensor([ids])).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
 @any_family
 def test_weights_are_read_and_written_in_float32(loaded, tmp_path):
     """Published ones are bfloat16, and so are those that train.py freezes on a GPU."""
@@ -476,7 +444,7 @@ def test_weights_that_do_not_fit_are_refused(loaded, tmp_path):
     refuse(tmp_path)
 
 
-@dense_families
+@any_family
 def test_a_folder_that_is_no_model_is_refused(checkpoint, tmp_path):
     """Names that do not exist, and folders in which a file is missing, cut or of another family."""
     (tmp_path / "empty").mkdir()
@@ -491,20 +459,14 @@ def test_a_folder_that_is_no_model_is_refused(checkpoint, tmp_path):
 
 
 @any_family
-def test_settings_are_those_of_training_unless_given(checkpoint, loaded, tmp_path):
-    """Against the values written here and in README; in a file that does not fit, none is guessed."""
+def test_settings_that_do_not_fit_are_refused(loaded, tmp_path):
+    """None is guessed. (What is saved and inherited is compared in test_train.py.)"""
     save(*loaded, tmp_path)
-    saved = json.loads((tmp_path / "nanorefer.json").read_text())
-    assert models.load_processor(tmp_path).settings == SETTINGS and saved == asdict(SETTINGS)
-    changed = models.load_processor(tmp_path, num_frames=3, region_tokens=None)
-    assert changed.settings == replace(SETTINGS, num_frames=3)
+    saved = asdict(SETTINGS)
     without = {name: value for name, value in saved.items() if name != "window"}
     for unfit in ([3], saved | {"u": 4}, without, without | {"windows": 2}):
         write_json(tmp_path / "nanorefer.json", unfit)
         assert "nanorefer.json" in refuse(tmp_path)
-    assert models.load_processor("tiny", ["word"]).settings == data.Settings()
-    pretrained = replace(data.Settings(), frame_pixels=384 * 384, region_pixels=384 * 384)
-    assert models.load_processor(checkpoint).settings == pretrained
 
 
 @any_family

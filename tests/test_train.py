@@ -3,21 +3,16 @@
 import json
 import math
 import os
-import re
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOP, Program, box, read_lines, run, sample, write_json, write_texts
-from safetensors.torch import load_file, save_file
+from helpers import Program, box, read_lines, refusal, run, sample, write_json, write_texts
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import data
 import train
 
 
@@ -108,18 +103,16 @@ def test_an_object_is_cut_to_one_frame_that_depends_on_the_seed(here, toy):
     first, second = (losses(f"cut{n}", f"{options} {n}") for n in (1, 2))
     assert len(set(single)) == 3 and {*first, *second} == {*single}
     assert first != second
-    whole = losses("uncut", "--data three.json --single-frame 0")
-    assert len(set(whole)) == 1 and whole[0] not in single
-    assert column(here / "cut1", "val_loss") == pytest.approx([whole[0]] * 2, abs=1e-4)  # is never cut
+    at_start, at_end = column(here / "cut1", "val_loss")
+    assert at_start == at_end and round(at_start, 4) not in single  # held-out objects are never cut
 
 
 def test_the_weights_depend_on_the_seed(here):
-    """Random ones, to which a rate of 0 adds nothing, against those of the same and of another seed."""
+    """Random ones, to which a rate of 0 adds nothing. (test_resume.py compares runs of the same seed.)"""
     options = "--model tiny --train llm --lr 0 --steps 1 --seed"
-    a, b, c = (weights(learn(here, f"seed{n}", f"{options} {n // 2}") / "final") for n in (2, 3, 4))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    one, other = (weights(learn(here, f"seed{n}", f"{options} {n}") / "final") for n in (1, 2))
     for name in ("model.visual.blocks.0.attn.qkv.weight", "mlp.1.weight"):
-        assert not torch.equal(a[name], c[name])
+        assert not torch.equal(one[name], other[name])
 
 
 # ---- the gradient and the optimizer ----
@@ -156,30 +149,6 @@ def test_a_run_equals_a_plain_loop_over_single_samples(here, clip):
     for name in before.keys() - theirs.keys():
         expected = before[name] * (left if before[name].ndim == 2 else 1)
         torch.testing.assert_close(after[name], expected)
-
-
-def test_the_readmes_torchrun_changes_no_step(here, toy):
-    """Losses and gradients against those of one process. (Other commands on ranks are in test_ranks.py.)"""
-    (command,) = re.findall("^torchrun .* train.py .*", (TOP / "README.md").read_text(), re.M)
-    (here / "videos").symlink_to(toy)
-    for old, new in (
-        ("torchrun", Path(sys.executable).with_name("torchrun")),
-        (" 8 train.py", f" 2 {TOP}/train.py"),
-        ("regions/final", "base"),
-        ("detailed.json qa.json", "mixed.json texts.json"),
-        ("--batch-size 128", "--batch-size 12 --device cpu"),
-    ):
-        assert old in command
-        command = command.replace(old, str(new))
-    free_port = {"PET_STANDALONE": "1"}
-    subprocess.run(shlex.split(command), cwd=here, env=os.environ | free_port, timeout=600, check=True)
-    options = "--data mixed.json texts.json --media videos --train region,projector,llm --steps 2"
-    one = learn(here, "one", f"{options} --batch-size 12 --micro-batch 12")
-    assert column(here / "tuned", "supervised_tokens") == column(one, "supervised_tokens")
-    for name in ("loss", "grad_norm"):
-        assert column(here / "tuned", name) == pytest.approx(column(one, name), rel=2e-4)
-    (config,) = read_lines(here / "tuned/config.json")
-    assert config["workers"] == min(16, max(1, len(os.sched_getaffinity(0)) // 2))  # ranks share the cores
 
 
 def test_only_what_train_names_learns(here, toy):
@@ -284,25 +253,12 @@ def test_a_folder_holds_one_run(here, tmp_path):
     for left in ("final/config.json", "config.json", "metrics.jsonl", "step-000001/training.pt"):
         write_json(tmp_path / left / left, {})
         options = f"--data d.json --out {tmp_path / left}".split()
-        with pytest.raises(data.DataError) as error:
-            train.parse(options)
-        assert left.split("/")[0] in str(error.value).replace(f"--out {tmp_path / left}", "")
+        error = str(refusal(train.parse, options))
+        assert left.split("/")[0] in error.replace(f"--out {tmp_path / left}", "")
         assert train.parse([*options, "--check"]).check
     write_json(here / "notes/notes.txt", {})
     out = learn(here, "notes", "--train llm --steps 1")
     assert sorted(os.listdir(out)) == ["config.json", "final", "metrics.jsonl", "notes.txt"]
-
-
-def test_numbers_that_are_not_finite_end_the_run(here):
-    """A weight that is NaN: the samples of the step are named, and nothing is saved."""
-    broken = shutil.copytree(here / "base", here / "broken")
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.language_model.norm.weight"][0] = torch.nan
-    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    write_texts(here / "single.json", 1)
-    text = run("train.py --data single.json --model broken --out nan --workers 0", code=1, folder=here)
-    assert "step 0" in text.splitlines()[-1] and "[0]" in text.splitlines()[-1]
-    assert not (here / "nan/final").exists() and "Traceback" not in text
 
 
 FOR_ALL = {"num_frames": 8, "window": 2, "region_frames": 8, "region_tokens": 4, "max_length": 4096}
@@ -372,9 +328,10 @@ def test_options_that_do_not_fit_are_refused(here, monkeypatch):
         ("--problems p.jsonl", "p.jsonl"),
         ("--check --preview absent/p.png", "absent/p.png"),
         ("--device gpu", "gpu"),
+        ("--fsdp", "one process"),
         *([] if torch.cuda.is_available() else [("--device cuda", "cuda")]),
     ):
-        with pytest.raises(data.DataError) as error:
-            train.train(train.parse(f"--data texts.json --out refused --steps 1 {options}".split()))
-        assert f"found '{found}'" in str(error.value) or f"found {found}" in str(error.value), options
+        arguments = f"--data texts.json --out refused --steps 1 {options}".split()
+        error = str(refusal(lambda arguments=arguments: train.train(train.parse(arguments))))
+        assert f"found '{found}'" in error or f"found {found}" in error, options
     assert not (here / "refused").exists()
