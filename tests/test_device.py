@@ -76,12 +76,12 @@ def test_a_step_in_mixed_precision_mixes_nothing_and_waits_for_nothing(folder, f
     batch = data.collate([dataset[0, i] for i in range(4)], processor)
     expected_loss, expected = step(model, batch)
     model.zero_grad()
+    low_bits = {name: p.detach().numpy().view(np.uint32) & 0xFFFF for name, p in model.named_parameters()}
     with SimulatedGPU() as gpu:
         train.halve_frozen(model)
         model.to("cuda")
         for name, p in model.named_parameters():
-            low_bits = to_cpu(p.data).float().numpy().view(np.uint32) & 0xFFFF
-            is_half = not p.requires_grad and not low_bits.any()
+            is_half = not p.requires_grad and not low_bits[name].any()
             assert p.is_cuda and p.dtype == (torch.bfloat16 if is_half else torch.float32), name
         batch = train.to_device(batch, torch.device("cuda"))
         gpu.waits.clear()
@@ -104,7 +104,7 @@ def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu_and_waits_once_a_step
         options += " --train region,projector --steps 2 --batch-size 4 --micro-batch 2 --workers 0"
         with SimulatedGPU() as gpu:
             train.train(train.parse(options.split()))
-    assert gpu.waits["train"] == 2
+    assert gpu.waits["train"] == 2 and not gpu.waits["to_device"]
     on_cpu, on_gpu = (read_lines(tmp_path / device / "metrics.jsonl") for device in ("cpu", "cuda"))
     for found, expected in zip(on_gpu, on_cpu, strict=True):
         for name in {"loss", "grad_norm", "val_loss"} & expected.keys():
