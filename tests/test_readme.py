@@ -6,7 +6,10 @@ they answer is the concern of the other tests.
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +73,12 @@ def test_all_commands_run_as_they_stand_in_the_readme(folder):
         program = program.replace("--steps 150", "--steps 2")
         if program.startswith("eval.py judge"):  # it needs a server: see test_eval.py
             assert "--prompt" in run("eval.py judge --help")
+            continue
+        if command.startswith("torchrun") and "train.py" in command:  # the one that the real torchrun starts
+            start = (
+                f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 {TOP}/{program}"
+            )
+            subprocess.run(shlex.split(start), cwd=folder, check=True, timeout=600)
             continue
         printed = run(program, ranks=2 if command.startswith("torchrun") else 1, folder=folder)
         if program.startswith("eval.py score"):
