@@ -834,15 +834,19 @@ def main(argv=None):
     objects = [read_object(pointed, info) for pointed in args.object]
     clicks = [mask for masks in objects for mask in masks.values() if isinstance(mask, tuple)]
     data.expect(args.track or not clicks, "--track for a click", clicks)
+    if args.question is None:
+        data.expect(args.preview, "a question, or --preview to look at a frame", "neither")
+        settings = data.Settings()
+    else:
+        data.expect(args.model and args.frame is None, "--model with a question, and no --frame", args.frame)
+        model, processor = load(args.model, args.device)
+        settings = processor.settings
     if args.track:
-        objects = track(args.video, objects, load_tracker(args.track, args.device))
+        objects = track(args.video, objects, load_tracker(args.track, args.device), settings.region_frames)
     if args.save_masks:
         train.write_jsonl(args.save_masks, [{"video": args.video, "annotation": to_annotation(objects)}])
     if args.question is None:
-        data.expect(args.preview, "a question, or --preview to look at a frame", "neither")
         return look(args.video, objects, args.frame, args.preview)
-    data.expect(args.model and args.frame is None, "--model with a question, and no --frame", args.frame)
-    model, processor = load(args.model, args.device)
     reply = ask(model, processor, args.video, args.question, objects, args.max_new_tokens, args.preview)
     # What a terminal would obey is shown as an escape.
     train.print0("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in reply))

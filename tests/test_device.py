@@ -51,7 +51,7 @@ def build(folder, *options):
 def few(toy):
     """A data file with a sample of each kind."""
     left, right = box(5, 5, 30, 25), box(40, 30, 30, 25)
-    video, image = {"video": "videos/test0000.mp4"}, {"image": "images/test0000-0.png"}
+    video, image = {"video": "videos/test0000.mp4"}, {"image": "images/test0000-2.png"}
     objects = {"0": left, "3": right, "7": left}, {"2": right}
     entries = [
         sample("What?", "Never."),

@@ -102,8 +102,8 @@ def test_frames_are_spread_over_the_video(sam, clip, tmp_path):
         ([98, 99], [0, 25, 50, 98, 99]),
         ([*range(30, 37)], [*range(30, 37)]),  # all that the user drew is kept
     ):
-        assert evaluation.frames_to_track([{frame: ...} for frame in pointed], 100, 5) == expected
-    assert evaluation.frames_to_track([{3: ...}], 4, 8) == [0, 1, 2, 3]
+        assert evaluation.fill_up(pointed, 100, 5) == expected
+    assert evaluation.fill_up([3], 4, 8) == [0, 1, 2, 3]
     files = [tmp_path / f"{k}.png" for k in range(14_400)]
     for k in (0, 4800, 7203, 14_399):
         files[k].symlink_to(clip / f"{k % 20}.png")
