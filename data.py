@@ -783,7 +783,7 @@ def _parse_objects(entry, media):
                     expect(is_position, "a frame's position (0, 1, 2, ... in order), not its name", key)
                     if name == "annotation" and mask is not None:
                         expect(isinstance(mask, dict), 'an object with "segmentation"', mask)
-                        expect("segmentation" in mask or not mask, '"segmentation", or no key', [*mask])
+                        expect("segmentation" in mask or not mask, '"segmentation" (or {}: hidden)', [*mask])
                         mask = mask.get("segmentation")
                     found[int(key)] = mask
             objects.append({frame: mask for frame, mask in found.items() if mask is not None})

@@ -100,6 +100,7 @@ def to_annotation(objects):
     """Returns objects, as ask takes them, as the "annotation" of a data file."""
     annotation = []
     for masks in objects:
+        data.expect(masks, "a mask of each object", masks)
         annotation.append({str(k): {"segmentation": to_segmentation(mask)} for k, mask in masks.items()})
     return annotation
 
@@ -109,6 +110,8 @@ def to_segmentation(mask):
     if not isinstance(mask, np.ndarray):
         return mask
     data.expect(mask.ndim == 2, "a mask (H, W)", mask.shape)
+    values = np.unique(mask)
+    data.expect(len(values) <= 2, "a mask of one object, such as (numbers == 2)", f"the values {values}")
     rle = coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
     return rle | {"counts": rle["counts"].decode()}
 

@@ -556,6 +556,9 @@ def test_what_is_wrong_with_an_object_is_named(loaded, checkpoint, media):
         command = f"ask <region> --model {checkpoint} --device cpu --video {media}/{options}"
         assert found in refused(command), options
     assert "1)" in refused(evaluation.ask, *loaded, media / "a", "<region>", [{3: np.ones((96, 96, 1))}])
+    numbers = np.eye(96) + 2 * np.eye(96, k=3)  # of two objects
+    assert "0. 1. 2." in refused(evaluation.ask, *loaded, media / "a", "<region>", [{3: numbers}])
+    assert "{}" in refused(evaluation.to_annotation, [{}])
 
 
 # ---- the command line ----
