@@ -762,7 +762,8 @@ def check(config, samples, processor):
         else:
             print(f"{name}: min {min(values)}, median {sorted(values)[len(values) // 2]}, max {max(values)}")
     for errors in sorted(problems.values(), key=len, reverse=True):
-        print(f"\n{len(errors)} x {errors[0].args[0]}")
+        like = " (or with other numbers)" if len({error.args[0] for error in errors}) > 1 else ""
+        print(f"\n{len(errors)} x {errors[0].args[0]}{like}")
         for error in errors[:3]:
             print("    " + ": ".join(error.args[1:]))
     if config.preview and usable:
