@@ -638,7 +638,7 @@ def judge(args):
                 reply = answer.choices[0].message.content or ""  # None: withheld by a filter
                 if isinstance(reply, list):  # of parts: texts, and perhaps thoughts
                     reply = "".join(part.get("text", "") for part in reply)
-            except (openai.OpenAIError, AttributeError, LookupError, TypeError) as error:  # or no completion
+            except (openai.OpenAIError, AttributeError, LookupError, TypeError, UnicodeError) as error:
                 reason = f"{error}. The same command goes on from here"
                 raise data.DataError(reason, f"--url {args.url}") from None
             judged[key] = {"id": line.get("id"), "request": request, "reply": reply, "model": answer.model}

@@ -415,12 +415,13 @@ class Judge(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.path, {**self.headers}, body))
         act = self.server.script.pop(0) if self.server.script else marked(4, 4, 4, 4)
         self.send_response(act if isinstance(act, int) else 200)
+        self.send_header("Content-Type", "text/html" if act == b"<html>" else "application/json")
         self.send_header("Retry-After-Ms", "1")  # otherwise openai waits half a second and more
         self.send_header("Location", f"http://localhost:{self.server.port}/elsewhere")  # of status 307
         self.end_headers()
         message = {"message": {"role": "assistant", "content": act}}
-        reply = "<html>" if act == "garbage" else json.dumps({"model": "local-1", "choices": [message]})
-        self.wfile.write(reply.encode())
+        reply = {"model": "local-1", "choices": [message]}
+        self.wfile.write(act if isinstance(act, bytes) else json.dumps(reply).encode())
 
 
 @pytest.fixture
@@ -476,7 +477,7 @@ def test_a_judge_that_falters_is_asked_again_and_the_next_run_goes_on(judge, ser
     """Statuses that pass are tried nine times, others once. No reply is lost."""
     server.script = [408, 409, 429, 500]
     assert judge() == ([4] * 5, [3, 0]) and len(server.asked) == 7
-    for stops in ([503] * 9, [401], ["garbage"]):
+    for stops in ([503] * 9, [401], [b"<html>"], [b'{"caf\xe9": 1}']):  # the last is no UTF-8
         server.asked, server.script = [], [marked(5, 5, 5, 5), *stops]
         (tmp_path / "judged.jsonl").write_text("")
         assert "--url" in refused(judge)
