@@ -12,7 +12,6 @@ import copy
 import statistics
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch  # noqa: E402
 from helpers import box, sample, write_json  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from torch.utils.benchmark import Timer  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
@@ -120,42 +120,27 @@ def plain_batch(batch, processor):
             values = (patches.unflatten(1, (3, -1)).float() / 255 - mean) / std
             name = "pixel_values" if kind == "image" else "pixel_values_videos"
             inputs |= {name: values.repeat(1, 1, copies).flatten(1), f"{kind}_grid_thw": grids[of_kind]}
-    return {"inputs": inputs, "num_targets": len(batch["targets"]), "num_tokens": batch["num_tokens"]}
+    return {"inputs": inputs, "targets": batch["targets"]}
 
 
-def plain_step(plain, parameters, optimizer, micro_batches):
-    total = sum(batch["num_targets"] for batch in micro_batches)
+def plain_backward(plain, micro_batches):
     for batch in micro_batches:
-        batch = train.to_device(batch, plain.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=plain.device.type == "cuda"):
             loss = plain(**batch["inputs"]).loss
-        (loss * (batch["num_targets"] / total)).backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        (loss * len(batch["targets"])).backward()
 
 
-def our_step(model, parameters, optimizer, micro_batches):
-    """What train.train does with a step's micro-batches."""
-    device = model.backbone.device
-    loss_sum = train.backward(model, [train.to_device(batch, device) for batch in micro_batches])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    loss_sum, norm = torch.stack([loss_sum, norm]).tolist()
-    tokens = sum(len(batch["targets"]) for batch in micro_batches)
-    torch._foreach_mul_([p.grad for p in parameters], min(1 / tokens, 1 / norm))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def measure(step, steps, on_gpu):
-    """Returns the milliseconds of a step."""
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    wait()
-    start = time.perf_counter()
+def run(backward, steps, optimizer):
+    """What both do with each step's micro-batches: gradients, clipping, and the optimizer."""
+    [group] = optimizer.param_groups
     for micro_batches in steps:
-        step(micro_batches)
-    wait()
-    return 1000 * (time.perf_counter() - start) / len(steps)
+        backward([train.to_device(batch, group["params"][0].device) for batch in micro_batches])
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        tokens = sum(len(batch["targets"]) for batch in micro_batches)
+        torch._foreach_mul_(gradients, min(1 / tokens, 1 / norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def main():
@@ -163,7 +148,6 @@ def main():
     parser.add_argument("--size", choices=["tiny", "2b"], default="tiny", help="(default: tiny)")
     size, on_gpu = parser.parse_args().size, torch.cuda.is_available()
     model, processor = build(size, torch.device("cuda" if on_gpu else "cpu"))
-    parameters = [p for p in model.parameters() if p.requires_grad]
     sides = (180, 320) if size == "tiny" else (720, 1280)
     with tempfile.TemporaryDirectory() as folder:
         without = make_steps(folder, sides, processor, has_regions=False)
@@ -172,15 +156,21 @@ def main():
     name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU"
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{name}, torch {torch.__version__}, {weights:,.0f} million weights")
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
-    ours = partial(our_step, model, parameters, optimizer)
-    plain = partial(plain_step, plain_twin(model), parameters, optimizer)
-    ways = {"ours": (ours, without), "plain": (plain, padded), "regions": (ours, regions)}
-    pinned = {way: [*DataLoader(steps, None, pin_memory=on_gpu)] for way, (_, steps) in ways.items()}
-    # All in turn, once to warm up and then in so many rounds.
-    rounds = [{way: measure(ways[way][0], pinned[way], on_gpu) for way in ways} for _ in range(ROUNDS + 1)]
-    ms = {way: statistics.median(measured[way] for measured in rounds[1:]) for way in ways}
-    for way, (_, steps) in ways.items():
+    ours, plain = partial(train.backward, model), partial(plain_backward, plain_twin(model))
+    timers = {}
+    for way, backward, steps in (
+        ("ours", ours, without),
+        ("plain", plain, padded),
+        ("regions", ours, regions),
+    ):
+        pinned = [*DataLoader(steps, None, pin_memory=on_gpu)]
+        timers[way] = Timer("run()", globals={"run": partial(run, backward, pinned, optimizer)})
+    # All in turn, in so many rounds. Before each time that it takes, a Timer warms up.
+    rounds = [{way: timer.timeit(1).median for way, timer in timers.items()} for _ in range(ROUNDS)]
+    ms = {way: 1000 / STEPS * statistics.median(seconds[way] for seconds in rounds) for way in timers}
+    for way, steps in (("ours", without), ("plain", without), ("regions", regions)):
         tokens = sum(batch["num_tokens"] for step in steps for batch in step) / STEPS
         print(f"{way:>8}: {ms[way]:8.1f} ms a step of {BATCH} samples, {tokens:,.0f} tokens")
     print(f"ours is {ms['plain'] / ms['ours']:.2f} times as fast as plain")
