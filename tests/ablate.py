@@ -131,45 +131,33 @@ def groups_without(model, parameter_groups, part):
     return groups
 
 
-# ---- the tables ----
-def percents(runs, row, column="exact"):
-    """runs: the rows of eval.py's table for each seed. Returns the percentages of right answers."""
-    return [100 * rows[row][column]["right"] / rows[row][column]["asked"] for rows in runs]
+# ---- the table ----
+def percents(runs, row, column):
+    """runs: the rows of eval.py's table for each seed. Returns the percentages of right answers, if asked."""
+    counts = [rows[row][column] for rows in runs if column in rows[row]]
+    return [100 * count["right"] / count["asked"] for count in counts]
 
 
 def summary(values):
     """Mean (lowest-highest) of the seeds."""
-    return f"{statistics.mean(values):.1f} ({min(values):.0f}-{max(values):.0f})"
+    return f"{statistics.mean(values):.1f} ({min(values):.0f}-{max(values):.0f})" if values else "-"
 
 
-def print_row(cells):
-    print("| " + " | ".join(map(str, cells)) + " |")
-
-
-def print_tables(results):
+def print_table(results):
+    """About regions, also with the controls: other masks, or the words alone."""
     runs = defaultdict(list)  # (arm, how it was asked): the rows of each seed
     for line in results:
         for asked, rows in line["evaluations"].items():
             runs[line["arm"], asked].append(rows)
-
     print("Exact match in %: means of the seeds, and the lowest and highest of them\n")
-    print_row(["arm", "asked with", "seeds", *KINDS, "about regions"])
-    print_row(["---"] * (4 + len(KINDS)))
-    for name, arm in ARMS.items():
-        for asked in arm.asks:
-            seeds, column = runs[name, asked], "outline" if arm.masks == "outline" else "exact"
-            kinds = [f"{statistics.mean(percents(seeds, kind, column)):.1f}" for kind in KINDS]
-            total = summary(percents(seeds, "about regions", column))
-            print_row([name, asked, len(seeds), *kinds, total])
-
-    print("\nThe same models, asked about regions with other masks or with the words alone\n")
-    columns = [*CONTROLS, "constant"]
-    print_row(["arm", *columns])
-    print_row(["---"] * (1 + len(columns)))
-    for name, arm in ARMS.items():
-        if arm.controls:
-            seeds = runs[name, "all masks"]
-            print_row([name, *(summary(percents(seeds, "about regions", column)) for column in columns)])
+    head = ["arm", "asked with", "seeds", *KINDS, "about regions", *CONTROLS, "constant"]
+    print(" | ".join(head))
+    print(" | ".join("---" for _ in head))
+    for (name, asked), seeds in runs.items():
+        column = "outline" if ARMS[name].masks == "outline" else "exact"
+        cells = [summary(percents(seeds, kind, column)) for kind in (*KINDS, "about regions")]
+        cells += [summary(percents(seeds, "about regions", control)) for control in (*CONTROLS, "constant")]
+        print(" | ".join([name, asked, str(len(seeds)), *cells]))
     minutes = sum(line["seconds"] for line in results) / 60
     print(f"\n{len(results)} runs, which took {minutes:.0f} minutes in sum")
 
@@ -180,7 +168,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     args = parser.parse_args()
     for world in ("toy", "small"):
-        if not (args.folder / world / "bench_q.json").exists():  # the file that is written last
+        if not (args.folder / world / "test.json").exists():  # the file that is written last
             shapes.write_world(args.folder / world, 600, 60, small=world == "small")
     done = {(line["arm"], line["seed"]) for line in train.read_jsonl(args.folder / "results.jsonl")}
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
@@ -189,7 +177,7 @@ def main():
         runs = [(name, seed) for name in ARMS for seed in range(SEEDS) if (name, seed) not in done]
         for future in [pool.submit(run, args.folder, *pair) for pair in runs]:
             future.result()
-    print_tables(train.read_jsonl(args.folder / "results.jsonl"))
+    print_table(train.read_jsonl(args.folder / "results.jsonl"))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@ another number. A texture drifts over the blocks, so that the encoders have moti
 P and B frames.
 """
 
-import json
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
-from pycocotools import mask as coco_mask
 
 HEIGHT, WIDTH, BITS, RATE = 64, 128, 8, 24
 
@@ -184,37 +180,3 @@ def remux(sources, target, changes={}, without=()):  # noqa: B006
                 new.mux(copy)
             taken += len(packets)
     return Path(target)
-
-
-# ---- the benchmarks' clip ----
-def write_bench(folder):
-    """10 s of 720p video, a textured scene that the camera pans over, and a disc with 8 masks."""
-    rng, (height, width), num_frames = np.random.default_rng(0), (720, 1280), 300
-    noise = [Image.fromarray(rng.integers(0, 256, (2000 // s, 2000 // s, 3), np.uint8)) for s in (4, 16, 64)]
-    layers = [np.asarray(layer.resize((2000, 2000)), np.float32) for layer in noise]
-    scene = np.mean(layers, axis=0).astype(np.uint8)
-    y, x = np.mgrid[:height, :width]
-
-    def disc(k):
-        return (y - 360 - 150 * np.sin(k / 40)) ** 2 + (x - 200 - 3 * k) ** 2 < 110**2
-
-    def picture(k):
-        shown, inside = scene[k : k + height, 2 * k : 2 * k + width].copy(), disc(k)
-        shown[inside] = 255 - shown[inside] // 2
-        return shown
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_video(folder / "clip.mp4", pictures=[picture(k) for k in range(num_frames)], rate=30)
-    masks = {}
-    for k in range(20, num_frames, 37):
-        rle = coco_mask.encode(np.asfortranarray(disc(k), dtype=np.uint8))
-        masks[str(k)] = {"segmentation": rle | {"counts": rle["counts"].decode()}}
-    question = {"from": "human", "value": "What is <region> doing?"}
-    turns = [question, {"from": "gpt", "value": "It moves to the right."}]
-    sample = {"id": 0, "video": "clip.mp4", "conversations": turns, "annotation": [masks]}
-    (folder / "data.json").write_text(json.dumps([sample]))
-
-
-if __name__ == "__main__":
-    write_bench(sys.argv[1])

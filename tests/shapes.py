@@ -1,11 +1,8 @@
 """A toy world: clips of moving coloured shapes, and questions that only the mask can answer.
 
-    python tests/shapes.py DIR          # writes DIR/videos, images, train.json, test.json, bench_q.json
+    python tests/shapes.py DIR          # writes DIR/videos, images, train.json, test.json
     python tests/shapes.py DIR --small  # the same, but objects of 16 to 22 pixels in frames of 384 x 384
     python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
-
-bench_q.json asks the questions of test.json in the form of VideoRefer-Bench-Q. The tiny model never saw
-options, so it does not answer these.
 
 --new-kind is for teaching a model something new, as with adapters. From new.json alone it would learn the new
 kind and forget others:
@@ -42,7 +39,6 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), 
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = {"black": (0, 0, 0), "brown": (90, 50, 20), "navy": (20, 25, 100)}
-RELATIONS = ("left", "right", "above", "below")
 SPEED = 5  # pixels a frame
 RADIUS = (12, 15)
 SMALL_SCALE, SMALL_RADIUS = 4, (2, 2.75)  # --small: a radius of 8 to 11 pixels, drawn at this scale
@@ -152,7 +148,7 @@ ASK = {
 
 
 def relation(a, b, frames):
-    """Returns where a is, seen from b, as in RELATIONS, or None unless one is clearly right on all frames."""
+    """Returns where a is, seen from b: left, right, above or below; None unless it is clear on all frames."""
     answers = set()
     for f in frames:
         dx, dy = (a["path"][f][i] - b["path"][f][i] for i in (0, 1))
@@ -204,27 +200,6 @@ def entry(rng, media, scale, asked, frames, later_format=False):
     return sample
 
 
-def bench_q_entry(rng, sample, question):
-    """Returns a test sample's question as multiple choice, in the format of VideoRefer-Bench-Q.json.
-
-    The masks are the sample's own, so that eval.py must find the same answers in both files.
-    """
-    kind, text, answer, pointed = question
-    answers = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "relation": RELATIONS}
-    options = rng.sample(list(answers[kind]), 4)
-    lettered = [f"({letter}) {option}" for letter, option in zip("ABCD", options)]
-    for object_index in range(len(pointed)):
-        text = text.replace("<region>", f"<object{object_index}><REGION>", 1)
-    same = {key: sample[key] for key in ("video", "annotation", "height", "width") if key in sample}
-    return same | {
-        "Question": text.replace("<REGION>", "<region>"),
-        "type": kind,
-        "options": lettered,
-        "Answer": lettered[options.index(answer)],
-        "frame_idx": str(ANNOTATED[1]),
-    }
-
-
 # ---- the world ----
 def write_clip(rng, folder, name, small):
     """Writes videos/NAME.mp4 and two of its frames as images/NAME-FRAME.png.
@@ -270,7 +245,7 @@ def write_world(folder, train_clips, test_clips, small=False, new_kind=None):
     folder = Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    train, new, test, bench = [], [], [], []
+    train, new, test = [], [], []
     rng = random.Random(0)
     for i in range(train_clips):
         clip = objects, scale, video, _, _ = write_clip(rng, folder, f"train{i:04}", small)
@@ -284,9 +259,8 @@ def write_world(folder, train_clips, test_clips, small=False, new_kind=None):
         objects, scale, video, _, background = write_clip(rng, folder, f"test{i:04}", small)
         for question in questions(rng, objects, ANNOTATED, [*ASK, *ASK]):
             test.append(entry(rng, video, scale, [question], ANNOTATED) | {"type": question[0]})
-            bench.append(bench_q_entry(rng, test[-1], question))
         test.append(entry(rng, video, scale, [background], ()) | {"type": "background"})
-    files = {"train": train, "test": test, "bench_q": bench} | ({"new": new} if new_kind else {})
+    files = {"train": train, "test": test} | ({"new": new} if new_kind else {})
     for name, samples in files.items():
         lines = [json.dumps({"id": i} | sample) for i, sample in enumerate(samples)]
         (folder / f"{name}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")

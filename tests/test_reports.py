@@ -105,9 +105,6 @@ def test_masks_that_are_pictures(tmp_path):
             evaluation.read_object([f"{tmp_path}/{pointed}"], info)
 
 
-# ---- data files ----
-
-
 # ---- models ----
 def test_configs_that_cannot_be_trained_are_one_error(changed, checkpoint, tmp_path):
     """Before anything is loaded. The error names the key."""
