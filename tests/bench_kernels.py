@@ -28,16 +28,6 @@ FRAMES, SIDE, D = (64, 27, 3584) if GPU else (8, 12, 512)
 REGIONS = 2  # on a frame
 
 
-def make_masks():
-    """Returns float32 (frames * regions, side, side) of 0 and 1: scattered squares of 1/8 to 8/8 side."""
-    masks = torch.zeros(FRAMES * REGIONS, SIDE, SIDE)
-    for r, mask in enumerate(masks):
-        size = max(1, SIDE * (1 + r % 8) // 8)
-        y, x = r * 7 % (SIDE - size + 1), r * 11 % (SIDE - size + 1)
-        mask[y : y + size, x : x + size] = 1
-    return masks.to(DEVICE)
-
-
 def median_ms(call):
     if GPU:
         from triton.testing import do_bench  # clears the GPU's cache before each call
@@ -47,7 +37,9 @@ def median_ms(call):
 
 
 def main():
-    masks = make_masks()
+    sizes = (1 + torch.arange(FRAMES * REGIONS) % 8) * SIDE // 8
+    inside = torch.arange(SIDE) < sizes[:, None]  # (regions, SIDE)
+    masks = (inside[:, :, None] & inside[:, None]).float().to(DEVICE)  # squares of 1/8 to 8/8 of the side
     features = torch.randn(FRAMES * SIDE**2, D, device=DEVICE, dtype=DTYPE).requires_grad_()
     frame_start = torch.arange(FRAMES, device=DEVICE).repeat_interleave(REGIONS) * SIDE**2
     weight_start = torch.arange(len(masks) + 1, device=DEVICE) * SIDE**2

@@ -90,9 +90,8 @@ def make_steps(folder, sides, processor, has_regions):
         mask = box(*rng.integers(height // 2, size=2).tolist(), width // 4, height // 4)
         regions = [dict.fromkeys(frames, mask)] if media and has_regions else []
         answer = " ".join(rng.choice(WORDS.split(), rng.integers(10, 120)))
-        entries.append(
-            sample("What is <region> ?" if regions else "What is this ?", answer, *regions, **media)
-        )
+        question = "What is <region> ?" if regions else "What is this ?"
+        entries.append(sample(question, answer, *regions, **media))
     dataset = data.ReferringDataset(data.read_samples(write_json(f"{folder}/data.json", entries)), processor)
     order = train.Order(len(dataset), BATCH, STEPS, 0, 0, 1)
     steps = [[*train.micro_batches_of([keys], MICRO_BATCH)] for keys in order]

@@ -14,6 +14,7 @@ them with different answers. Right: all test questions about objects, of every c
 import argparse
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,15 +61,12 @@ def choose_pairs(questions):
     """Returns {kind: (index, index)}: two questions about one clip, as the rule above says."""
     pairs, shown = {}, set()
     for kind in KINDS:
-        first = {}  # clip: the index of its first question of this kind
-        for i, question in enumerate(questions):
-            clip = question.get("video")
-            if question["type"] != kind or clip in shown:
-                continue
-            j = first.setdefault(clip, i)
-            if question["answer"] != questions[j]["answer"]:
-                pairs[kind] = j, i
-                shown.add(clip)
+        asked = [i for i, q in enumerate(questions) if q["type"] == kind and q["video"] not in shown]
+        for i, j in combinations(asked, 2):
+            one, two = questions[i], questions[j]
+            if one["video"] == two["video"] and one["answer"] != two["answer"]:
+                pairs[kind] = i, j
+                shown.add(one["video"])
                 break
     return pairs
 

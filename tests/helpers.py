@@ -40,8 +40,7 @@ class Program:
 
     def __init__(self, command, ranks=1, folder=None, **environment):
         program, *arguments = shlex.split(command)
-        folder_of_logs = Path(get_temp_dir())
-        self.logs = [folder_of_logs / f"{time.monotonic_ns()}" for _ in range(ranks)]
+        self.logs = [Path(get_temp_dir(), f"{time.monotonic_ns()}") for _ in range(ranks)]
         if ranks > 1:
             with socket.create_server(("localhost", 0)) as free:
                 environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}

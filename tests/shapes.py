@@ -4,8 +4,7 @@
     python tests/shapes.py DIR --small  # the same, but objects of 16 to 22 pixels in frames of 384 x 384
     python tests/shapes.py DIR --new-kind relation  # the same, but only DIR/new.json asks where objects are
 
---new-kind is for teaching a model something new, as with adapters. From new.json alone it would learn the new
-kind and forget others:
+--new-kind is for teaching a model something new, as with adapters, and from both files, or it would forget:
 
     python train.py --data DIR/train.json --out DIR/before
     python train.py --data DIR/new.json DIR/train.json --model DIR/before/final --train lora --lr 1e-3 \\
@@ -15,11 +14,8 @@ kind and forget others:
 
 Every clip shows four objects: each colour, each shape and each direction of motion occurs once, dealt at
 random. The picture as a whole therefore says nothing about any question, and a model that ignores the mask is
-right one time in four. Train and test use different clips.
-
-The data files also exercise every format that data.py reads: all five kinds of sample, samples of text alone,
-and masks in every accepted form (compressed and uncompressed RLE, one polygon, several polygons, another
-resolution, null and absent frames, under the keys `annotation` and `masks`).
+right one time in four. Train and test use different clips. The data files hold samples of all kinds, and
+masks in every form that data.py reads.
 """
 
 import argparse
@@ -268,9 +264,8 @@ def write_world(folder, train_clips, test_clips, small=False, new_kind=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder")
     parser.add_argument("--train-clips", type=int, default=600)
     parser.add_argument("--test-clips", type=int, default=60)

@@ -128,9 +128,9 @@ def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media, 
             picture = np.asarray(Image.open(media / f"{name}/{k}.png"))
             mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, 96, 96)))
             Image.fromarray(outlined(picture, mask, RED)).save(tmp_path / f"{name}{k}.png")
-        return [
-            str(tmp_path / f"{name}{k}.png" if k in masks else media / f"{name}/{k}.png") for k in range(8)
-        ]
+        frames = {k: media / f"{name}/{k}.png" for k in range(8)}
+        frames |= {k: tmp_path / f"{name}{k}.png" for k in masks}
+        return [str(path) for path in frames.values()]
 
     in_red = json.loads(json.dumps(turns).replace("<region>", "the object outlined in red"))
     in_red = [{"conversations": in_red, "video": drawn("a", mine)}]
@@ -357,23 +357,20 @@ def test_only_the_same_run_is_resumed(evaluate, tmp_path):
     def open_run(command):
         evaluation.open_run(evaluation.parse(command.split()))
 
-    def begin(command):
-        shutil.rmtree(out, ignore_errors=True)
-        open_run(command)
-
-    for first, second in (
-        (command, f"data {two} {one} {options}"),
-        (command, f"{command} --media {tmp_path}"),
-        (command, f"{command} --max-new-tokens 3"),
-        (bench, f"bench-d {one} {options}"),
-        (bench, f"{bench} --mode multi"),
+    for first, second, edited in (
+        (command, f"data {two} {one} {options}", None),
+        (command, f"{command} --media {tmp_path}", None),
+        (command, f"{command} --max-new-tokens 3", None),
+        (command, command, two),
+        (command, command, weights),
+        (bench, f"bench-d {one} {options}", None),
+        (bench, f"{bench} --mode multi", None),
     ):
-        begin(first)
-        assert "--out" in refused(open_run, second), second
-    for edited in (two, weights):
-        begin(command)
-        os.utime(edited, (1, 1))
-        assert "--out" in refused(open_run, command), edited
+        shutil.rmtree(out, ignore_errors=True)
+        open_run(first)
+        if edited:
+            os.utime(edited, (1, 1))
+        assert "--out" in refused(open_run, second), (second, edited)
     write_json(tmp_path / "full/notes.json", "a folder with anything else")
     assert "--out" in refused(evaluate, "data", entries, "", "full")
 

@@ -98,15 +98,10 @@ def test_grad_checkpoint_computes_each_layer_twice(mixed, tmp_path):
     """Counted by torch's hook in an MLP of each of the 2 + 3 layers."""
     counts = []
     for options in ([], ["--grad-checkpoint"]):
-        seen = []
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _, seen=seen: seen.append(type(module).__name__)
-        )
-        out = ["--out", str(tmp_path / f"{len(options)}"), "--data", str(mixed)]
-        try:
+        seen, out = [], ["--out", str(tmp_path / f"{len(options)}"), "--data", str(mixed)]
+        hook = torch.nn.modules.module.register_module_forward_pre_hook
+        with hook(lambda module, _, seen=seen: seen.append(type(module).__name__)):
             train.train(train.parse([*out, *options, *STEPS.split(), "--steps", "1"]))
-        finally:
-            hook.remove()
         counts.append(seen.count("Qwen3VLTextMLP") + seen.count("Qwen3VLVisionMLP"))
     assert counts == [2 + 3, 2 * (2 + 3)]
 

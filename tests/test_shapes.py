@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import product
 
 import numpy as np
 import shapes
@@ -13,16 +14,13 @@ import model as models
 
 def test_every_form_of_mask_lies_over_the_drawn_object():
     """Truth: the pixels that carry the object's colour in the picture."""
-    for shape in shapes.SHAPES:
-        for form in shapes.FORMS:
-            for scale in (1, 4):
-                obj = {"colour": "red", "shape": shape, "r": 13.3 / scale, "path": [(40.2, 51.7)]}
-                drawn = shapes.draw([obj], "black", 0, scale)[:, :, 0] > 115
-                side = 96 * scale
-                mask = data.decode_mask(shapes.segmentation(obj, 0, form, scale), side, side)
-                covered = data.coverage(mask, side, side)
-                assert covered[drawn].sum() > 0.93 * drawn.sum(), (shape, form, scale)
-                assert covered[~drawn].sum() < 0.12 * drawn.sum(), (shape, form, scale)
+    for shape, form, scale in product(shapes.SHAPES, shapes.FORMS, (1, 4)):
+        obj = {"colour": "red", "shape": shape, "r": 13.3 / scale, "path": [(40.2, 51.7)]}
+        drawn, side = shapes.draw([obj], "black", 0, scale)[:, :, 0] > 115, 96 * scale
+        mask = data.decode_mask(shapes.segmentation(obj, 0, form, scale), side, side)
+        covered = data.coverage(mask, side, side)
+        assert covered[drawn].sum() > 0.93 * drawn.sum(), (shape, form, scale)
+        assert covered[~drawn].sum() < 0.12 * drawn.sum(), (shape, form, scale)
 
 
 def test_the_picture_without_the_mask_decides_nothing(toy):
@@ -79,14 +77,3 @@ def test_the_same_seed_gives_the_same_files(toy, tmp_path):
         assert (tmp_path / "fewer" / file).read_bytes() == (toy / file).read_bytes()
     lines = (toy / "test.json").read_text().splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == json.loads("\n".join(lines))
-
-
-def test_a_new_kind_is_asked_in_a_file_of_its_own(tmp_path):
-    """What --new-kind leaves out of train.json, new.json asks about the same clips; test.json asks it all."""
-    shapes.write_world(tmp_path, train_clips=3, test_clips=1, new_kind="direction")
-    train, new, test = ((tmp_path / f"{name}.json").read_text() for name in ("train", "new", "test"))
-    asked = [turn["value"] for entry in json.loads(new) for turn in entry["conversations"][::2]]
-    assert len(asked) == 3 * 4 and all("Which way does <region> move?" in question for question in asked)
-    assert "Which way" not in train and "Which way" in test
-    for kind in ("What colour is <region>", "What shape", "Where is", "background"):
-        assert kind in train and kind not in new
