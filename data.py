@@ -79,7 +79,7 @@ class Sample:
      "annotation": [{"36": {"segmentation": ...}}]}  # of each <region> tag: frame index -> RLE or polygons
     """
 
-    place: tuple[str, str]  # (file, sample name): how an error names this sample
+    place: tuple[str, ...]  # how an error names this sample: file and sample, or the media
     id: object
     media: str | tuple[str, ...] | None  # path of a file or folder, or paths of frames; None: text only
     turns: list[tuple[str, str]]  # (question, answer); the first question holds the media tag
@@ -99,7 +99,12 @@ def read_samples(paths, media=None):
 
 # ---- masks ----
 def decode_mask(segmentation, height, width):
-    """Decodes COCO RLE (compressed or a list of runs), or one or more polygons, to uint8 (H, W) of 0 and 1.
+    """Decodes a segmentation, as to_rle takes it, to uint8 (H, W) of 0 and 1. Raises DataError."""
+    return coco_mask.decode(to_rle(segmentation, height, width))
+
+
+def to_rle(segmentation, height, width):
+    """Checks COCO RLE (compressed or a list of runs), or one or more polygons. Returns pycocotools' RLE.
 
     height, width: the frame, in pixels, on which polygons are drawn. RLE may have another resolution of the
     same shape, which the mask then has, too. Everything is checked first, because pycocotools decodes runs
@@ -114,7 +119,7 @@ def decode_mask(segmentation, height, width):
         expect(valid, "counts: a string, or a list of run lengths, whole numbers from 0", counts)
         h, w = size
         expect(sum(runs) == h * w, f"run lengths that sum to {h} * {w} = {h * w}", sum(runs))
-        return coco_mask.decode(coco_mask.frPyObjects({"size": size, "counts": runs}, h, w))
+        return coco_mask.frPyObjects({"size": size, "counts": runs}, h, w)
     expect(isinstance(segmentation, list) and segmentation, "RLE or polygons", segmentation)
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
     for polygon in polygons:
@@ -129,7 +134,7 @@ def decode_mask(segmentation, height, width):
     numbers = [number for polygon in polygons for number in polygon]
     is_share = max(numbers) <= 1 and any(number % 1 for number in numbers)
     expect(not is_share, "polygons in pixels", f"numbers up to {max(numbers)}")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def window(mask, sides, height, width):
@@ -144,11 +149,13 @@ def window(mask, sides, height, width):
     # The pixels of the frame that the box touches.
     top, bottom = top * height // rows, math.ceil(bottom * height / rows)
     left, right = left * width // columns, math.ceil(right * width / columns)
-    side, part = sides * max(bottom - top, right - left), []
-    for twice_center, limit in ((top + bottom, height), (left + right, width)):
+    side = sides * max(bottom - top, right - left)
+    part = []
+    for start, end, limit in ((top, bottom, height), (left, right, width)):
         length = min(side, limit)
-        start = min(max((twice_center - length) // 2, 0), limit - length)
-        part += [start, start + length]
+        first = (start + end - length) // 2  # so that both have one centre
+        first = min(max(first, 0), limit - length)
+        part += [first, first + length]
     return tuple(part)
 
 
@@ -165,8 +172,9 @@ def coverage(mask, gh, gw, part=None, size=None):
     rows = _overlap(gh, top, bottom, height, mask.shape[0])
     columns = _overlap(gw, left, right, width, mask.shape[1])
     area = (bottom - top) * (right - left) * mask.size / (height * width)  # of part, in the mask's pixels
+    # The mask's bounding box, outside of which it adds nothing.
     top, bottom, left, right = mask_bounds(mask)
-    inside = torch.from_numpy(mask[top:bottom, left:right]).float()  # the rest of the mask adds nothing
+    inside = torch.from_numpy(mask[top:bottom, left:right]).float()
     rows, columns = rows[:, top:bottom], columns[:, left:right]
     pixels = (rows.float() @ inside).double() @ columns.T  # (gh, gw), the pixels of the mask in each cell
     return (pixels * (gh * gw / area)).clip(0, 1).float().numpy()
@@ -225,6 +233,7 @@ EMPTY_SAMPLE = {
     "labels": np.full(1, IGNORE_INDEX),  # (L,)
     "position_ids": np.zeros((3, 1), np.int64),  # (3, L): time, row and column
     # The media in the prompt.
+    "info": None,  # their MediaInfo
     "kind": None,  # "image", "video", or None
     "media_prompt": "",  # the text that stands for them
     "prompt_grid": None,  # (time, rows, columns) in patches
@@ -254,8 +263,8 @@ class View(NamedTuple):
 class ReferringDataset(Dataset):
     """Samples as token ids, patches and coverage. Keys are (epoch, sample index) pairs.
 
-    dataset[epoch, i] depends on (seed, epoch, i) alone, except after time-outs. A sample that cannot be used
-    comes back as its DataError; raised, it would end the worker.
+    dataset[epoch, i] depends on (seed, epoch, i) alone. A sample that cannot be used comes back as its
+    DataError; raised, it would end the worker. (Whether one takes too long depends on the machine.)
 
     processor: a model.Processor. single_frame: the probability that an object is cut to one random annotated
     frame (the paper trains on a mix of both modes). cache_bytes: memory for decoded frames.
@@ -281,20 +290,20 @@ class ReferringDataset(Dataset):
 
         for_generation: stop where the last answer would begin.
         """
-        with within(*sample.place):
+        with within(*sample.place), time_limit(media_name(sample.media)):
             encoded = EMPTY_SAMPLE | {"id": sample.id}
             if sample.media:
                 encoded |= self._encode_media(sample, rng)
-            prompt = encoded["media_prompt"], encoded["region_tokens"]
-            ids, labels = self.processor.encode(sample.turns, *prompt, for_generation)
-            grid = encoded["kind"], encoded["prompt_grid"], encoded["seconds_per_pair"]
-            positions = self.processor.positions(ids, *grid)
+            text, tokens = encoded["media_prompt"], encoded["region_tokens"]
+            ids, labels = self.processor.encode(sample.turns, text, tokens, for_generation)
+            kind, grid = encoded["kind"], encoded["prompt_grid"]
+            positions = self.processor.positions(ids, kind, grid, encoded["seconds_per_pair"])
         return encoded | {"input_ids": ids, "labels": labels, "position_ids": positions}
 
     def _encode_media(self, sample, rng):
         """Returns the fields of an encoded sample that show its image or video, and its objects."""
         media, processor = self.media_of(sample), self.processor
-        info, pair, patch = media.info, processor.temporal_patch_size, processor.patch_size
+        info, depth, patch = media.info, processor.temporal_patch_size, processor.patch_size
 
         # The regions: where they are in which view.
         objects = self.choose_objects(sample, info, rng)
@@ -316,9 +325,10 @@ class ReferringDataset(Dataset):
         stills = list(dict.fromkeys(stills))  # each once
         pictures = self._read_pictures(sample.media, media, in_prompt + views)
         encoded = {
+            "info": info,
             "kind": "image" if info.is_image else "video",
-            "prompt_grid": (math.ceil(len(sampled) / pair), size[0] // patch, size[1] // patch),
-            "still_patches": [processor.still_patches(pictures[view]) for view in stills],
+            "prompt_grid": (math.ceil(len(sampled) / depth), size[0] // patch, size[1] // patch),
+            "still_patches": [processor.patches(pictures[view][None], 1) for view in stills],
             "still_grids": [(view.size[0] // patch, view.size[1] // patch) for view in stills],
             "coverage": coverages,
             "boxes": boxes,
@@ -331,32 +341,23 @@ class ReferringDataset(Dataset):
             return encoded | {"media_prompt": processor.image_prompt(cells)}
         return encoded | {
             "media_prompt": processor.video_prompt([media.times[frame] for frame in sampled], cells),
-            "video_patches": processor.video_patches(np.stack([pictures[view] for view in in_prompt])),
+            "video_patches": processor.patches(np.stack([pictures[view] for view in in_prompt]), depth),
             # Qwen2.5-VL spaces its position ids by this, as its own processor counts it.
-            "seconds_per_pair": pair * info.num_frames / (len(sampled) * info.fps),
+            "seconds_per_pair": depth * info.num_frames / (len(sampled) * info.fps),
         }
 
     def choose_objects(self, sample, info, rng):
         """Returns the masks used of each object: {frame: uint8 (H, W)} in order of time, none empty."""
-        return [self._choose_masks(sample, i, info, rng) for i in range(len(sample.objects))]
-
-    def _choose_masks(self, sample, i, info, rng):
-        is_single, frames = rng.random() < self.single_frame, sorted(sample.objects[i])
-        with within(f"object {i}"):  # whichever frames are drawn
-            most = f"frame indices below {info.num_frames}, the number of frames"
-            expect(frames[-1] < info.num_frames, most, frames[-1])
-        while True:
-            if is_single:
-                chosen = [frames[rng.integers(len(frames))]]
-            else:
-                chosen = evenly(frames, self.settings.region_frames)
-            masks = {frame: mask_on(frame, sample, i, info) for frame in chosen}
-            if all(mask.any() for mask in masks.values()):
-                return masks
-            # An empty mask says that the object is hidden. Choose anew among the frames where it is visible.
-            frames = [frame for frame in frames if mask_on(frame, sample, i, info).any()]
+        objects = []
+        for i, segmentations in enumerate(sample.objects):
             with within(f"object {i}"):
-                expect(frames, "a mask that is not empty on at least one frame", sorted(sample.objects[i]))
+                visible = visible_masks(segmentations, info, sample.size or (info.height, info.width))
+            frames = [*visible]
+            is_single = rng.random() < self.single_frame
+            chosen = [frames[rng.integers(len(frames))]] if is_single else frames
+            chosen = evenly(chosen, self.settings.region_frames)
+            objects.append({frame: coco_mask.decode(visible[frame]) for frame in chosen})
+        return objects
 
     def region_view(self, frame, mask, info):
         """Returns the View that is encoded for a region frame, and the coverage of its cells (gh, gw)."""
@@ -372,8 +373,7 @@ class ReferringDataset(Dataset):
         """Returns the opened media of a sample (see open_media)."""
         media = self.cache.get(sample.media)
         if media is None:
-            with time_limit(media_name(sample.media)):
-                media = self._keep(sample.media, open_media(sample.media))
+            media = self._keep(sample.media, open_media(sample.media))
         if sample.size is not None:
             check_same_shape(sample.size, (media.info.height, media.info.width), "height and width")
         return media
@@ -382,10 +382,7 @@ class ReferringDataset(Dataset):
         """Returns {view: uint8 (*view.size, 3)}. A frame is decoded once for all its views."""
         pictures = {view: self.cache.get((path, view)) for view in views}
         missing = [view for view in pictures if pictures[view] is None]
-        frames = {}
-        if missing:
-            with time_limit(media_name(path)):
-                frames = media.read({view.frame for view in missing})
+        frames = media.read({view.frame for view in missing}) if missing else {}
         for view in missing:
             top, bottom, left, right = view.part
             part = Image.fromarray(frames[view.frame][top:bottom, left:right])
@@ -404,11 +401,18 @@ class ReferringDataset(Dataset):
         return value
 
 
-def mask_on(frame, sample, object_index, info):
-    """The mask of an object on an annotated frame: uint8 (H, W), at its own resolution."""
-    with within(f"object {object_index}", f"frame {frame}"):
-        size = sample.size or (info.height, info.width)
-        return decode_mask(sample.objects[object_index][frame], *size)
+def visible_masks(segmentations, info, size):
+    """Checks all masks of an object. Returns {frame: RLE} in order of time, without empty ones (hidden)."""
+    frames, visible = sorted(segmentations), {}
+    most = f"frame indices below {info.num_frames}, the number of frames"
+    expect(frames[-1] < info.num_frames, most, frames[-1])
+    for frame in frames:
+        with within(f"frame {frame}"):
+            rle = to_rle(segmentations[frame], *size)
+        if coco_mask.area(rle):
+            visible[frame] = rle
+    expect(visible, "a mask that is not empty on at least one frame", frames)
+    return visible
 
 
 def evenly(items, most):
@@ -427,10 +431,9 @@ def collate(samples, processor, for_generation=False):
     tokens, O objects, R region frames, M cells of all region frames.
 
         errors           for each of the given samples its DataError or None
-        ids, num_tokens  list of B; int, without padding
+        ids              list of B
         input_ids        int64 (1, L), or (B, L) for generation
         position_ids     int64 (3, 1, L) or (3, B, L): time, row and column, as the backbone counts them
-        next_position    int64 (B, 1), the position of the token that comes after each sample
         attention        which tokens see each other, as the LLM's keyword arguments
         target_index     int64 (S,), where the next token is supervised; not for generation, as
         targets          int64 (S,), these next tokens
@@ -461,16 +464,16 @@ def collate(samples, processor, for_generation=False):
     patches = [samples[row]["still_patches"][i] for row, i in stills]
     grids = [(1, *samples[row]["still_grids"][i]) for row, i in stills]
     grids += [video["prompt_grid"] for video in videos]
-    cell = processor.merge_size**2  # patches
+    patches_of_cell = processor.merge_size**2
     if not grids:
         # The tower runs even without media, then for one black cell, because ranks wait for each other.
-        patches = [np.zeros((cell, 3 * processor.patch_size**2), np.uint8)]
+        patches = [np.zeros((patches_of_cell, 3 * processor.patch_size**2), np.uint8)]
         grids = [(1, processor.merge_size, processor.merge_size)]
     batch["still_patches"] = _concatenate(patches, np.uint8)
     batch["video_patches"] = _concatenate([video["video_patches"] for video in videos], np.uint8)
     batch["tower"] = processor.tower_indices(grids)
-    starts = [0, *accumulate(len(still) // cell for still in patches)]  # of stills, in cells
-    image_cells, video_cells = starts[len(images)], len(batch["video_patches"]) // cell
+    starts = [0, *accumulate(len(still) // patches_of_cell for still in patches)]  # of stills, in cells
+    image_cells, video_cells = starts[len(images)], len(batch["video_patches"]) // patches_of_cell
     batch["cell_counts"] = [image_cells, starts[-1] - image_cells, video_cells]
 
     start_of = dict(zip(stills, starts))
@@ -500,22 +503,20 @@ def _join_tokens(samples, processor, for_generation):
     """Returns the part of the batch that is made of tokens: rows that are padded on the left, or one row."""
     ids = [torch.from_numpy(sample["input_ids"]) for sample in samples]
     positions = [torch.from_numpy(sample["position_ids"]) for sample in samples]
-    lengths = [len(row) for row in ids]
-    joined = {
-        "num_tokens": sum(lengths),
-        "next_position": torch.tensor([[row[0, -1] + 1] for row in positions]),  # a sample ends in text
-    }
     if for_generation:
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
-        joined["input_ids"] = pad(ids, padding_value=processor.config.vision_start_token_id)  # is not seen
-        joined["position_ids"] = pad([row.T for row in positions]).permute(2, 0, 1)
-        joined["attention"] = {"attention_mask": pad([torch.ones_like(row) for row in ids])}
-        return joined
+        return {
+            # Filled up with any id that is no placeholder; the mask hides it.
+            "input_ids": pad(ids, padding_value=processor.config.vision_start_token_id),
+            "position_ids": pad([row.T for row in positions]).permute(2, 0, 1),
+            "attention": {"attention_mask": pad([torch.ones_like(row) for row in ids])},
+        }
+    lengths = [len(row) for row in ids]
     labels = torch.cat([torch.from_numpy(sample["labels"]) for sample in samples])
     # The token before a supervised one predicts it. A sample never begins with a supervised token.
     target_index = labels[1:].ne(IGNORE_INDEX).nonzero()[:, 0]
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return joined | {
+    return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat(positions, dim=1)[:, None],
         "attention": {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sample_lengths": lengths},
@@ -621,9 +622,10 @@ def _find_samples(file):
     Every sample is parsed, so that a syntax error is reported before training starts. The parser gets a part
     of the file as Latin-1, where a character is a byte, so its positions are offsets.
     """
+    # int() would refuse more than 4300 digits by an error of another kind; the values are thrown away.
     decoder = json.JSONDecoder(parse_int=float)
     head = re.match(rb"(?:\xef\xbb\xbf)?\s*(\[?)\s*", file.read(4096))  # UTF-8 may begin with a mark
-    # What stands between two values and behind the last one: white space, and one of these marks.
+    # between: the marks that may stand between two values; last: those behind the last one ("": nothing).
     gap, between, last = re.compile(r"[ \t\r]*(\n?)[ \t\r\n]*"), ["\n"], ["\n", ""]
     if head[1]:
         gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
@@ -643,7 +645,7 @@ def _find_samples(file):
                 is_wrong = after[1] not in (last if is_last else between)
                 # The chunk ends behind it, but not the file: 12 may go on as 123.
                 is_cut = is_last and not is_end
-                if is_wrong or is_cut:
+                if is_wrong or is_cut:  # handled below, as any syntax error is
                     raise json.JSONDecodeError("Expecting the next sample or the end", text, after.end())
                 yield offset + begin, offset + end
                 if is_last:
@@ -710,15 +712,15 @@ def _parse_media(entry, media_folder):
     if value is None:
         return None
     names = value if isinstance(value, list) else [value]  # the later published files write ["a.mp4"]
-    is_list = len(names) > 1
-    expect(names and (key == "video" or not is_list), f"{key}: a path (or several frames of a video)", value)
+    several = len(names) > 1
+    expect(names and (key == "video" or not several), f"{key}: a path (or several frames of a video)", value)
     for name in names:
         expect(isinstance(name, str) and name, f"{key}: one path", name)
         # An image may stand under "video", as in the published example, but not the other way round.
-        valid = is_image_path(name) or (key == "video" and not is_list)
+        valid = is_image_path(name) or (key == "video" and not several)
         expect(valid, f"{key}: a file in {' '.join(IMAGE_SUFFIXES)}", name)
     paths = tuple(os.path.join(media_folder, name) for name in names)
-    return paths if is_list else paths[0]
+    return paths if several else paths[0]
 
 
 def is_image_path(path):
@@ -740,12 +742,11 @@ def _parse_turns(conversations, has_media):
         with within(f"turn {i}"):
             expect(isinstance(turn, dict), "an object with from and value", turn)
             speaker, text = turn.get("from"), turn.get("value")
-            expect(speaker in ("human", "gpt"), "from: human or gpt", speaker)
             expect(isinstance(text, str) and text.strip(), "value: a text that is not empty", text)
             if speaker == "gpt" and not texts:
                 continue  # an answer without a question teaches nothing
             expected = ("human", "gpt")[len(texts) % 2]
-            expect(speaker == expected, f"human and gpt in turn, {expected} as turn {i}", speaker)
+            expect(speaker == expected, f"from: human and gpt in turn, {expected} as turn {i}", speaker)
             expect(not (texts and MEDIA_TAG.search(text)), "a media tag only in the first human turn", text)
             expect(speaker == "human" or REGION_TAG not in text, f"no {REGION_TAG} in an answer", text)
             texts.append(text.strip())
@@ -755,7 +756,7 @@ def _parse_turns(conversations, has_media):
     expect(tags <= 1, "one media tag", texts[0])
     expect(has_media or not tags, "a video or image key for the media tag", texts[0])
     if has_media and not tags:
-        texts[0] = "<video>\n" + texts[0]
+        texts[0] = "<video>\n" + texts[0]  # either tag stands for the sample's media
     return list(zip(texts[0::2], texts[1::2]))
 
 
@@ -830,7 +831,7 @@ def check_same_shape(size, frame_size, name):
 # What libraries raise about files that are missing, broken or of another kind.
 FILE_ERRORS = (OSError, ValueError, RecursionError, av.FFmpegError)
 FILE_ERRORS += (SyntaxError, struct.error, Image.DecompressionBombError)  # PIL
-READ_SECONDS = 120  # for opening a media file, and again for reading frames from it
+READ_SECONDS = 120  # for a sample and its media
 
 
 @contextmanager
@@ -839,7 +840,7 @@ def readable(expected, *places, errors=FILE_ERRORS):
     try:
         with within(*places):
             yield
-    except (DataError, torch.OutOfMemoryError):  # DataError is a ValueError, so it must pass here
+    except (DataError, torch.OutOfMemoryError):  # a ValueError, and a RuntimeError, which may be in errors
         raise
     except errors as error:
         found = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
@@ -850,8 +851,8 @@ def readable(expected, *places, errors=FILE_ERRORS):
 def time_limit(name):
     """Raises DataError if what is done within takes longer than READ_SECONDS.
 
-    A signal does it, which main threads alone receive, and once a call of a library returns: behind it stands
-    the DataLoader's own timeout (train.read_batches).
+    A signal interrupts it. Python delivers signals to the main thread alone, and between calls of libraries.
+    What never returns is left to the DataLoader's timeout (train.read_batches).
     """
 
     def stop(*_):
@@ -874,7 +875,7 @@ def time_limit(name):
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
 SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
-UNKNOWN_FPS = 24.0  # of a folder of images; Qwen3-VL's processor assumes as much for frames without a clock
+UNKNOWN_FPS = 24.0  # of images, and where a file tells no rate; Qwen3-VL's processor assumes the same
 MAX_REORDER = 16  # frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
 A_VIDEO = "a video that FFmpeg can open and decode"
 
@@ -901,17 +902,11 @@ def open_media(path):
     path = os.fspath(path)
     with readable("a media file or a folder of images", path):
         if os.path.isdir(path):
-            files = images_in(path)
-            expect(files, "images in the folder", "none")
+            names = [name for name in os.listdir(path) if is_image_path(name) and not name.startswith(".")]
+            expect(names, "images in the folder", "none")
+            files = [os.path.join(path, name) for name in sorted(names, key=_natural_order)]
             return Images(files, is_image=False)
-        expect(os.path.getsize(path), "a file that is not empty", 0)
     return Images([path], is_image=True) if is_image_path(path) else Video(path)
-
-
-def images_in(folder):
-    """The paths of a folder's images, in natural order."""
-    names = [name for name in os.listdir(folder) if is_image_path(name) and not name.startswith(".")]
-    return [os.path.join(folder, name) for name in sorted(names, key=_natural_order)]
 
 
 def _natural_order(name):
@@ -993,14 +988,14 @@ class Video:
         with readable(A_VIDEO, path):
             with open_video(path) as (container, stream):
                 rate, time_base = stream.guessed_rate or UNKNOWN_FPS, stream.time_base
-                first, self.pts, self.keyframes = list_packets(container, stream)
+                first = next(shown_frames(container, stream), None)
+                expect(first, "at least one frame", "none that decodes")
+            with open_video(path) as (container, stream):
+                self.pts, self.keyframes = list_packets(container, stream, first)
             times = self.pts
             if self.pts is None:
                 with open_video(path) as (container, stream):
-                    frames = shown_frames(container, stream)
-                    first = next(frames, None)
-                    expect(first, "at least one frame", "none that decodes")
-                    times = [first.pts, *(frame.pts for frame in frames)]
+                    times = [frame.pts for frame in shown_frames(container, stream)]
         n = len(times)
         self.times = [k / float(rate) for k in range(n)]
         # Times that fall or are missing (joined files) tell nothing. Rising ones tell more than a rate:
@@ -1009,7 +1004,8 @@ class Video:
             self.times = [float((time - times[0]) * time_base) for time in times]
             rate = (n - 1) / ((times[-1] - times[0]) * time_base)
         height, width = first.height, first.width
-        if lies_down(display_matrix(first)):
+        a, b, _, _ = display_matrix(first)
+        if abs(b) > abs(a):  # it lies down
             height, width = width, height
         self.info = MediaInfo(n, float(rate), height, width, is_image=False)
         self.nbytes = 100 * n  # about what times and pts take
@@ -1036,17 +1032,18 @@ class Video:
             frames = needed_frames(container, stream, needed)
             for k in wanted:
                 keyframe = self.keyframes[bisect_right(self.keyframes, k) - 1]
-                is_first = keyframe > index + MAX_REORDER  # if it is nearer, a seek saves nothing
-                if is_first:
+                has_sought = keyframe > index + MAX_REORDER  # a nearer one is sooner reached by decoding on
+                if has_sought:
                     container.seek(self.pts[keyframe], stream=stream)
                     frames = needed_frames(container, stream, needed)
-                while index < k or is_first:
+                while index < k or has_sought:
                     frame = next(frames, None)
                     index = -1 if frame is None or frame.is_corrupt else index_of.get(frame.pts, -1)
                     # A seek may lead to an earlier keyframe, or (H.264's intra refresh) to other frames.
-                    if index < 0 or (is_first and (index > keyframe or index not in self.keyframes)):
+                    is_elsewhere = index > keyframe or index not in self.keyframes
+                    if index < 0 or (has_sought and is_elsewhere):
                         return pictures
-                    is_first = False
+                    has_sought = False
                 if index == k:
                     pictures[k] = as_displayed(frame)
         return pictures
@@ -1070,17 +1067,12 @@ def display_matrix(frame):
     return [int(numbers[i]) for i in (0, 1, 3, 4)]
 
 
-def lies_down(matrix):
-    a, b, _, _ = matrix
-    return abs(b) > abs(a)
-
-
 def as_displayed(frame):
     """uint8 (H, W, 3) RGB, turned or mirrored as the file says. Pixels that are not square stay so."""
     picture = frame.to_ndarray(format="rgb24", threads=1)
-    a, b, c, d = matrix = display_matrix(frame)
+    a, b, c, d = display_matrix(frame)
     x, y = a, d  # negative: to be mirrored
-    if lies_down(matrix):
+    if abs(b) > abs(a):
         picture, x, y = picture.swapaxes(0, 1), c, b
     return np.ascontiguousarray(picture[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1])
 
@@ -1108,41 +1100,38 @@ def open_video(path):
         yield container, streams[0]
 
 
-def list_packets(container, stream):
-    """Returns (first frame, pts, keyframes) of a Video in which it is safe to seek, else three times None.
+def list_packets(container, stream, first):
+    """Returns (pts, keyframes) of a Video in which it is safe to seek, else twice None.
 
     It is safe if the container stores pts; the file begins with a keyframe, the first frame to be shown; each
     pts occurs once; and all parameter sets are those of the header (where files were joined, there are more).
+    first: the frame that comes out first.
     """
-    counted = None, None, None
+    counted = None, None
     codec, extradata = stream.codec.canonical_name, stream.codec_context.extradata or b""
     if not container.format.name.startswith(("mov,", "matroska,")) or codec not in SEEKABLE_CODECS:
         return counted
-    if codec in ("h264", "hevc") and extradata[:1] != b"\1":  # no NAL units behind their lengths
+    if codec in ("h264", "hevc") and extradata[:1] != b"\1":  # 1: avcC or hvcC. Else there are start codes.
         return counted
-    first, all_pts, shown, keyframe_pts = None, [], [], []
+    all_pts, shown, keyframe_pts = [], [], []
     for packet in container.demux(stream):
         content = bytes(packet)
         is_changed = any(part not in extradata for part in parameter_sets(content, codec, extradata))
         is_odd = packet.is_corrupt or packet.has_sidedata("new_extradata")
         if is_changed or is_odd or not (all_pts or packet.is_keyframe):
             return counted
-        if first is None:
-            try:
-                first = next(iter(packet.decode()), None)
-            except av.error.InvalidDataError:
-                return counted
         if content:  # the last packet is empty: it flushes the decoder
             all_pts.append(packet.pts)
             if not packet.is_discard:  # an edit list hides these
                 shown.append(packet.pts)
                 keyframe_pts += [packet.pts] if packet.is_keyframe else []
-    if first is None or None in all_pts or len(set(all_pts)) < len(all_pts):
+    if None in all_pts or len(set(all_pts)) < len(all_pts):
         return counted
     shown.sort()
-    if all_pts[0] != min(all_pts) or first.pts != shown[0]:
+    if all_pts[0] != min(all_pts) or first.pts != min(shown, default=None):
         return counted
-    return first, shown, sorted({0, *(bisect_right(shown, pts) - 1 for pts in keyframe_pts)})
+    starts = {shown[0], *keyframe_pts}
+    return shown, [k for k, pts in enumerate(shown) if pts in starts]
 
 
 def parameter_sets(content, codec, extradata):

@@ -78,21 +78,23 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
         raise reply
     if preview:
         dataset.samples = [replace(sample, turns=[(question, reply)])]
-        train.preview(dataset, [0], preview, frames_shown=max(1, sum(map(len, objects))))
+        train.preview(dataset, [0], preview, frames_shown=max(1, sum(map(len, objects))))  # all of them
     return reply
 
 
 def look(media, objects, frame, preview):
     """Draws the objects, as ask takes them, in their frames to a PNG file, or one frame if it is given."""
     video, name, tiles = data.open_media(media), data.media_name(media), []
-    frames = set().union(*objects) or {0} if frame is None else {frame}
-    for frame, picture in video.read(frames).items():
+    shown = {frame}
+    if frame is None:
+        shown = set().union(*objects) or {0}
+    for i, picture in video.read(shown).items():
         masks = {}
         for k, of_object in enumerate(objects):
-            with data.within(name, f"object {k}", f"frame {frame}"):
-                if frame in of_object:
-                    masks[k] = data.decode_mask(to_segmentation(of_object[frame]), *picture.shape[:2])
-        tiles.append((f"frame {frame}", picture, masks))
+            with data.within(name, f"object {k}", f"frame {i}"):
+                if i in of_object:
+                    masks[k] = data.decode_mask(to_segmentation(of_object[i]), *picture.shape[:2])
+        tiles.append((f"frame {i}", picture, masks))
     train.draw([(name, tiles)], preview)
 
 
@@ -140,7 +142,8 @@ class Questions(data.ReferringDataset):
             turns = sample.turns[: turn + 1]
             num_regions = sum(question.count(data.REGION_TAG) for question, _ in turns)
             sample = replace(sample, turns=turns, objects=sample.objects[:num_regions])
-            return self.encode(sample, np.random.default_rng((self.seed, i)), for_generation=True)
+            rng = np.random.default_rng((self.seed, i))  # the same for all turns of a conversation
+            return self.encode(sample, rng, for_generation=True)
         except data.DataError as error:
             return error
 
@@ -148,7 +151,7 @@ class Questions(data.ReferringDataset):
         if self.control == "blind":
             sample = without_media(sample)
         if self.control == "outline" and sample.objects:
-            with data.within(*sample.place):
+            with data.within(*sample.place), data.time_limit(data.media_name(sample.media)):
                 sample = self._outlined(sample, rng)
         return super().encode(sample, rng, for_generation)
 
@@ -160,7 +163,7 @@ class Questions(data.ReferringDataset):
                 others = self._masks_on_other_media(sample, rng)
             for k, (frame, mask) in enumerate(masks.items()):
                 if self.control == "full":
-                    masks[frame] = np.ones((1, 1), np.uint8)
+                    masks[frame] = np.ones((1, 1), np.uint8)  # a pixel as large as the frame
                 if self.control == "box":
                     top, bottom, left, right = data.mask_bounds(mask)
                     masks[frame] = np.zeros_like(mask)
@@ -192,8 +195,8 @@ class Questions(data.ReferringDataset):
                 distinct.append(masks)
             k = same[0] if same else len(distinct) - 1
             data.expect(k < len(COLOURS), f"at most {len(COLOURS)} objects to outline", len(sample.objects))
-            in_colour = "{}" if isinstance(self.samples, Bench) else "the object outlined in {}"
-            names.append(in_colour.format(COLOURS[k]))
+            is_named = isinstance(self.samples, Bench)  # whose questions say that it is outlined
+            names.append(COLOURS[k] if is_named else f"the object outlined in {COLOURS[k]}")
         name, turns = iter(names), []
         for question, answer in sample.turns:
             turns.append((re.sub(data.REGION_TAG, lambda tag: next(name), question), answer))
@@ -327,14 +330,11 @@ def read_questions(samples, raise_bad):
 def evaluate(args):
     """Asks the questions of a data file or benchmark, scores the replies, and writes all of it to OUT."""
     is_data = args.command == "data"
-    entries = data.read_samples(args.files, args.media)
-    samples = entries if is_data else Bench(entries, args)
+    samples = data.read_samples(args.files, args.media) if is_data else Bench(args.files, args)
     questions = read_questions(samples, raise_bad=is_data)
     shown = {"num_frames": args.num_frames, "frame_pixels": args.frame_pixels}
     model, processor = load(args.model, args.device, **shown)
-    if processor.changed:
-        train.print0(f"unlike before in {args.model}: {', '.join(processor.changed)}")
-    open_run(args)
+    open_out(args)
     scores = {}
     if is_data:
         for q in questions:  # a tokenizer may compose letters: an answer is compared in the form of a reply
@@ -345,7 +345,7 @@ def evaluate(args):
     columns = {"exact" if is_data else "pred": "none"} | {control: control for control in args.control}
     for column, control in columns.items():
         if not is_data:
-            samples = Bench(entries, args, is_outlined=control == "outline")
+            samples = Bench(args.files, args, is_outlined=control == "outline")
         replies = ask_all(model, Questions(samples, processor, control), questions, args)
         for i, reply in replies.items():
             if isinstance(reply, data.DataError):
@@ -354,7 +354,7 @@ def evaluate(args):
     bad = [q for q in questions if "error" in q]
     if bad and (is_data or len(bad) == len(questions)):
         raise data.DataError(f"{bad[0]['error']} ({len(bad)} of {len(questions)} questions cannot be asked)")
-    for q in bad:  # wrong in all columns, also where a control does without what is bad
+    for q in bad:  # wrong in every column, also where a control (blind) does not need what is missing
         q.update({column: None for column in columns if column in q})
     if train.rank() == 0:
         if is_data:
@@ -371,11 +371,12 @@ def evaluate(args):
         dist.destroy_process_group()
 
 
-def open_run(args):
+def open_out(args):
     """Says in OUT/run.json what is asked. Raises DataError if OUT holds replies to anything else."""
     names = ("command", "model", "media", "mode", "max_new_tokens", "num_frames", "frame_pixels")
     run = {name: getattr(args, name) for name in names} | {"files": []}
-    for path in [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]:  # their order numbers the questions
+    # In the order of the files, because a question is known by its number.
+    for path in [*args.files, *sorted(Path(args.model).glob("[!.]*.*"))]:
         status = os.stat(path)
         run["files"].append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
     old = train.read_jsonl(args.out / "run.json")
@@ -488,25 +489,20 @@ def words(text):
 BENCH_Q = "{} {}. Answer with the option's letter from the given choices directly."
 BENCH_D = "Please give a detailed description of the highlighted object [<region>] in the video."
 # As they ask general models (VideoRefer/benchmark/evaluation_general_mllms.md); <region> becomes the colour.
-OUTLINE_Q = (
-    "I have highlighted an object using a colored mask in the first frame it occurs in the video. {}. "
-)
+OUTLINE_Q = "I have highlighted an object using a colored mask in the first frame it occurs in the video. "
 OUTLINE_D = "I have outlined an object with a <region> contour in the video. "
 OUTLINE_D += "Please describe the object in detail."
 OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
 
 
-class Bench:
-    """The entries of a benchmark as a sequence of samples of one turn, like data.read_samples. is_outlined:
-    with the questions for frames with outlines.
+class Bench(data.Samples):
+    """The entries of a benchmark as samples of one turn. is_outlined: with the questions for frames with
+    outlines.
     """
 
-    def __init__(self, entries, args, is_outlined=False):
-        self.entries, self.args, self.read = entries, args, entries.read
-        self.is_outlined = is_outlined
-
-    def __len__(self):
-        return len(self.entries)
+    def __init__(self, paths, args, is_outlined=False):
+        super().__init__(paths, getattr(args, "media", None))
+        self.args, self.is_outlined = args, is_outlined
 
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
@@ -537,7 +533,7 @@ def with_legend(question):
     names = re.findall(r"(<object\d+>)?<region>", question)
     data.expect(all(names), "Question: <object0> or the like before each <region>", question)
     legend = "; ".join(f"{name}: {data.REGION_TAG}" for name in names)
-    return OUTLINE_Q.format(legend) + question.replace(data.REGION_TAG, "")
+    return f"{OUTLINE_Q}{legend}. " + question.replace(data.REGION_TAG, "")
 
 
 def read_options(entry):
@@ -567,7 +563,7 @@ def score_choices(questions, columns):
 
 def score_file(args):
     """Scores a file of replies to Bench-Q: {"id": ..., "pred": text} for each question, once."""
-    questions = read_questions(Bench(data.read_samples(args.file), args), raise_bad=False)
+    questions = read_questions(Bench([args.file], args), raise_bad=False)
     missing = {json.dumps(q["id"]): q for q in questions}
     data.expect(len(missing) == len(questions), f"{args.file}: each id once", [q["id"] for q in questions])
     lines, columns = data.read_samples(args.predictions), set()
@@ -783,8 +779,8 @@ def parse(argv=None):
         add("--max-new-tokens", type=int, default=128, help="(default: 128)")
         add("--device", default=DEVICE, help="cuda or cpu (default: cuda if there is one)")
         if name == "ask":
-            ask = "with one <region> for each --object, in order (without a question: see --preview)"
-            add("question", nargs="?", help=ask)
+            asked = "with one <region> for each --object, in order (without a question: see --preview)"
+            add("question", nargs="?", help=asked)
             add("--video", "--image", required=True, help="a file, or a folder of frames")
             mask = "a box x,y,w,h, a polygon x,y,x,y,..., a picture (FILE.png; of several objects FILE.png:2)"
             mask += " or, with --track, a click x,y; of an image without FRAME:"

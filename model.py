@@ -19,7 +19,7 @@ each sample. `pack` teaches a backbone to read it.
     processor = load_processor("Qwen/Qwen3-VL-2B-Instruct")  # or a folder that train.py wrote, or "tiny"
     model = load_model("Qwen/Qwen3-VL-2B-Instruct", processor)
     loss = model(batch)  # summed over the supervised tokens
-    answers = model.generate(batch, model.end_token_ids(processor.tokenizer))
+    answers = model.generate(questions, model.end_token_ids(processor.tokenizer))  # a batch for_generation
 """
 
 import copy
@@ -27,6 +27,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from dataclasses import fields
 from functools import partial
 from itertools import chain, groupby
@@ -59,7 +60,7 @@ from kernels import masked_average_pool
 REGION_TOKEN = "<|region_pad|>"  # the placeholder of a region token
 SETTINGS_FILE = "nanorefer.json"  # the data.Settings that a model was trained with
 REGION_WEIGHTS = "region_encoder.safetensors"
-UNREAD_FILES = ("video_preprocessor_config.json", "processor_config.json")  # AutoProcessor reads them
+UNREAD_FILES = ("video_preprocessor_config.json", "processor_config.json")  # kept for AutoProcessor alone
 CHECKPOINT = "training.pt"  # what a run has learned so far, without frozen weights
 LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 
@@ -95,7 +96,6 @@ class Processor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.config, self.settings = config, settings
         self.unread_files = {}  # name: text
-        self.changed = []  # settings that are not those of the model's training, as texts
         vision = config.vision_config
         self.patch_size, self.temporal_patch_size = vision.patch_size, vision.temporal_patch_size
         self.merge_size = vision.spatial_merge_size
@@ -125,20 +125,6 @@ class Processor:
         with torch.device("meta"):
             self.empty_backbone = AutoModel.from_config(config)
         self._check_template()
-
-    @classmethod
-    def from_pretrained(cls, path, settings):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        template = find_file(path, "chat_template.json")  # of older checkpoints, for images and videos
-        if template:
-            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
-        # All families use this class; AutoImageProcessor may choose one that needs torchvision.
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        processor = cls(tokenizer, image_processor, AutoConfig.from_pretrained(path), settings)
-        for name in UNREAD_FILES:
-            if file := find_file(path, name):
-                processor.unread_files[name] = Path(file).read_text()
-        return processor
 
     def save_pretrained(self, folder):
         self.tokenizer.save_pretrained(folder)
@@ -171,21 +157,16 @@ class Processor:
         rows, columns = (max(1, min(cells, most)) for cells in (rows, columns))
         return rows * self.factor, columns * self.factor
 
-    def still_patches(self, picture):
-        """uint8 (H, W, 3) -> uint8 (P, 3 * patch * patch). The model repeats it along the temporal patch."""
-        return self._patches(picture[None], 1)
+    def patches(self, frames, depth):
+        """uint8 (T, H, W, 3) -> uint8 (P, 3 * depth * patch * patch), an odd last frame being repeated.
 
-    def video_patches(self, frames):
-        """uint8 (T, H, W, 3) -> uint8 (P, 3 * temporal * patch * patch), an odd last frame being repeated."""
-        missing = -len(frames) % self.temporal_patch_size
-        frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        return self._patches(frames, self.temporal_patch_size)
-
-    def _patches(self, frames, temporal_patch_size):
-        """The patches of a cell stand side by side, as the vision tower's patch merger expects them."""
+        The patches of a cell stand side by side, as the vision tower's patch merger expects them. depth: the
+        frames in a patch, temporal_patch_size in a video, and 1 in a still, which the model repeats.
+        """
         p, m = self.patch_size, self.merge_size
+        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % depth, axis=0)])
         pattern = "(t a) (gh m ph) (gw n pw) c -> (t gh gw m n) (c a ph pw)"
-        return rearrange(frames, pattern, a=temporal_patch_size, m=m, n=m, ph=p, pw=p)
+        return rearrange(frames, pattern, a=depth, m=m, n=m, ph=p, pw=p)
 
     def image_prompt(self, cells):
         """The text that stands for an image of this many cells."""
@@ -230,7 +211,8 @@ class Processor:
             theirs = self.tokenizer.apply_chat_template(messages, **options)
         except (TemplateError, TypeError, ValueError) as error:  # ValueError: there is none
             raise data.DataError(f"expected a chat template, found: {error}") from None
-        if theirs not in (ours, ours.replace(self.thoughts, "", 1)):  # the second is Qwen3.5's
+        # Qwen3.5's own leaves empty thoughts out of earlier answers.
+        if theirs not in (ours, ours.replace(self.thoughts, "", 1)):
             raise data.DataError(f"expected a chat template that writes {ours!r}, found {theirs!r}")
 
     def encode(self, turns, media_prompt, region_tokens, for_generation=False):
@@ -316,25 +298,24 @@ class RegionEncoder(nn.Module):
         """The region tokens, (T, D). cells: (C, D). The others: see data.collate."""
         pooled = masked_average_pool(cells, coverage, frame_start, coverage_start)  # (R, D)
         share = temporal_merge(pooled, object_frames, region_tokens, sum(region_tokens))  # (T, R)
+        # In float32 also under autocast and FSDP, because bfloat16 would give times in steps of 1/256.
         with torch.autocast(cells.device.type, enabled=False):
             merged = (share @ pooled.float()).to(pooled.dtype)  # (T, D)
-            boxes = share @ boxes  # (T, 5)
-        return merged + self.mlp(merged) + self._position(boxes)
+            position = self._position(share @ boxes)
+        return merged + self.mlp(merged) + position
 
     def _position(self, boxes):
         """P(box), float32 (T, D). boxes: float32 (T, 5) of (cx, cy, w, h, t) in [0, 1].
 
-        From sinusoids alone, the direction of a motion takes several times as long to learn. Float32 also
-        under autocast and FSDP, because bfloat16 would give t in steps of 1/256.
+        From sinusoids alone, the direction of a motion takes several times as long to learn.
         """
         scaled = 2 * boxes - 1
         frequencies = 2 ** torch.arange(self.FREQUENCIES, device=boxes.device)
         angles = torch.pi * boxes[:, :, None] * frequencies  # (T, 5, FREQUENCIES)
         code = [scaled, scaled * scaled[:, 4:], angles.sin().flatten(1), angles.cos().flatten(1)]
         first, last = self.position[0], self.position[2]
-        with torch.autocast(boxes.device.type, enabled=False):
-            hidden = F.gelu(F.linear(torch.cat(code, dim=1), first.weight.float(), first.bias.float()))
-            return F.linear(hidden, last.weight.float(), last.bias.float())
+        hidden = F.gelu(F.linear(torch.cat(code, dim=1), first.weight.float(), first.bias.float()))
+        return F.linear(hidden, last.weight.float(), last.bias.float())
 
 
 @torch.no_grad()
@@ -343,7 +324,8 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
     neighbours are joined (by cosine; of equal ones the earlier), and each run of joined frames is averaged.
 
     pooled: (R, D), a row for each region frame, ordered by object, then time. object_frames, region_tokens:
-    n and u of each object. num_tokens: T, the sum of u. Returns float32 (T, R): a row's share in each token.
+    n and u of each object. num_tokens: T, the sum of u. Returns float32 (T, R): share[t, r], that of region
+    frame r in token t.
     """
     share = torch.zeros(num_tokens, len(pooled), device=pooled.device)
     row = token = 0  # where the object begins
@@ -361,7 +343,7 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
 
 
 # ---- The video LLM with regions ----
-def in_prompt(rows, batch):
+def rows_in_prompt(rows, batch):
     """Rows of the tower's output that stand in the prompt: images and videos, not the views of regions."""
     images, _, videos = rows.split(batch["cell_counts"])
     return torch.cat([images, videos])
@@ -412,19 +394,16 @@ class ReferringVideoLLM(nn.Module):
         cells = vision.pooler_output  # (C, D)
         # It runs even without regions, because DDP waits for a gradient of each of its weights.
         tokens = self.region_encoder(cells, **batch["regions"])  # (T, D)
-        embeddings = self._embed(batch["input_ids"])  # (rows, L, D)
+        # Each layer adds to them, which needs float32, also where they are frozen and kept in bfloat16.
+        embeddings = self.backbone.get_input_embeddings()(batch["input_ids"]).float()  # (rows, L, D)
         flat = embeddings.flatten(0, 1)  # all rows in one, as the indices count
-        flat = flat.index_copy(0, batch["visual_index"], in_prompt(cells, batch).float())
+        flat = flat.index_copy(0, batch["visual_index"], rows_in_prompt(cells, batch).float())
         flat = flat.index_copy(0, batch["region_index"], tokens.float())
         inputs = {"inputs_embeds": flat.view_as(embeddings), "position_ids": batch["position_ids"]}
         if hasattr(vision, "deepstack_features"):  # Qwen3-VL's first layers add them to the visual tokens
             inputs["visual_pos_masks"] = batch["visual_index"]
-            inputs["deepstack_visual_embeds"] = [in_prompt(x, batch) for x in vision.deepstack_features]
+            inputs["deepstack_visual_embeds"] = [rows_in_prompt(x, batch) for x in vision.deepstack_features]
         return inputs | batch["attention"]
-
-    def _embed(self, ids):
-        # Each layer adds to them, which needs float32, also where they are frozen and kept in bfloat16.
-        return self.backbone.get_input_embeddings()(ids).float()
 
     def _pixels(self, batch):
         """Normalises the patches of all stills, then all videos, as the checkpoint's image processor does."""
@@ -459,9 +438,10 @@ class ReferringVideoLLM(nn.Module):
                 answers[:, step] = torch.where(unfinished, token, -1)
                 # The cache holds what came before, so from here on the LLM reads only the new token.
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                positions = (batch["next_position"] + step).expand(3, -1, -1)
-                inputs = {"inputs_embeds": self._embed(token[:, None])}
-                inputs |= {"position_ids": positions, "attention_mask": mask}
+                # A prompt ends in text, whose three positions are equal.
+                positions = batch["position_ids"][:, :, -1:] + 1 + step  # (3, B, 1)
+                embeddings = self.backbone.get_input_embeddings()(token[:, None]).float()
+                inputs = {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask}
         return [[token for token in row if token >= 0] for row in answers.tolist()]
 
     # A first reading may skip the rest of the class: what ends an answer, what learns, what is saved.
@@ -520,6 +500,8 @@ class ReferringVideoLLM(nn.Module):
         self.backbone.save_pretrained(folder, state_dict=saved["backbone"])
         save_file(saved["region_encoder"], Path(folder, REGION_WEIGHTS))
         self.save_settings(folder, settings)
+        for path in Path(folder).glob("*.safetensors"):  # safetensors hides its files from all other users
+            shutil.copymode(Path(folder, "config.json"), path)
         # transformers may name and cut the weights in another way, but none may be missing.
         written = 0
         for path in Path(folder).glob("*.safetensors"):
@@ -653,10 +635,17 @@ def load_processor(path, texts=(), **settings):
             names = sorted(f.name for f in fields(data.Settings))
             fits = isinstance(saved, dict) and sorted(saved) == names
             data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
-        processor = Processor.from_pretrained(path, data.Settings(**saved | given))
-        if settings_file:
-            changed = {name: value for name, value in given.items() if saved[name] != value}
-            processor.changed = [f"{name} {saved[name]} -> {value}" for name, value in changed.items()]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        template = find_file(path, "chat_template.json")  # of older checkpoints, for images and videos
+        if template:
+            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        # All families use this class; AutoImageProcessor may choose one that needs torchvision.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        config, settings = AutoConfig.from_pretrained(path), data.Settings(**saved | given)
+        processor = Processor(tokenizer, image_processor, config, settings)
+        for name in UNREAD_FILES:
+            if file := find_file(path, name):
+                processor.unread_files[name] = Path(file).read_text()
         return processor
 
 

@@ -67,8 +67,8 @@ import data
 import model as models
 
 FRAME_CACHE = 128 << 20  # bytes of decoded frames that the workers of a rank keep
-DECAY = 0.3  # of the steps, at the end of which the learning rate is 0
-HANGING = 3600  # seconds after which a batch will not come any more: some call of a library hangs
+DECAY = 0.3  # share of the steps, the last ones, in which the learning rate falls towards 0
+HANGING = 3600  # seconds to wait for a batch. Then some call of a library hangs, and the run ends.
 
 
 # Defaults that depend on --model and --train. The model that train.py wrote has its own for the settings.
@@ -104,9 +104,7 @@ class Config:
     num_frames: int = option(None, "frames sampled evenly from a video", "how media become tokens")
     frame_pixels: int = option(None, "pixels of such a frame at most")
     region_pixels: int = option(None, "pixels of an image, or of the cut-out that shows an object, at most")
-    window: int = option(
-        None, "cut out a square so many times as long as an object's box; 0: all of the frame"
-    )
+    window: int = option(None, "side of the cut-out, in lengths of the object's box; 0: all of the frame")
     region_frames: int = option(None, "annotated frames per object at most, evenly spread")
     region_tokens: int = option(None, "tokens per object at most, similar frames being merged")
     max_length: int = option(None, "tokens per sample at most; a longer one is refused")
@@ -249,7 +247,7 @@ def backward(model, micro_batches):
     for micro_step, batch in enumerate(micro_batches):
         if isinstance(model, DistributedDataParallel):
             # In DDP training we only need to exchange gradients after the last micro-batch. FSDP does so
-            # after each, because it is for models whose whole gradient, which it would keep, does not fit.
+            # after each one: to wait, each rank would have to keep the whole gradient.
             model.require_backward_grad_sync = micro_step == len(micro_batches) - 1
         loss = model(batch)
         # DDP and FSDP average the gradients of the ranks. We want their sum, hence the world size.
@@ -269,8 +267,6 @@ def train(config):
     texts = data.sample_texts(samples) if config.model == "tiny" else ()
     processor = models.load_processor(ckpt_path or config.model, texts, **settings)
     fill_in_defaults(config, processor, len(samples))
-    if processor.changed:
-        print0(f"unlike before in {config.model}: {', '.join(processor.changed)}")
     if config.check:
         samples = data.read_samples([*config.data, *(config.val or [])], config.media)
         return check(config, samples, processor) if rank() == 0 else None
@@ -285,8 +281,9 @@ def train(config):
     if world_size() > 1 and not config.fsdp:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    shares = len(samples), config.batch_size, config.steps, config.seed, rank(), world_size()
-    keys = micro_batches_of(Order(*shares, first_step), config.micro_batch)
+    shape = len(samples), config.batch_size, config.steps
+    order = Order(*shape, config.seed, rank(), world_size(), first_step)
+    keys = micro_batches_of(order, config.micro_batch)
     micro_steps = math.ceil(config.batch_size / world_size() / config.micro_batch)
     cache = FRAME_CACHE // max(config.workers, 1)
     dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, cache)
@@ -320,7 +317,7 @@ def train(config):
         # Sum what the ranks counted. SIGTERMs are among it, so that all ranks stop after the same step.
         errors = [error for batch in micro_batches for error in batch["errors"] if error is not None]
         supervised_tokens = sum(len(batch["targets"]) for batch in micro_batches)
-        tokens = sum(batch["num_tokens"] for batch in micro_batches)
+        tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         counts = np.array([loss_of_rank, supervised_tokens, tokens, len(sigterms)])
         counts, errors = zip(*gather_over_ranks((counts, errors)))
         loss_sum, supervised_tokens, tokens, num_sigterms = sum(counts).tolist()
@@ -402,7 +399,7 @@ def fill_in_defaults(config, processor, num_samples):
     fits = config.batch_size > 0 and config.batch_size % world_size() == 0
     data.expect(fits, f"--batch-size: a multiple of the {world_size()} ranks", config.batch_size)
     if config.epochs is not None:
-        config.steps = math.ceil(config.epochs * num_samples / config.batch_size - 1e-9)  # 1.1 is a bit more
+        config.steps = math.ceil(config.epochs * num_samples / config.batch_size - 1e-9)  # for 1.1 * 10
     config.val_every = config.val_every or config.steps
     if config.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -520,8 +517,9 @@ def errors_in_one_line():
 
 
 def leave_out(errors, bad, step, config, num_samples):
-    """Writes the errors of samples that are not in bad, a set of (file, sample), to OUT/bad_samples.jsonl,
-    and adds them to it. (A resumed run counts on.) Too many end the run. All ranks have the same errors.
+    """Prints the errors of samples that are not yet in bad, a set of (file, sample), writes them to
+    OUT/bad_samples.jsonl, and adds the samples to bad. (A resumed run counts on.) Too many end the run. All
+    ranks have the same errors.
     """
     for error in errors:
         reason, *places = error.args  # what follows on file and sample can change with the epoch
@@ -589,10 +587,6 @@ def atomic_write(path):
                 disk = error.__context__
                 raise (disk if isinstance(disk, OSError) else error) from None
         if os.path.isdir(temporary):
-            mask = os.umask(0)
-            os.umask(mask)
-            for file in os.listdir(temporary):  # safetensors hides its files from all other users
-                os.chmod(f"{temporary}/{file}", 0o666 & ~mask)
             os.sync()  # a checkpoint must outlive a power cut
         os.replace(temporary, path)
     finally:
@@ -664,7 +658,7 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    # The second name of a frozen weight (an lm_head that shares the embeddings) is not ignored.
+    # ignore_frozen_params leaves a frozen weight's second name in (an lm_head that shares the embeddings).
     for name, p in model.named_parameters(remove_duplicate=False):
         if not p.requires_grad:
             weights.pop(name, None)
@@ -713,37 +707,29 @@ def load_checkpoint(model, optimizer, ckpt):
 
 
 # ---- python train.py --check ----
-class CheckedDataset(data.ReferringDataset):
-    """Reads a sample as training would, and all its masks, of which training chooses some at random."""
-
-    def __getitem__(self, i):
-        """Returns {statistic: value}, or the sample's DataError."""
-        try:
-            sample = self.samples[i]
-            encoded = self.encode(sample, np.random.default_rng(0))
-            most_frames = max(map(len, sample.objects), default=0)
-            regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
-            facts = {"kinds": f"{encoded['kind'] or 'text only'}, {regions}"}
-            facts |= {"tokens": len(encoded["input_ids"]), "objects": len(sample.objects)}
-            if sample.media:
-                info = self.media_of(sample).info
-                facts |= {"sizes": f"{info.width}x{info.height}", "frames": info.num_frames}
-                with data.within(*sample.place):
-                    for k, masks in enumerate(sample.objects):
-                        for frame in masks:
-                            data.mask_on(frame, sample, k, info)
-            return facts
-        except data.DataError as error:
-            return error
+def facts_of(encoded):
+    """What --check tells of an encoded sample, {statistic: value}, or its DataError."""
+    if isinstance(encoded, data.DataError):
+        return encoded
+    most_frames = max(encoded["object_frames"], default=0)
+    regions = ("no regions", "regions on one frame", "regions on several frames")[min(most_frames, 2)]
+    facts = {"kinds": f"{encoded['kind'] or 'text only'}, {regions}"}
+    facts |= {"tokens": len(encoded["input_ids"]), "objects": len(encoded["object_frames"])}
+    info = encoded["info"]
+    if info:
+        facts |= {"sizes": f"{info.width}x{info.height}", "frames": info.num_frames}
+    return facts
 
 
 def check(config, samples, processor):
     """Reads all samples as the run with these options would, and prints what it finds. Raises SystemExit if a
     sample is bad.
     """
-    dataset, usable = CheckedDataset(samples, processor, cache_bytes=1 << 20), []
+    dataset, usable = data.ReferringDataset(samples, processor, cache_bytes=1 << 20), []
     facts, problems = defaultdict(list), defaultdict(list)
-    loader = DataLoader(dataset, None, num_workers=config.workers, timeout=HANGING if config.workers else 0)
+    keys = [(0, i) for i in range(len(samples))]
+    options = {"num_workers": config.workers, "timeout": HANGING if config.workers else 0}
+    loader = DataLoader(dataset, None, sampler=keys, collate_fn=facts_of, **options)
     with open(config.problems or os.devnull, "w", buffering=1) as file:
         for i, found in enumerate(tqdm(loader, "check", unit="sample", leave=False)):
             if isinstance(found, data.DataError):
@@ -811,7 +797,7 @@ def _tiles(dataset, sample, frames_shown):
 def draw(rows, path):
     """Draws rows of a text and (title, picture, masks) tiles to a PNG file, and prints its path.
 
-    masks: {object: mask} to outline and number on a picture with a scale of pixels; None: without a scale.
+    masks: {object: mask} to outline and number on a picture with a scale of pixels; None: the picture alone.
     """
     from matplotlib.figure import Figure  # takes a second, which each run would wait for
 

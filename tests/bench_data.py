@@ -70,9 +70,9 @@ def plain_sample(processor, entry):
     times = [frame / reader.get_avg_fps() for frame in sampled]
     prompt = processor.video_prompt(times, rows * columns // processor.factor**2)
     tokens = [min(len(frames), settings.region_tokens) for frames in annotated]
-    still_patches = [processor.still_patches(picture) for picture in pictures]
+    still_patches = [processor.patches(picture[None], 1) for picture in pictures]
     encoded = processor.encode(entry.turns, prompt, tokens)
-    return processor.video_patches(video), still_patches, masks, encoded
+    return processor.patches(video, processor.temporal_patch_size), still_patches, masks, encoded
 
 
 def main(path):

@@ -170,7 +170,7 @@ def main():
     rounds = [{way: timer.timeit(1).median for way, timer in timers.items()} for _ in range(ROUNDS)]
     ms = {way: 1000 / STEPS * statistics.median(seconds[way] for seconds in rounds) for way in timers}
     for way, steps in (("ours", without), ("plain", without), ("regions", regions)):
-        tokens = sum(batch["num_tokens"] for step in steps for batch in step) / STEPS
+        tokens = sum(batch["input_ids"].numel() for step in steps for batch in step) / STEPS
         print(f"{way:>8}: {ms[way]:8.1f} ms a step of {BATCH} samples, {tokens:,.0f} tokens")
     print(f"ours is {ms['plain'] / ms['ours']:.2f} times as fast as plain")
 

@@ -176,7 +176,7 @@ def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tm
     texts, shown = [], []
     for i, command in enumerate(("bench-q", "bench-d", "data")):
         args = argparse.Namespace(command=command, mode="multi")
-        samples = entries if command == "data" else evaluation.Bench(entries, args, is_outlined=True)
+        samples = entries if command == "data" else evaluation.Bench(entries.paths, args, True)
         encoded = evaluation.Questions(samples, processor, "outline")[i, 0]
         texts.append(processor.tokenizer.decode(encoded["input_ids"]).split("<|im_end|>")[0])
         pattern = "(t gh gw m n) (c a ph pw) -> (t a) (gh m ph) (gw n pw) c"
@@ -355,7 +355,7 @@ def test_only_the_same_run_is_resumed(evaluate, tmp_path):
     command, bench = f"data {one} {two} {options}", f"bench-q {one} {options}"
 
     def open_run(command):
-        evaluation.open_run(evaluation.parse(command.split()))
+        evaluation.open_out(evaluation.parse(command.split()))
 
     for first, second, edited in (
         (command, f"data {two} {one} {options}", None),
