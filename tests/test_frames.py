@@ -135,9 +135,9 @@ def test_damage(tmp_path):
     check(remux([source], tmp_path / "start.mp4", {0: delimiter}))
     # Before a frame comes out; and one to which others refer: what FFmpeg shows depends on what it decoded.
     sources = write_video(tmp_path / "b.mp4", **SHORT_GOP), write_video(tmp_path / "c.mp4", **LONG_GOP)
-    for i, name, number in ((0, "0.mp4", 0), (0, "1.mkv", 1), (1, "31.mp4", 31)):
+    for i, name, number, holes in ((0, "0.mp4", 0, 0), (0, "1.mkv", 1, 1), (1, "31.mp4", 31, 1)):
         broken = b"\xff" * clips.packets_of(sources[i])[number].size
-        check(remux([sources[i]], tmp_path / name, {number: broken}), holes=i)
+        check(remux([sources[i]], tmp_path / name, {number: broken}), holes=holes)
     # Single bits: FFmpeg flags the frame that it could not decode, but not those that refer to it.
     path = write_video(tmp_path / "bit.mp4", **x264("keyint=24:bframes=0"))
     content = path.read_bytes()

@@ -295,9 +295,6 @@ def test_how_media_become_tokens_is_saved_and_inherited(here):
     two = learn(here, "stage2", "--model stage1/final --num-frames 4 --train llm --steps 1")
     assert json.loads((one / "final/nanorefer.json").read_text()) == chosen
     assert json.loads((two / "final/nanorefer.json").read_text()) == chosen | {"num_frames": 4}
-    # A setting that is not the earlier stage's is told.
-    options = "--model stage1/final --window 2 --train llm --steps 1 --workers 0 --out stage3"
-    assert "window 0 -> 2" in run(f"train.py --data texts.json {options}", folder=here)
 
 
 def test_numbers_out_of_range_are_refused_by_name(capsys):
