@@ -70,6 +70,7 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     """
     media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # "..." is not read
+    # Also of an image, because a sample is what its media file is.
     entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
     sample = data.parse_sample(entry, (data.media_name(media),), "", 0)
     dataset = Questions([sample], processor)
@@ -235,6 +236,16 @@ class Outlined:
             for frame in masks.keys() & pictures.keys():
                 pictures[frame] = draw_outline(pictures[frame], masks[frame], COLOURS[k])
         return {k: pictures[self.frames[k]] for k in indices}
+
+
+def fill_up(pointed, num_frames, count):
+    """Returns frames of a video, filled up to count with others evenly spread, in order of time."""
+    others = data.evenly(range(num_frames), count)
+    for frame in pointed:
+        data.expect(frame in range(num_frames), f"a frame index from 0 to {num_frames - 1}", frame)
+        if others:  # the frame takes the place of the nearest one
+            others.pop(np.argmin([abs(other - frame) for other in others]))
+    return sorted(pointed + others)
 
 
 def at_size(mask, height, width):
@@ -738,16 +749,6 @@ def track(media, objects, model, region_frames=data.Settings.region_frames):
         with data.within(name, f"object {i}"):
             data.expect(tracked[i], "an object that SAM 2 sees on at least one frame", [*masks])
     return tracked
-
-
-def fill_up(pointed, num_frames, count):
-    """Returns frames of a video, filled up to count with others evenly spread, in order of time."""
-    others = data.evenly(range(num_frames), count)
-    for frame in pointed:
-        data.expect(frame in range(num_frames), f"a frame index from 0 to {num_frames - 1}", frame)
-        if others:  # the frame takes the place of the nearest one
-            others.pop(np.argmin([abs(other - frame) for other in others]))
-    return sorted(pointed + others)
 
 
 def to_prompt(mask, height, width):

@@ -115,7 +115,7 @@ class Config:
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
     lr: float = option(None, "peak learning rate of all but region")
     region_lr: float = option(None, "peak learning rate of region")
-    warmup: int = option(10, "steps in which the learning rate rises; in the last 30 %% of the run it falls")
+    warmup: int = option(10, f"steps in which the learning rate rises; in the last {DECAY:.0%}% it falls")
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
     seed: int = option(0, "of the weights, the order and every random choice")
@@ -852,6 +852,7 @@ def parse(argv=None):
         default = ", ".join(defaults) if defaults else f.default
         shown = "" if default in (None, False) else f" (default: {default})"
         name = "--" + f.name.replace("_", "-")
+        # SUPPRESS: what is not given is not in `given` either.
         add(name, help=f.metadata["help"] + shown, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     for f in fields(Config):
