@@ -793,25 +793,24 @@ def _parse_objects(entry, media):
 
 
 def rle_runs(counts):
-    """The run lengths in a compressed RLE string (COCO's rleFrString).
+    """The run lengths in a compressed RLE string (COCO's rleFrString), as a list of ints.
 
     A character holds 5 bits of a number, the lowest first (offset 48; bit 0x20: more characters follow; bit
     0x10 of the last: the number is negative). From the fourth run on, it is the difference to the run two
     before. pycocotools misreads numbers of seven characters.
     """
-    runs, value, shift = [], 0, 0
-    for char in counts:
-        bits = ord(char) - 48
-        expect(0 <= bits < 64 and shift < 30, "counts: a compressed RLE string", counts)
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if not bits & 0x20:
-            if bits & 0x10:
-                value -= 1 << shift
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value, shift = 0, 0
-    expect(shift == 0, "counts: a compressed RLE string that ends with a whole number", counts)
-    return runs
+    bits = np.frombuffer(counts.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
+    is_last = bits & 0x20 == 0
+    starts = np.flatnonzero(np.append(True, is_last)[:-1])
+    lengths = np.diff(starts, append=len(bits))
+    valid = ((bits >= 0) & (bits < 64)).all() and is_last[-1:].all() and lengths.max(initial=0) <= 6
+    expect(valid, "counts: a compressed RLE string", counts)
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((bits & 0x1F) << shifts, starts)
+    runs -= (bits[is_last] & 0x10 > 0) * (1 << 5 * lengths)
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
+    return runs.tolist()
 
 
 def is_size(size):
