@@ -290,7 +290,7 @@ class ReferringDataset(Dataset):
 
         for_generation: stop where the last answer would begin.
         """
-        with within(*sample.place), time_limit(media_name(sample.media)):
+        with within(*sample.place), time_limit():
             encoded = EMPTY_SAMPLE | {"id": sample.id}
             if sample.media:
                 encoded |= self._encode_media(sample, rng)
@@ -847,7 +847,7 @@ def readable(expected, *places, errors=FILE_ERRORS):
 
 
 @contextmanager
-def time_limit(name):
+def time_limit():
     """Raises DataError if what is done within takes longer than READ_SECONDS.
 
     A signal interrupts it. Python delivers signals to the main thread alone, and between calls of libraries.
@@ -855,7 +855,7 @@ def time_limit(name):
     """
 
     def stop(*_):
-        raise DataError(f"expected to be read within {READ_SECONDS} s, found that it was not", name)
+        raise DataError(f"expected to be read within {READ_SECONDS} s, found that it was not")
 
     if threading.current_thread() is not threading.main_thread():
         yield

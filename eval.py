@@ -152,7 +152,7 @@ class Questions(data.ReferringDataset):
         if self.control == "blind":
             sample = without_media(sample)
         if self.control == "outline" and sample.objects:
-            with data.within(*sample.place), data.time_limit(data.media_name(sample.media)):
+            with data.within(*sample.place), data.time_limit():
                 sample = self._outlined(sample, rng)
         return super().encode(sample, rng, for_generation)
 
