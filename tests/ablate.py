@@ -74,7 +74,6 @@ ARMS = {
     "small: outlines, 16 visual tokens": Arm("small", OUTLINES, masks="outline"),
     "small: outlines, 576 visual tokens": Arm("small", f"{OUTLINES} --frame-pixels 36864", masks="outline"),
 }
-KINDS = tuple(shapes.ASK)
 SEEDS = 3
 
 
@@ -150,12 +149,12 @@ def print_table(results):
         for asked, rows in line["evaluations"].items():
             runs[line["arm"], asked].append(rows)
     print("Exact match in %: means of the seeds, and the lowest and highest of them\n")
-    head = ["arm", "asked with", "seeds", *KINDS, "about regions", *CONTROLS, "constant"]
+    head = ["arm", "asked with", "seeds", *shapes.ASK, "about regions", *CONTROLS, "constant"]
     print(" | ".join(head))
     print(" | ".join("---" for _ in head))
     for (name, asked), seeds in runs.items():
         column = "outline" if ARMS[name].masks == "outline" else "exact"
-        cells = [summary(percents(seeds, kind, column)) for kind in (*KINDS, "about regions")]
+        cells = [summary(percents(seeds, kind, column)) for kind in (*shapes.ASK, "about regions")]
         cells += [summary(percents(seeds, "about regions", control)) for control in (*CONTROLS, "constant")]
         print(" | ".join([name, asked, str(len(seeds)), *cells]))
     minutes = sum(line["seconds"] for line in results) / 60

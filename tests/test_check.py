@@ -175,14 +175,14 @@ def test_preview_draws_any_right_sample(media, tmp_path):
 
 
 def test_a_look_at_a_frame_needs_no_model_and_no_question(media, tmp_path):
-    """The frame by its brightness, and a box by the pixels of its left and lower edge."""
+    """The frame by its brightness, and boxes by the pixels of an edge."""
     look = f"eval.py ask --video {media}/video"
     assert f"{tmp_path}/p.png" in run(f"{look} --frame 5 --preview {tmp_path}/p.png")
     [frame] = tiles_of(tmp_path / "p.png")
     assert abs(at(frame, 0.5, 0.5) - (200, 100, 50)).max() < 3 and frame.shape[1] > 1000
-    run(f"{look} --object 7:24,16,48,32 --preview {tmp_path}/p.png")
+    run(f"{look} --object 7:24,16,48,32 --object 7:84,2,9,60 --preview {tmp_path}/p.png")
     [frame] = tiles_of(tmp_path / "p.png")
     assert abs(at(frame, 0.5, 0.5) - (240, 120, 60)).max() < 3
-    for y, x in ((32 / 64, 24 / 96), (48 / 64, 40 / 96)):
-        assert abs(at(frame, y, x, margin=3) - BLUE).max(1).min() < 20
+    for colour, y, x in ((BLUE, 1 / 2, 24 / 96), (BLUE, 3 / 4, 40 / 96), (ORANGE, 3 / 4, 84 / 96)):
+        assert abs(at(frame, y, x, margin=3) - colour).max(1).min() < 20
     assert "--preview" in run(look, code=1) and "--model" in run(f"{look} What?", code=1)

@@ -96,6 +96,7 @@ def test_replies_are_those_of_transformers(evaluate, checkpoint):
 
 
 RED, GREEN = (255, 0, 0), (0, 128, 0)
+OUTLINED = "I have outlined an object with a red contour in the video. Please describe the object in detail."
 
 
 def outlined(picture, mask, colour):
@@ -108,7 +109,18 @@ def outlined(picture, mask, colour):
     return picture
 
 
-def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media, tmp_path):
+def drawn(folder, masks):
+    """The frames of a folder as a list, in which the masks are outlined in red."""
+    frames = {k: str(folder / f"{k}.png") for k in range(8)}
+    for k, polygons in masks.items():
+        mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, 96, 96)))
+        picture = outlined(np.asarray(Image.open(frames[k])), mask, RED)
+        frames[k] = f"{folder}-{k}.png"
+        Image.fromarray(picture).save(frames[k])
+    return [*frames.values()]
+
+
+def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media):
     """Each column against a run on a data file with such masks, or as text; in batches of another size."""
     first, second, whole = box(0, 0, 48, 96), box(20, 10, 12, 30), box(0, 0, 96, 96)
     angle = [*box(0, 0, 48, 24), *box(0, 24, 16, 72)]  # its bounding box is `first`
@@ -122,19 +134,9 @@ def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media, 
         a = sample("", "", of_a, video="a") | {"conversations": turns}
         return [a, sample("Is it <region>?", "x", of_b, video="b"), sample("Why?", "x", video="b")]
 
-    def drawn(name, masks):
-        """Folder name as a list of frames, in which the masks are outlined in red."""
-        for k, polygons in masks.items():
-            picture = np.asarray(Image.open(media / f"{name}/{k}.png"))
-            mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, 96, 96)))
-            Image.fromarray(outlined(picture, mask, RED)).save(tmp_path / f"{name}{k}.png")
-        frames = {k: media / f"{name}/{k}.png" for k in range(8)}
-        frames |= {k: tmp_path / f"{name}{k}.png" for k in masks}
-        return [str(path) for path in frames.values()]
-
     in_red = json.loads(json.dumps(turns).replace("<region>", "the object outlined in red"))
-    in_red = [{"conversations": in_red, "video": drawn("a", mine)}]
-    in_red.append(sample("Is it the object outlined in red?", "x", video=drawn("b", theirs)))
+    in_red = [{"conversations": in_red, "video": drawn(media / "a", mine)}]
+    in_red.append(sample("Is it the object outlined in red?", "x", video=drawn(media / "b", theirs)))
     by_hand = {
         "exact": entries(mine, theirs),
         "full": entries(dict.fromkeys(mine, whole), dict.fromkeys(theirs, whole)),
@@ -186,9 +188,8 @@ def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tm
     ask_q = "I have highlighted an object using a colored mask in the first frame it occurs in the video. "
     ask_q += "<object3>: red; <object1>: green. Is <object3> near <object1>? (A) Yes (B) No. "
     ask_q += "Answer with the option's letter from the given choices directly."
-    ask_d = "I have outlined an object with a red contour in the video. Please describe the object in detail."
     named = [f"the object outlined in {colour}?" for colour in ("red", "green", "red")]
-    for text, expected in zip(texts, (ask_q, ask_d, " ".join(named)), strict=True):
+    for text, expected in zip(texts, (ask_q, OUTLINED, " ".join(named)), strict=True):
         assert text.split("<|vision_end|>")[-1].strip() == expected
     # Of 8 frames, 0, 2, 5 and 7 are sampled; 3 and 6 take the places of 2 and 5, at 24 frames a second.
     both = outlined(outlined(flat[3], first, RED), second, GREEN)
@@ -211,7 +212,7 @@ def test_shuffle_lends_any_object_of_other_media(loaded, media, tmp_path):
     assert lent == {(20 * n + 4, cy) for n in range(4) for cy in (12, 64)}
 
 
-def test_benchmarks_ask_with_upstreams_words_and_the_masks_of_the_mode(evaluate):
+def test_benchmarks_ask_with_upstreams_words_and_the_masks_of_the_mode(evaluate, media):
     """Against a data file with the prompts of upstream's inference_videorefer_{q,d}_bench.py."""
     masks = [{5: box(n, 2, 30, 40), 7: box(50, 50, n, 40)} for n in (3, 40)]
     annotation = [{k: {"segmentation": mask} for k, mask in of_one.items()} for of_one in masks]
@@ -232,6 +233,10 @@ def test_benchmarks_ask_with_upstreams_words_and_the_masks_of_the_mode(evaluate)
         assert found["answer"] == ("B" if kind == "bench-q" else "It is red.") and found["id"] == 7
         replies.append(found["pred"])
     assert len({*replies}) == 3
+    [found], _ = evaluate("bench-d", [entry | described], "--control outline")
+    frames = drawn(media / "a", single[0])
+    [expected], _ = evaluate("data", [sample(f"<video>\n{OUTLINED}", "x", video=frames)])
+    assert found["outline"] == expected["exact"] != found["pred"]
 
 
 # ---- what counts as an answer ----

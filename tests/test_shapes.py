@@ -26,8 +26,7 @@ def test_every_form_of_mask_lies_over_the_drawn_object():
 def test_the_picture_without_the_mask_decides_nothing(toy):
     """Each clip shows each colour, shape and direction exactly once, and train and test share no clip."""
     objects = shapes.deal(random.Random(5))
-    kinds = {"colour": shapes.COLOURS, "shape": shapes.SHAPES, "direction": shapes.DIRECTIONS}
-    for name, values in kinds.items():
+    for name, values in zip(shapes.ASK, (shapes.COLOURS, shapes.SHAPES, shapes.DIRECTIONS)):
         assert sorted(o[name] for o in objects) == sorted(values)
     media = []
     for name in ("train", "test"):
