@@ -281,8 +281,8 @@ def train(config):
     if world_size() > 1 and not config.fsdp:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    shape = len(samples), config.batch_size, config.steps
-    order = Order(*shape, config.seed, rank(), world_size(), first_step)
+    total = len(samples)
+    order = Order(total, config.batch_size, config.steps, config.seed, rank(), world_size(), first_step)
     keys = micro_batches_of(order, config.micro_batch)
     micro_steps = math.ceil(config.batch_size / world_size() / config.micro_batch)
     cache = FRAME_CACHE // max(config.workers, 1)
@@ -367,10 +367,9 @@ def train(config):
         save_final(model, processor, config)
         if config.val:
             measure(model, held_out, config, config.steps, sigterms)
-        print0(f"saved {config.out}/final")
-        print0(
-            f"next: python eval.py data HELD_OUT.json --model {config.out}/final --control full --out scores"
-        )
+        final = f"{config.out}/final"
+        print0(f"saved {final}")
+        print0(f"next: python eval.py data HELD_OUT.json --model {final} --control full --out scores")
     if dist.is_initialized():
         # As the last owner of the process group, DDP would wait for gloo's threads while it holds
         # the GIL, which they need to free the tensors they sent.
