@@ -2,7 +2,7 @@
 
     data.json --read_samples--> Sample --ReferringDataset--> encoded sample --collate--> batch
                                          |-- open_media     the frames that are needed, decoded once
-                                         |-- decode_mask    RLE or polygons -> mask (H, W)
+                                         |-- visible_masks  RLE or polygons -> checked RLE -> mask (H, W)
                                          |-- window         mask (H, W) -> the part of the frame to encode
                                          |-- coverage       mask (H, W) -> cells (gh, gw)
                                          `-- processor      text, placeholders, token ids, patches (model.py)
@@ -153,7 +153,7 @@ def window(mask, sides, height, width):
     part = []
     for start, end, limit in ((top, bottom, height), (left, right, width)):
         length = min(side, limit)
-        first = (start + end - length) // 2  # so that both have one centre
+        first = (start + end - length) // 2  # the square's centre is the box's
         first = min(max(first, 0), limit - length)
         part += [first, first + length]
     return tuple(part)
@@ -184,7 +184,8 @@ def coverage(mask, gh, gw, part=None, size=None):
 def _overlap(cells, start, end, side, pixels):
     """float64 (cells, pixels): how much of each pixel of a mask's side lies in each cell.
 
-    The mask has so many pixels where the frame has `side`, and equal cells divide those from start to end.
+    side: the frame's length, and pixels: the mask's, along one axis. Equal cells divide the frame from start
+    to end.
     """
     i = torch.arange(cells + 1, dtype=torch.float64)[:, None]
     edges = (start * cells + (end - start) * i) * pixels / (cells * side)  # (cells + 1, 1), in pixels
@@ -830,7 +831,7 @@ def check_same_shape(size, frame_size, name):
 # What libraries raise about files that are missing, broken or of another kind.
 FILE_ERRORS = (OSError, ValueError, RecursionError, av.FFmpegError)
 FILE_ERRORS += (SyntaxError, struct.error, Image.DecompressionBombError)  # PIL
-READ_SECONDS = 120  # for a sample and its media
+READ_SECONDS = 240  # for a sample and its media; for drawing outlines, once more
 
 
 @contextmanager
@@ -839,7 +840,7 @@ def readable(expected, *places, errors=FILE_ERRORS):
     try:
         with within(*places):
             yield
-    except (DataError, torch.OutOfMemoryError):  # a ValueError, and a RuntimeError, which may be in errors
+    except (DataError, torch.OutOfMemoryError):  # a ValueError and a RuntimeError, which `errors` may hold
         raise
     except errors as error:
         found = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
@@ -850,8 +851,8 @@ def readable(expected, *places, errors=FILE_ERRORS):
 def time_limit():
     """Raises DataError if what is done within takes longer than READ_SECONDS.
 
-    A signal interrupts it. Python delivers signals to the main thread alone, and between calls of libraries.
-    What never returns is left to the DataLoader's timeout (train.read_batches).
+    A signal interrupts it. Python handles signals in the main thread alone, and once a library's call has
+    returned. A call that never returns is left to the DataLoader's timeout (train.read_batches).
     """
 
     def stop(*_):
@@ -861,7 +862,9 @@ def time_limit():
         yield
         return
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, READ_SECONDS)
+    signal.setitimer(
+        signal.ITIMER_REAL, READ_SECONDS, READ_SECONDS
+    )  # again and again: a library may swallow one
     try:
         yield
     finally:
@@ -905,6 +908,7 @@ def open_media(path):
             expect(names, "images in the folder", "none")
             files = [os.path.join(path, name) for name in sorted(names, key=_natural_order)]
             return Images(files, is_image=False)
+        expect(os.path.getsize(path), "a file that is not empty", 0)
     return Images([path], is_image=True) if is_image_path(path) else Video(path)
 
 
@@ -1035,6 +1039,7 @@ class Video:
                 if has_sought:
                     container.seek(self.pts[keyframe], stream=stream)
                     frames = needed_frames(container, stream, needed)
+                # Decode up to k. The first frame behind a seek is checked, wherever it is.
                 while index < k or has_sought:
                     frame = next(frames, None)
                     index = -1 if frame is None or frame.is_corrupt else index_of.get(frame.pts, -1)
@@ -1124,10 +1129,10 @@ def list_packets(container, stream, first):
             if not packet.is_discard:  # an edit list hides these
                 shown.append(packet.pts)
                 keyframe_pts += [packet.pts] if packet.is_keyframe else []
-    if None in all_pts or len(set(all_pts)) < len(all_pts):
+    if not shown or None in all_pts or len(set(all_pts)) < len(all_pts):
         return counted
     shown.sort()
-    if all_pts[0] != min(all_pts) or first.pts != min(shown, default=None):
+    if all_pts[0] != min(all_pts) or first.pts != shown[0]:
         return counted
     starts = {shown[0], *keyframe_pts}
     return shown, [k for k, pts in enumerate(shown) if pts in starts]

@@ -70,7 +70,7 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     """
     media = [os.fspath(path) for path in media] if isinstance(media, (list, tuple)) else os.fspath(media)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "..."}]  # "..." is not read
-    # Also of an image, because a sample is what its media file is.
+    # "video" serves images, too: the file's suffix decides.
     entry = {"video": media, "conversations": turns, "annotation": to_annotation(objects)}
     sample = data.parse_sample(entry, (data.media_name(media),), "", 0)
     dataset = Questions([sample], processor)
@@ -196,8 +196,8 @@ class Questions(data.ReferringDataset):
                 distinct.append(masks)
             k = same[0] if same else len(distinct) - 1
             data.expect(k < len(COLOURS), f"at most {len(COLOURS)} objects to outline", len(sample.objects))
-            is_named = isinstance(self.samples, Bench)  # whose questions say that it is outlined
-            names.append(COLOURS[k] if is_named else f"the object outlined in {COLOURS[k]}")
+            says_outlined = isinstance(self.samples, Bench)  # in its own questions
+            names.append(COLOURS[k] if says_outlined else f"the object outlined in {COLOURS[k]}")
         name, turns = iter(names), []
         for question, answer in sample.turns:
             turns.append((re.sub(data.REGION_TAG, lambda tag: next(name), question), answer))
@@ -353,10 +353,11 @@ def evaluate(args):
             q["answer"] = processor.tokenizer.decode(ids).strip()
         dataset = data.ReferringDataset(samples, processor)
         scores["loss"] = train.mean_loss(model, dataset, args.batch_size, args.workers)
+    # {column of predictions.jsonl: the control that fills it}
     columns = {"exact" if is_data else "pred": "none"} | {control: control for control in args.control}
     for column, control in columns.items():
         if not is_data:
-            samples = Bench(args.files, args, is_outlined=control == "outline")
+            samples.is_outlined = control == "outline"
         replies = ask_all(model, Questions(samples, processor, control), questions, args)
         for i, reply in replies.items():
             if isinstance(reply, data.DataError):
@@ -511,9 +512,9 @@ class Bench(data.Samples):
     outlines.
     """
 
-    def __init__(self, paths, args, is_outlined=False):
+    def __init__(self, paths, args):
         super().__init__(paths, getattr(args, "media", None))
-        self.args, self.is_outlined = args, is_outlined
+        self.args, self.is_outlined = args, False
 
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)

@@ -68,7 +68,7 @@ import model as models
 
 FRAME_CACHE = 128 << 20  # bytes of decoded frames that the workers of a rank keep
 DECAY = 0.3  # share of the steps, the last ones, in which the learning rate falls towards 0
-HANGING = 3600  # seconds to wait for a batch. Then some call of a library hangs, and the run ends.
+HANGING = 3600  # seconds to wait for a batch; then the run ends, because some library's call must hang
 
 
 # Defaults that depend on --model and --train. The model that train.py wrote has its own for the settings.
@@ -115,7 +115,9 @@ class Config:
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
     lr: float = option(None, "peak learning rate of all but region")
     region_lr: float = option(None, "peak learning rate of region")
-    warmup: int = option(10, f"steps in which the learning rate rises; in the last {DECAY:.0%}% it falls")
+    warmup: int = option(
+        10, f"steps in which the learning rate rises; in the last {DECAY:.0%}% of all it falls"
+    )
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
     seed: int = option(0, "of the weights, the order and every random choice")
@@ -229,7 +231,7 @@ def choose_parameters(model, config):
 
 def schedule(step, config):
     """Returns the share of the peak learning rate that a step takes. It rises for --warmup steps, stays, and
-    falls to 0 in the last steps. (A cosine had become small when small objects' directions could be learned.)
+    falls to 0 in the last steps. (A cosine is small when directions of small objects begin to be learned.)
     """
     rise = (step + 1) / max(1, config.warmup)
     fall = (config.steps - step) / (DECAY * config.steps)
@@ -398,7 +400,9 @@ def fill_in_defaults(config, processor, num_samples):
     fits = config.batch_size > 0 and config.batch_size % world_size() == 0
     data.expect(fits, f"--batch-size: a multiple of the {world_size()} ranks", config.batch_size)
     if config.epochs is not None:
-        config.steps = math.ceil(config.epochs * num_samples / config.batch_size - 1e-9)  # for 1.1 * 10
+        config.steps = math.ceil(
+            config.epochs * num_samples / config.batch_size - 1e-9
+        )  # 1.1 * 10 is a bit more
     config.val_every = config.val_every or config.steps
     if config.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -517,8 +521,8 @@ def errors_in_one_line():
 
 def leave_out(errors, bad, step, config, num_samples):
     """Prints the errors of samples that are not yet in bad, a set of (file, sample), writes them to
-    OUT/bad_samples.jsonl, and adds the samples to bad. (A resumed run counts on.) Too many end the run. All
-    ranks have the same errors.
+    OUT/bad_samples.jsonl, and adds the samples to bad. (A resumed run goes on counting.) Too many end the
+    run. All ranks have the same errors.
     """
     for error in errors:
         reason, *places = error.args  # what follows on file and sample can change with the epoch
@@ -777,7 +781,7 @@ def preview(dataset, sample_indices, path, frames_shown=3):
 
 
 def _tiles(dataset, sample, frames_shown):
-    """Returns (title, picture, masks) of frames, and behind each one the views of its objects, without."""
+    """Returns (title, picture, masks) tiles: frames, and behind each its objects' views (masks: None)."""
     media, tiles = dataset.media_of(sample), []
     objects = dataset.choose_objects(sample, media.info, np.random.default_rng(0))
     frames = data.evenly(sorted(set().union(*objects)) or [0], frames_shown)

@@ -131,19 +131,15 @@ def groups_without(model, parameter_groups, part):
 
 
 # ---- the table ----
-def percents(runs, row, column):
-    """runs: the rows of eval.py's table for each seed. Returns the percentages of right answers, if asked."""
+def summary(runs, row, column):
+    """runs: the rows of eval.py's table for each seed. Returns "mean (lowest-highest)" in %."""
     counts = [rows[row][column] for rows in runs if column in rows[row]]
-    return [100 * count["right"] / count["asked"] for count in counts]
-
-
-def summary(values):
-    """Mean (lowest-highest) of the seeds."""
+    values = [100 * count["right"] / count["asked"] for count in counts]
     return f"{statistics.mean(values):.1f} ({min(values):.0f}-{max(values):.0f})" if values else "-"
 
 
 def print_table(results):
-    """About regions, also with the controls: other masks, or the words alone."""
+    """By kind, and about regions with the controls, too: other masks, or the words alone."""
     runs = defaultdict(list)  # (arm, how it was asked): the rows of each seed
     for line in results:
         for asked, rows in line["evaluations"].items():
@@ -152,10 +148,10 @@ def print_table(results):
     head = ["arm", "asked with", "seeds", *shapes.ASK, "about regions", *CONTROLS, "constant"]
     print(" | ".join(head))
     print(" | ".join("---" for _ in head))
-    for (name, asked), seeds in runs.items():
-        column = "outline" if ARMS[name].masks == "outline" else "exact"
-        cells = [summary(percents(seeds, kind, column)) for kind in (*shapes.ASK, "about regions")]
-        cells += [summary(percents(seeds, "about regions", control)) for control in (*CONTROLS, "constant")]
+    for name, asked in ((name, asked) for name, arm in ARMS.items() for asked in arm.asks):
+        seeds, column = runs[name, asked], "outline" if ARMS[name].masks == "outline" else "exact"
+        cells = [summary(seeds, kind, column) for kind in (*shapes.ASK, "about regions")]
+        cells += [summary(seeds, "about regions", control) for control in (*CONTROLS, "constant")]
         print(" | ".join([name, asked, str(len(seeds)), *cells]))
     minutes = sum(line["seconds"] for line in results) / 60
     print(f"\n{len(results)} runs, which took {minutes:.0f} minutes in sum")

@@ -26,7 +26,6 @@ from PIL import Image  # noqa: E402
 import data  # noqa: E402
 import model as models  # noqa: E402
 
-SAMPLES = 8  # different samples at most
 RUNS = 24  # how often each way reads a sample; all samples equally often
 
 
@@ -80,7 +79,7 @@ def main(path):
     processor = models.load_processor("tiny", data.sample_texts(samples), window=0)
     dataset = data.ReferringDataset(samples, processor, cache_bytes=0)
     chosen = [i for i in data.evenly(range(len(samples)), 100) if samples[i].objects]
-    chosen = [i for i in chosen if not data.open_media(samples[i].media).info.is_image][:SAMPLES]
+    chosen = [i for i in chosen if not data.open_media(samples[i].media).info.is_image][:8]
     torch.set_num_threads(1)  # as in a worker
     ways = {"ours": lambda i: dataset[0, i], "plain": lambda i: plain_sample(processor, samples[i])}
     milliseconds = {"ours": [], "plain": []}

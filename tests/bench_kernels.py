@@ -5,7 +5,6 @@ bytes that go to and from memory. On a GPU there are 64 frames of 27 x 27 cells 
 334 MB, and two regions on each frame. Without a GPU a small case is timed, which says nothing about a GPU.
 
     ours   reads the rows that a mask touches and writes (R, D)
-    bmm    all rows once, for both regions of a frame, which needs frames of one size
     eager  (x * mask / area).sum(-1).sum(-1), as VideoRefer has it: two arrays (R, D, h, w), and smaller ones
     copy   copies as many bytes as the forward pass of "ours" moves: none can be faster
 
@@ -44,15 +43,11 @@ def main():
     frame_start = torch.arange(FRAMES, device=DEVICE).repeat_interleave(REGIONS) * SIDE**2
     weight_start = torch.arange(len(masks) + 1, device=DEVICE) * SIDE**2
     area = masks.sum((1, 2), keepdim=True)
-    share = (masks / area).to(DTYPE).view(FRAMES, REGIONS, SIDE**2)
     mask = masks.to(DTYPE).view(FRAMES, REGIONS, 1, SIDE, SIDE)
     area = area.to(DTYPE).view(FRAMES, REGIONS, 1, 1, 1)
 
     def ours(x):
         return kernels.masked_average_pool(x, masks.flatten(), frame_start, weight_start)
-
-    def bmm(x):
-        return torch.bmm(share, x.view(FRAMES, SIDE**2, D)).view(-1, D)
 
     def eager(x):
         x = x.view(FRAMES, 1, SIDE, SIDE, D).permute(0, 1, 4, 2, 3)  # (frames, 1, D, h, w)
@@ -63,7 +58,7 @@ def main():
     print(torch.cuda.get_device_name() if GPU else "No GPU: a small case on the CPU.")
     print(f"copy  {median_ms(block.clone):9.4f} ms for {moved / 1e6:.0f} MB")
     grad = torch.randn(len(masks), D, device=DEVICE, dtype=DTYPE)
-    for pool in (ours, bmm, eager):
+    for pool in (ours, eager):
         torch.testing.assert_close(pool(features), ours(features), rtol=0.03, atol=0.03)
         with torch.no_grad():
             forward = median_ms(lambda pool=pool: pool(features))

@@ -17,7 +17,8 @@ args = parser.parse_args()
 figure = Figure(figsize=(8, 4.5), layout="constrained")
 axis = figure.subplots()
 for i, run in enumerate(args.runs):
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    with open(Path(run, "metrics.jsonl")) as file:  # whose last line may not be whole yet
+        lines = [json.loads(line) for line in file if line.endswith("\n")]
     for name, style, width in (("loss", "-", 0.8), ("val_loss", "o-", 2)):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:

@@ -178,7 +178,8 @@ def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tm
     texts, shown = [], []
     for i, command in enumerate(("bench-q", "bench-d", "data")):
         args = argparse.Namespace(command=command, mode="multi")
-        samples = entries if command == "data" else evaluation.Bench(entries.paths, args, True)
+        samples = entries if command == "data" else evaluation.Bench(entries.paths, args)
+        samples.is_outlined = True
         encoded = evaluation.Questions(samples, processor, "outline")[i, 0]
         texts.append(processor.tokenizer.decode(encoded["input_ids"]).split("<|im_end|>")[0])
         pattern = "(t gh gw m n) (c a ph pw) -> (t a) (gh m ph) (gw n pw) c"

@@ -54,11 +54,12 @@ def folder(tmp_path_factory, toy, final):
     for name in ("captions", "detailed", "qa", "held_out", "data"):
         write_json(folder / f"{name}.json", captions)
     about = {"type": "x", "frame_idx": "36", "annotation": captions[0]["annotation"]}
-    about |= {"Question": "Is <object0><region> red?", "options": ["(A) Yes", "(B) No"], "Answer": "(A) Yes"}
-    bench = [about | {"id": i, "video": f"{'ab'[i % 2]}.mp4"} for i in range(4)]
+    about |= {"Question": "Is <object0><region> red?", "options": ["(A) Yes", "(B) No"]}
+    answers = ["(A) Yes", "(B) No", "(B) No", "(A) Yes"]
+    bench = [about | {"id": i, "video": f"{'ab'[i % 2]}.mp4", "Answer": answers[i]} for i in range(4)]
     write_json(folder / "VideoRefer-Bench-Q.json", bench)
     write_json(folder / "VideoRefer-Bench-D.json", [entry | {"caption": "It moves."} for entry in bench])
-    write_json(folder / "other_model.jsonl", [{"id": i, "pred": "(A) Yes"} for i in range(4)])
+    write_json(folder / "other_model.jsonl", [{"id": i, "pred": answers[i]} for i in range(4)])
     return folder
 
 

@@ -53,6 +53,13 @@ def test_the_objects_of_the_small_world_are_of_5_percent_of_its_frames(tmp_path)
     assert sides == {(384, 384), (768, 768)} and {str, list, float} <= forms
 
 
+def test_a_new_kind_is_asked_in_a_file_of_its_own(tmp_path):
+    """What --new-kind leaves out of train.json, new.json asks; test.json asks all."""
+    shapes.write_world(tmp_path, train_clips=3, test_clips=1, new_kind="direction")
+    for name in ("train", "new", "test"):
+        assert ("Which way" in (tmp_path / f"{name}.json").read_text()) == (name != "train")
+
+
 def test_relations_are_what_the_paths_say():
     """Truth: worked by hand."""
     a, b = {"path": [(10, 50), (10, 50)]}, {"path": [(60, 52), (60, 48)]}
