@@ -436,8 +436,8 @@ def collate(samples, processor, for_generation=False):
         input_ids        int64 (1, L), or (B, L) for generation
         position_ids     int64 (3, 1, L) or (3, B, L): time, row and column, as the backbone counts them
         attention        which tokens see each other, as the LLM's keyword arguments
-        target_index     int64 (S,), where the next token is supervised; not for generation, as
-        targets          int64 (S,), these next tokens
+        target_index     int64 (S,), where the next token is supervised (not for generation)
+        targets          int64 (S,), these next tokens (not for generation)
         still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then views of regions
         video_patches    uint8 (Q, 3 * temporal * patch * patch)
         tower            grids and indices of all these patches, as the vision tower's keyword arguments
@@ -862,9 +862,8 @@ def time_limit():
         yield
         return
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(
-        signal.ITIMER_REAL, READ_SECONDS, READ_SECONDS
-    )  # again and again: a library may swallow one
+    # Again and again, because a library, or whoever can do without this file, may swallow one.
+    signal.setitimer(signal.ITIMER_REAL, READ_SECONDS, READ_SECONDS)
     try:
         yield
     finally:

@@ -341,7 +341,7 @@ def read_questions(samples, raise_bad):
 def evaluate(args):
     """Asks the questions of a data file or benchmark, scores the replies, and writes all of it to OUT."""
     is_data = args.command == "data"
-    samples = data.read_samples(args.files, args.media) if is_data else Bench(args.files, args)
+    samples = data.read_samples(args.files, args.media) if is_data else Bench(args.files, args.media, args)
     questions = read_questions(samples, raise_bad=is_data)
     shown = {"num_frames": args.num_frames, "frame_pixels": args.frame_pixels}
     model, processor = load(args.model, args.device, **shown)
@@ -508,13 +508,12 @@ OPTION = re.compile(r"\(?([A-Z])[).:]\s*(.+)", re.DOTALL)  # "(A) Running"
 
 
 class Bench(data.Samples):
-    """The entries of a benchmark as samples of one turn. is_outlined: with the questions for frames with
-    outlines.
-    """
+    """The entries of a benchmark as samples of one turn."""
 
-    def __init__(self, paths, args):
-        super().__init__(paths, getattr(args, "media", None))
-        self.args, self.is_outlined = args, False
+    def __init__(self, paths, media, args):
+        super().__init__(paths, media)
+        self.args = args
+        self.is_outlined = False  # True: with the questions for frames with outlines
 
     def __getitem__(self, i):
         entry, place, media, position = self.read(i)
@@ -575,7 +574,7 @@ def score_choices(questions, columns):
 
 def score_file(args):
     """Scores a file of replies to Bench-Q: {"id": ..., "pred": text} for each question, once."""
-    questions = read_questions(Bench([args.file], args), raise_bad=False)
+    questions = read_questions(Bench([args.file], None, args), raise_bad=False)
     missing = {json.dumps(q["id"]): q for q in questions}
     data.expect(len(missing) == len(questions), f"{args.file}: each id once", [q["id"] for q in questions])
     lines, columns = data.read_samples(args.predictions), set()

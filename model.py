@@ -19,7 +19,7 @@ each sample. `pack` teaches a backbone to read it.
     processor = load_processor("Qwen/Qwen3-VL-2B-Instruct")  # or a folder that train.py wrote, or "tiny"
     model = load_model("Qwen/Qwen3-VL-2B-Instruct", processor)
     loss = model(batch)  # summed over the supervised tokens
-    answers = model.generate(questions, model.end_token_ids(processor.tokenizer))  # a batch for_generation
+    answers = model.generate(questions, model.end_token_ids(processor.tokenizer))  # collated for_generation
 """
 
 import copy

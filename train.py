@@ -115,9 +115,7 @@ class Config:
     batch_size: int = option(None, "samples per step, over all ranks (default: about 16, all if fewer)")
     lr: float = option(None, "peak learning rate of all but region")
     region_lr: float = option(None, "peak learning rate of region")
-    warmup: int = option(
-        10, f"steps in which the learning rate rises; in the last {DECAY:.0%}% of all it falls"
-    )
+    warmup: int = option(10, f"steps in which the learning rate rises; it falls in the last {DECAY:.0%}%")
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "norm that the gradient is scaled down to; 0: no clipping")
     seed: int = option(0, "of the weights, the order and every random choice")
@@ -400,9 +398,8 @@ def fill_in_defaults(config, processor, num_samples):
     fits = config.batch_size > 0 and config.batch_size % world_size() == 0
     data.expect(fits, f"--batch-size: a multiple of the {world_size()} ranks", config.batch_size)
     if config.epochs is not None:
-        config.steps = math.ceil(
-            config.epochs * num_samples / config.batch_size - 1e-9
-        )  # 1.1 * 10 is a bit more
+        # 1e-9: 1.1 * 10 is a bit more than 11.
+        config.steps = math.ceil(config.epochs * num_samples / config.batch_size - 1e-9)
     config.val_every = config.val_every or config.steps
     if config.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -711,7 +708,7 @@ def load_checkpoint(model, optimizer, ckpt):
 
 # ---- python train.py --check ----
 def facts_of(encoded):
-    """What --check tells of an encoded sample, {statistic: value}, or its DataError."""
+    """What --check tells of a sample as the run uses it, {statistic: value}, or its DataError."""
     if isinstance(encoded, data.DataError):
         return encoded
     most_frames = max(encoded["object_frames"], default=0)

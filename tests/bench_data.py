@@ -78,6 +78,7 @@ def main(path):
     samples = data.read_samples(path)
     processor = models.load_processor("tiny", data.sample_texts(samples), window=0)
     dataset = data.ReferringDataset(samples, processor, cache_bytes=0)
+    # Of a hundred, eight at most with regions in a video.
     chosen = [i for i in data.evenly(range(len(samples)), 100) if samples[i].objects]
     chosen = [i for i in chosen if not data.open_media(samples[i].media).info.is_image][:8]
     torch.set_num_threads(1)  # as in a worker

@@ -14,8 +14,7 @@
 
 Every clip shows four objects: each colour, each shape and each direction of motion occurs once, dealt at
 random. The picture as a whole therefore says nothing about any question, and a model that ignores the mask is
-right one time in four. Train and test use different clips. The data files hold samples of all kinds, and
-masks in every form that data.py reads.
+right one time in four. The data files hold samples of all kinds, and masks in every form that data.py reads.
 """
 
 import argparse

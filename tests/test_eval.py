@@ -178,7 +178,7 @@ def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tm
     texts, shown = [], []
     for i, command in enumerate(("bench-q", "bench-d", "data")):
         args = argparse.Namespace(command=command, mode="multi")
-        samples = entries if command == "data" else evaluation.Bench(entries.paths, args)
+        samples = entries if command == "data" else evaluation.Bench(entries.paths, None, args)
         samples.is_outlined = True
         encoded = evaluation.Questions(samples, processor, "outline")[i, 0]
         texts.append(processor.tokenizer.decode(encoded["input_ids"]).split("<|im_end|>")[0])
@@ -235,8 +235,8 @@ def test_benchmarks_ask_with_upstreams_words_and_the_masks_of_the_mode(evaluate,
         replies.append(found["pred"])
     assert len({*replies}) == 3
     [found], _ = evaluate("bench-d", [entry | described], "--control outline")
-    frames = drawn(media / "a", single[0])
-    [expected], _ = evaluate("data", [sample(f"<video>\n{OUTLINED}", "x", video=frames)])
+    in_red = sample(f"<video>\n{OUTLINED}", "x", video=drawn(media / "a", single[0]))
+    [expected], _ = evaluate("data", [in_red])
     assert found["outline"] == expected["exact"] != found["pred"]
 
 
