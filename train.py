@@ -184,8 +184,11 @@ def read_batches(dataset, batches_of_keys, device, workers, **options):
         pin_memory=device.type == "cuda",
         timeout=HANGING if workers else 0,
     )
-    for batch in loader:
-        yield to_device(batch, device)
+    try:
+        for batch in loader:
+            yield to_device(batch, device)
+    except (ConnectionError, EOFError) as error:  # of the sockets by which workers hand over tensors
+        raise RuntimeError(f"DataLoader worker was killed while it handed over a batch: {error!r}") from None
 
 
 def to_device(batch, device):
