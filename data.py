@@ -992,6 +992,7 @@ class Video:
                 rate, time_base = stream.guessed_rate or UNKNOWN_FPS, stream.time_base
                 first = next(shown_frames(container, stream), None)
                 expect(first, "at least one frame", "none that decodes")
+                height, width, _ = as_displayed(first).shape
             with open_video(path) as (container, stream):
                 self.pts, self.keyframes = list_packets(container, stream, first)
             times = self.pts
@@ -1005,10 +1006,6 @@ class Video:
         if n > 1 and None not in times and all(a < b for a, b in zip(times, times[1:])):
             self.times = [float((time - times[0]) * time_base) for time in times]
             rate = (n - 1) / ((times[-1] - times[0]) * time_base)
-        height, width = first.height, first.width
-        a, b, _, _ = display_matrix(first)
-        if abs(b) > abs(a):  # it lies down
-            height, width = width, height
         self.info = MediaInfo(n, float(rate), height, width, is_image=False)
         self.nbytes = 100 * n  # about what times and pts take
 
@@ -1063,21 +1060,18 @@ class Video:
         return pictures
 
 
-def display_matrix(frame):
-    """(a, b, c, d): the player shows the pixel (x, y) at (ax + cy, bx + dy), apart from scale and shift."""
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-    numbers = np.frombuffer(matrix, np.int32) if matrix else [1, 0, 0, 0, 1]  # rows of three numbers
-    return [int(numbers[i]) for i in (0, 1, 3, 4)]
-
-
 def as_displayed(frame):
     """uint8 (H, W, 3) RGB, turned or mirrored as the file says. Pixels that are not square stay so."""
     picture = frame.to_ndarray(format="rgb24", threads=1)
-    a, b, c, d = display_matrix(frame)
-    x, y = a, d  # negative: to be mirrored
-    if abs(b) > abs(a):
-        picture, x, y = picture.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(picture[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1])
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix:
+        # In rows of three: a player shows the pixel (x, y) at (ax + cy, bx + dy), apart from scale and shift.
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        x, y = a, d  # negative: to be mirrored
+        if abs(b) > abs(a):  # it lies down
+            picture, x, y = picture.swapaxes(0, 1), c, b
+        picture = picture[:: -1 if y < 0 else 1, :: -1 if x < 0 else 1]
+    return np.ascontiguousarray(picture)
 
 
 @contextmanager
