@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train.py --out stage2 --resume           # goes on with a run that was stopped
     python train.py --data data.json --check --preview preview.png       # reads the data, and trains nothing
 
-    samples --Order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --backward--> gradients
+    samples --order(seed, epoch)--> each rank's share --DataLoader--> micro-batches --backward--> gradients
         of the loss summed over all micro-batches of all ranks, divided once by the step's supervised tokens
 
 It writes OUT/config.json (all options), OUT/metrics.jsonl (a line for each step, and one for each measurement
@@ -137,36 +137,21 @@ MAY_CHANGE |= set("resume micro_batch workers fsdp grad_checkpoint device".split
 
 
 # ---- the data of a step ----
-class Order:
-    """For each step, the (epoch, sample index) pairs of this rank's samples.
+def order(num_samples, batch_size, steps, seed, rank, world_size):
+    """Yields for each of the steps (a range) the (epoch, sample index) pairs of this rank's samples.
 
     All epochs stand in one long row, each shuffled by (seed, epoch). Step s takes the s-th stretch of
     batch_size samples, and each rank an equal part of it. So there is no state to save.
     """
-
-    def __init__(self, num_samples, batch_size, steps, seed, rank, world_size, first_step=0):
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.steps = range(first_step, steps)
-        self.rank, self.rank_size = rank, batch_size // world_size
-
-    def __iter__(self):
-        epoch, shuffled = -1, None
-        for step in self.steps:
-            first = step * self.batch_size + self.rank * self.rank_size
-            keys = []
-            for position in range(first, first + self.rank_size):
-                if position // self.num_samples != epoch:
-                    epoch = position // self.num_samples
-                    shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-                keys.append((epoch, int(shuffled[position % self.num_samples])))
-            yield keys
-
-
-def micro_batches_of(order, size):
-    """Yields the keys of each micro-batch: `size` at most of each step's."""
-    for keys in order:
-        for start in range(0, len(keys), size):
-            yield keys[start : start + size]
+    share, epoch = batch_size // world_size, None
+    for step in steps:
+        first, keys = step * batch_size + rank * share, []
+        for position in range(first, first + share):
+            if position // num_samples != epoch:
+                epoch = position // num_samples
+                shuffled = np.random.default_rng((seed, epoch)).permutation(num_samples)
+            keys.append((epoch, int(shuffled[position % num_samples])))
+        yield keys
 
 
 def read_batches(dataset, batches_of_keys, device, workers, **options):
@@ -284,10 +269,10 @@ def train(config):
     if world_size() > 1 and not config.fsdp:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    total = len(samples)
-    order = Order(total, config.batch_size, config.steps, config.seed, rank(), world_size(), first_step)
-    keys = micro_batches_of(order, config.micro_batch)
-    micro_steps = math.ceil(config.batch_size / world_size() / config.micro_batch)
+    steps, size = range(first_step, config.steps), config.micro_batch
+    shares = order(len(samples), config.batch_size, steps, config.seed, rank(), world_size())
+    keys = (share[i : i + size] for share in shares for i in range(0, len(share), size))
+    micro_steps = math.ceil(config.batch_size / world_size() / size)
     cache = FRAME_CACHE // max(config.workers, 1)
     dataset = data.ReferringDataset(samples, processor, config.single_frame, config.seed, cache)
     batches = read_batches(dataset, keys, device, config.workers)
@@ -298,7 +283,6 @@ def train(config):
 
     sigterms, num_sigterms = [], 0  # of this rank, and of all
     signal.signal(signal.SIGTERM, lambda *_: sigterms.append(True))
-    steps = range(first_step, config.steps)
     progress = tqdm(steps, initial=first_step, total=config.steps, disable=rank() > 0)
     for step in progress:
         # Measure on held-out data what the steps before this one have learned.
@@ -891,11 +875,11 @@ def open_run(given):
     data.expect(config.data, "--data: files to learn from", config.data)
     learn = config.train or DEFAULTS["tiny" if config.model == "tiny" else "pretrained"]["train"]
     is_used = {"lr": learn != "region", "region_lr": "region" in learn, "lora_rank": "lora" in learn}
+    is_used |= {"val_every": config.val, "preview": config.check, "problems": config.check}
     for name, used in is_used.items():
-        data.expect(used or name not in given, f"a part in --train that uses {name}", learn)
-    data.expect(config.val or "val_every" not in given, "--val for --val-every", config.val)
+        unused = f"no {name}, which nothing here uses (see --train, --val and --check)"
+        data.expect(used or name not in given, unused, given.get(name))
     for path in filter(None, (config.preview, config.problems)):
-        data.expect(config.check, "--check for --preview and --problems", path)
         data.expect(os.path.isdir(os.path.dirname(os.path.abspath(path))), "a folder that exists", path)
     return config
 

@@ -93,8 +93,8 @@ def make_steps(folder, sides, processor, has_regions):
         question = "What is <region> ?" if regions else "What is this ?"
         entries.append(sample(question, answer, *regions, **media))
     dataset = data.ReferringDataset(data.read_samples(write_json(f"{folder}/data.json", entries)), processor)
-    order = train.Order(len(dataset), BATCH, STEPS, 0, 0, 1)
-    steps = [[*train.micro_batches_of([keys], MICRO_BATCH)] for keys in order]
+    order = train.order(len(dataset), BATCH, range(STEPS), 0, 0, 1)
+    steps = [[keys[i : i + MICRO_BATCH] for i in range(0, BATCH, MICRO_BATCH)] for keys in order]
     return [[data.collate([dataset[key] for key in keys], processor) for keys in step] for step in steps]
 
 

@@ -108,7 +108,7 @@ def test_grad_checkpoint_computes_each_layer_twice(mixed, tmp_path):
 
 def test_a_bad_sample_of_one_rank(mixed, tmp_path):
     """It is left out as on one process, or ends all ranks. It is rank 1's, while rank 0 writes the files."""
-    [keys] = train.Order(4, 4, 1, seed=0, rank=1, world_size=2)
+    [keys] = train.order(4, 4, range(1), seed=0, rank=1, world_size=2)
     entries = json.loads(mixed.read_text())
     entries[keys[0][1]] = sample("What?", "That.", image="absent.png")
     path = write_json(mixed.with_name("one_bad.json"), entries)

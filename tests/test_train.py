@@ -76,7 +76,7 @@ def test_the_order_is_a_row_of_shuffled_epochs_which_the_ranks_share():
     """10 samples in steps of 4, against a permutation's own properties."""
 
     def keys(ranks, seed=3):
-        orders = [list(train.Order(10, 4, 5, seed, rank, ranks)) for rank in range(ranks)]
+        orders = [list(train.order(10, 4, range(5), seed, rank, ranks)) for rank in range(ranks)]
         return [[key for step in steps for key in step] for steps in zip(*orders)]
 
     assert keys(1) == keys(2) == keys(4)
@@ -317,10 +317,10 @@ def test_options_that_do_not_fit_are_refused(here, monkeypatch):
     """Each would be ignored, or end in a traceback. The error names what was found."""
     monkeypatch.chdir(here)
     for options, found in (
-        ("--train region --lr 1e-4", "region"),
-        ("--train llm --region-lr 1e-4", "llm"),
+        ("--train region --lr 1e-4", "0.0001"),
+        ("--train llm --region-lr 1e-4", "0.0001"),
         ("--train regions", "regions"),
-        ("--val-every 3", "None"),
+        ("--val-every 3", "3"),
         ("--preview p.png", "p.png"),
         ("--problems p.jsonl", "p.jsonl"),
         ("--check --preview absent/p.png", "absent/p.png"),
