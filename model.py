@@ -369,24 +369,20 @@ class ReferringVideoLLM(nn.Module):
 
     def forward(self, batch):
         """The cross-entropy of a batch, summed over its supervised tokens (float32 scalar)."""
-        with self._mixed_precision():
-            hidden = self._hidden(batch)[0]
-            # Logits of all positions would take much memory: the vocabulary has 150,000 tokens.
-            logits = self.backbone.lm_head(hidden.index_select(0, batch["target_index"]))
+        # Not of all positions, which would take much memory: the vocabulary has 150,000 tokens.
+        logits = self.logits(batch, batch["target_index"])
         return F.cross_entropy(logits.float(), batch["targets"], reduction="sum")
 
-    def logits(self, batch):
-        """The logits of every position, (rows, L, V)."""
+    def logits(self, batch, index=None):
+        """The logits of every position, (rows, L, V), or of one row's positions in index (S,), (S, V)."""
+        llm = self.backbone.model.language_model
         with self._mixed_precision():
-            return self.backbone.lm_head(self._hidden(batch))
+            hidden = llm(**self._inputs(batch), use_cache=False).last_hidden_state  # (rows, L, D)
+            return self.backbone.lm_head(hidden if index is None else hidden[0].index_select(0, index))
 
     def _mixed_precision(self):
         """On a GPU, matrices are multiplied in bfloat16; weights that learn stay in float32."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.image_mean.is_cuda)
-
-    def _hidden(self, batch):
-        """What lm_head reads, (rows, L, D)."""
-        return self.backbone.model.language_model(**self._inputs(batch), use_cache=False).last_hidden_state
 
     def _inputs(self, batch):
         """What the LLM reads, as its keyword arguments."""
