@@ -294,13 +294,12 @@ def without_media(sample):
 def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0):
     """Yields for each key of Questions, in order, the reply as text, or the DataError of a bad sample."""
     tokenizer, device = dataset.processor.tokenizer, next(model.parameters()).device
-    end_token_ids = model.end_token_ids(tokenizer)
     batches = train.read_batches(dataset, batches_of_keys, device, workers, for_generation=True)
     name = "replies" if dataset.control == "none" else dataset.control
     for batch in tqdm(batches, name, len(batches_of_keys), leave=False, disable=train.rank() > 0):
         texts = []  # the replies of samples that are not bad
         if not all(batch["errors"]):
-            tokens = model.generate(batch, end_token_ids, max_new_tokens)
+            tokens = model.generate(batch, max_new_tokens)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for error in batch["errors"]:
             yield error or texts.pop(0).strip()

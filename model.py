@@ -19,7 +19,7 @@ each sample. `pack` teaches a backbone to read it.
     processor = load_processor("Qwen/Qwen3-VL-2B-Instruct")  # or a folder that train.py wrote, or "tiny"
     model = load_model("Qwen/Qwen3-VL-2B-Instruct", processor)
     loss = model(batch)  # summed over the supervised tokens
-    answers = model.generate(questions, model.end_token_ids(processor.tokenizer))  # collated for_generation
+    answers = model.generate(questions)  # collated for_generation
 """
 
 import copy
@@ -30,7 +30,7 @@ import re
 import shutil
 from dataclasses import fields
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +362,10 @@ class ReferringVideoLLM(nn.Module):
         if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
             backbone.resize_token_embeddings(self.region_token_id + 1)
         pack(backbone)
+        # What ends an answer. Published generation_config.json have one id, or several.
+        listed, tokenizer = backbone.generation_config.eos_token_id, processor.tokenizer
+        self.end_token_ids = set(listed if isinstance(listed, list) else [listed])
+        self.end_token_ids |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
         self.region_encoder = RegionEncoder(backbone.config.text_config.hidden_size)
         images = processor.image_processor
         self.register_buffer("image_mean", torch.tensor(images.image_mean)[:, None], persistent=False)
@@ -413,14 +417,12 @@ class ReferringVideoLLM(nn.Module):
         return torch.cat(pixels).to(self.backbone.model.visual.dtype)
 
     @torch.no_grad()
-    def generate(self, batch, end_token_ids, max_new_tokens=128):
+    def generate(self, batch, max_new_tokens=128):
         """Answers a batch collated for generation, greedily, by B lists of token ids without end tokens."""
         llm = self.backbone.model.language_model
         cache = DynamicCache(config=self.backbone.config.text_config)
         mask = batch["attention"]["attention_mask"]
-        end_tokens = torch.tensor(end_token_ids, device=mask.device)
-        unfinished = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        answers = torch.full((len(mask), max_new_tokens), -1, device=mask.device)
+        answers = [[] for _ in mask]
         with self._mixed_precision():
             inputs = self._inputs(batch)
             for step in range(max_new_tokens):
@@ -428,25 +430,20 @@ class ReferringVideoLLM(nn.Module):
                 scores = self.backbone.lm_head(hidden[:, -1])
                 scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
                 token = scores.argmax(-1)
-                unfinished = unfinished & ~torch.isin(token, end_tokens)
-                if not unfinished.any():
+                for answer, token_id in zip(answers, token.tolist()):
+                    answer.append(token_id)
+                if all(self.end_token_ids.intersection(answer) for answer in answers):
                     break
-                answers[:, step] = torch.where(unfinished, token, -1)
                 # The cache holds what came before, so from here on the LLM reads only the new token.
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 # A prompt ends in text, whose three positions are equal.
                 positions = batch["position_ids"][:, :, -1:] + 1 + step  # (3, B, 1)
                 embeddings = self.backbone.get_input_embeddings()(token[:, None]).float()
                 inputs = {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask}
-        return [[token for token in row if token >= 0] for row in answers.tolist()]
+        # A row went on behind its end token until all had one.
+        return [list(takewhile(lambda x: x not in self.end_token_ids, answer)) for answer in answers]
 
-    # A first reading may skip the rest of the class: what ends an answer, what learns, what is saved.
-    def end_token_ids(self, tokenizer):
-        """The list of ids that end an answer, also those of the tokenizer and generation_config.json."""
-        ids = self.backbone.generation_config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return sorted({*ids, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None})
-
+    # A first reading may skip the rest of the class: adapters, what learns, what is saved.
     def add_lora(self, rank):
         """Adds adapters of peft to the LLM's matrices, but for experts (which are no nn.Linear). W x becomes
         W x + 2 B A x (LoRA, https://arxiv.org/abs/2106.09685), where B, (out, rank), is zero at first.

@@ -220,7 +220,8 @@ def test_answers_equal_those_of_transformers_generate(checkpoint, loaded, sample
     barred = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id])
     model.backbone.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, barred, -torch.inf))
     batch = batch_of_questions(samples, processor, QUESTIONS)
-    answers = model.generate(batch, [end], max_new_tokens=8)
+    model.end_token_ids = {end}
+    answers = model.generate(batch, max_new_tokens=8)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": end}
     options["suppress_tokens"] = [*barred.tolist(), truth.region_token_id]
     for (number, _), row, found in zip(QUESTIONS, batch["input_ids"], answers):
@@ -253,22 +254,22 @@ def test_end_tokens_end_an_answer_for_good_and_a_region_is_never_one(loaded, sam
             return scores
 
     batch = batch_of_questions(samples, processor, [(0, 0)] * len(script))
+    model.end_token_ids = {end, 9}
     for limit, options in [(128, {}), (3, {"max_new_tokens": 3})]:
         model.backbone.lm_head = ScriptedHead()
-        found = model.generate(batch, [end, 9], **options)
+        found = model.generate(batch, **options)
         assert found == [answer[:limit] for answer in expected]
 
 
 @any_family
 def test_end_tokens_are_those_of_generation_config_tokenizer_and_chat(loaded):
     """Published checkpoints list one or several; against sets written by hand."""
-    model, tokenizer = loaded[0], loaded[1].tokenizer
-    end_of_turn, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    for listed, expected in [(None, []), (7, [7]), ([3, 9], [3, 9])]:
-        model.backbone.generation_config.eos_token_id = listed
-        assert model.end_token_ids(tokenizer) == sorted([*expected, end_of_turn])
-    tokenizer.eos_token = "<|endoftext|>"
-    assert model.end_token_ids(tokenizer) == sorted([3, 9, end_of_turn, other])
+    backbone, processor = loaded[0].backbone, loaded[1]
+    end, other = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    table = [("im_end", None, {None}), ("im_end", 7, {7}), ("endoftext", [3, 9], {3, 9, other})]
+    for eos, listed, expected in table:
+        processor.tokenizer.eos_token, backbone.generation_config.eos_token_id = f"<|{eos}|>", listed
+        assert models.ReferringVideoLLM(backbone, processor).end_token_ids == expected | {end}
 
 
 def test_temporal_merge_equals_a_merge_in_plain_python():
