@@ -28,7 +28,7 @@ import math
 import pickle
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from itertools import chain, groupby, takewhile
 from pathlib import Path
@@ -127,8 +127,10 @@ class Processor:
         self._check_template()
 
     def save_pretrained(self, folder):
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        """Writes all that load_processor reads."""
+        for part in (self.config, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
+        Path(folder, SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2))
         for name, text in self.unread_files.items():
             Path(folder, name).write_text(text)
 
@@ -472,10 +474,10 @@ class ReferringVideoLLM(nn.Module):
             groups[part].append(p)
         return groups
 
-    def save_pretrained(self, folder, settings, weights=None):
+    def save_pretrained(self, folder, processor, weights=None):
         """Writes the backbone so that it loads with transformers alone, and the rest beside it. Adapters are
         merged, W + 2 B A, in float32. (peft would do so in place, and round a W that is frozen in bfloat16.)
-        settings: dict. weights: {name: tensor} to save in place of the parameters.
+        weights: {name: tensor} to save in place of the parameters.
         """
         weights = weights or self.state_dict()
         saved = {"backbone": {}, "region_encoder": {}}
@@ -490,28 +492,23 @@ class ReferringVideoLLM(nn.Module):
             part, name_in_part = name.replace(".base_layer.", ".").split(".", maxsplit=1)
             saved[part][name_in_part] = weight
         expected = sum(weight.numel() for part in saved.values() for weight in part.values())
+        processor.save_pretrained(folder)
         self.backbone.save_pretrained(folder, state_dict=saved["backbone"])
         save_file(saved["region_encoder"], Path(folder, REGION_WEIGHTS))
-        self.save_settings(folder, settings)
-        for path in Path(folder).glob("*.safetensors"):  # safetensors hides its files from all other users
-            shutil.copymode(Path(folder, "config.json"), path)
-        # transformers may name and cut the weights in another way, but none may be missing.
-        written = 0
-        for path in Path(folder).glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                written += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-        data.expect(written == expected, f"{folder} with {expected} weights", written)
-
-    def save_settings(self, folder, settings):
-        """Writes config.json and nanorefer.json."""
         config = self.backbone.config
-        # transformers would write the dtype of one weight, which may be frozen in bfloat16.
+        # transformers has written the dtype of one weight, which may be frozen in bfloat16.
         config.dtype = torch.float32
         # It does not load the layers that guess further tokens, so that others should not look for them.
         for part in (config, config.text_config):
             part.__dict__.pop("mtp_num_hidden_layers", None)
         config.save_pretrained(folder)
-        Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
+        # transformers may name and cut the weights in another way, but none may be missing.
+        written = 0
+        for path in Path(folder).glob("*.safetensors"):
+            shutil.copymode(Path(folder, "config.json"), path)  # safetensors hides it from all other users
+            with safe_open(path, "pt") as file:
+                written += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        data.expect(written == expected, f"{folder} with {expected} weights", written)
 
 
 # ---- Attention within a sample ----

@@ -635,8 +635,7 @@ def save_final(model, processor, config):
     if rank() == 0:
         with atomic_write(f"{config.out}/final") as folder:
             os.makedirs(folder)
-            model.save_pretrained(folder, asdict(processor.settings), weights)
-            processor.save_pretrained(folder)
+            model.save_pretrained(folder, processor, weights)
 
 
 def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done):
@@ -656,7 +655,6 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
     ckpt = {"step": steps_done, "samples": num_samples, "model": weights, "optimizer": moments}
     with atomic_write(f"{config.out}/step-{steps_done:06}") as folder:
         os.makedirs(folder)
-        model.save_settings(folder, asdict(processor.settings))
         processor.save_pretrained(folder)
         ckpt["config"] = asdict(config) | {"model": base}
         with open(f"{folder}/{models.CHECKPOINT}", "wb") as file:  # whose errors say what is wrong

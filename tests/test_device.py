@@ -1,7 +1,5 @@
 """The model and the loop on a simulated GPU, against the same on a CPU: the rounding alone may differ."""
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
@@ -34,8 +32,7 @@ def folder(request, tmp_path_factory):
         nn.init.normal_(last.weight, std=0.1)  # or else no gradient would pass
     for i, p in enumerate(model.parameters()):
         p.data = p.data.bfloat16().float() + 2**-20 * (i % 5 == 0)
-    model.save_pretrained(path, asdict(processor.settings))
-    processor.save_pretrained(path)
+    model.save_pretrained(path, processor)
     return path
 
 

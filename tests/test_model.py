@@ -392,15 +392,10 @@ def test_a_template_that_writes_other_texts_is_refused(checkpoint, tmp_path):
     assert models.load_processor(folder).tokenizer.chat_template == template
 
 
-def save(model, processor, folder):
-    model.save_pretrained(folder, asdict(processor.settings))
-    processor.save_pretrained(folder)
-
-
 def test_a_saved_model_is_the_published_one_and_the_region_encoder(checkpoint, loaded, samples, tmp_path):
     """Weights and their names are those of transformers' file; loaded again, the logits are the same."""
     model, processor = loaded
-    save(model, processor, tmp_path)
+    model.save_pretrained(tmp_path, processor)
     saved, published = (load_file(folder / "model.safetensors") for folder in (tmp_path, checkpoint))
     assert saved.keys() == published.keys() and all(torch.equal(saved[n], published[n]) for n in saved)
     again, its_processor = evaluation.load(tmp_path, "cpu")
@@ -412,7 +407,7 @@ def test_a_saved_model_is_the_published_one_and_the_region_encoder(checkpoint, l
 @any_family
 def test_weights_are_read_and_written_in_float32(loaded, tmp_path):
     """Published ones are bfloat16, and so are those that train.py freezes on a GPU."""
-    save(loaded[0].to(torch.bfloat16), loaded[1], tmp_path)
+    loaded[0].to(torch.bfloat16).save_pretrained(tmp_path, loaded[1])
     for name in ("model.safetensors", "region_encoder.safetensors"):
         assert {p.dtype for p in load_file(tmp_path / name).values()} == {torch.float32}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
@@ -428,7 +423,7 @@ def test_weights_are_read_and_written_in_float32(loaded, tmp_path):
 @pytest.mark.parametrize("checkpoint", ["qwen3_5"], indirect=True)
 def test_weights_that_do_not_fit_are_refused(loaded, tmp_path):
     """In either file one is missing, left over, or of another shape, which the error names."""
-    save(*loaded, tmp_path)
+    loaded[0].save_pretrained(tmp_path, loaded[1])
     for file in ("model.safetensors", "region_encoder.safetensors"):
         weights = load_file(tmp_path / file)
         name = next(name for name in sorted(weights) if "norm" in name or "mlp.0" in name)
@@ -462,7 +457,7 @@ def test_a_folder_that_is_no_model_is_refused(checkpoint, tmp_path):
 @any_family
 def test_settings_that_do_not_fit_are_refused(loaded, tmp_path):
     """None is guessed. (What is saved and inherited is compared in test_train.py.)"""
-    save(*loaded, tmp_path)
+    loaded[0].save_pretrained(tmp_path, loaded[1])
     saved = asdict(SETTINGS)
     without = {name: value for name, value in saved.items() if name != "window"}
     for unfit in ([3], saved | {"u": 4}, without, without | {"windows": 2}):
@@ -475,7 +470,7 @@ def test_a_model_on_the_hub_keeps_its_region_encoder_and_settings(loaded, tmp_pa
     """The values that were saved, read from the cache as it is after a download."""
     model, processor = loaded
     torch.nn.init.constant_(model.region_encoder.position[2].bias, 3)
-    save(model, processor, tmp_path / "models--me--refer" / "snapshots" / "0123")
+    model.save_pretrained(tmp_path / "models--me--refer" / "snapshots" / "0123", processor)
     (tmp_path / "models--me--refer" / "refs").mkdir()
     (tmp_path / "models--me--refer" / "refs" / "main").write_text("0123")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -284,12 +284,13 @@ def test_adapters_change_nothing_at_first_and_have_defaults(tmp_path):
 def test_a_base_in_bfloat16_is_merged_in_float32(tmp_path):
     """As on a GPU. Against the same algebra in float64."""
     base = make_checkpoint(tmp_path / "base", "qwen3_vl")
-    model = models.load_model(base, models.load_processor(base))
+    processor = models.load_processor(base)
+    model = models.load_model(base, processor)
     model.add_lora(4)
     q = model.backbone.model.language_model.layers[0].self_attn.q_proj
     q.base_layer.weight.data = w = q.base_layer.weight.detach().bfloat16()
     torch.nn.init.normal_(q.lora_B.default.weight)
-    model.save_pretrained(tmp_path, {})
+    model.save_pretrained(tmp_path, processor)
     expected = w.double() + 2 * q.lora_B.default.weight.double() @ q.lora_A.default.weight.double()
     saved = load_file(tmp_path / "model.safetensors")
     found = saved["model.language_model.layers.0.self_attn.q_proj.weight"].double()

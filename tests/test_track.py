@@ -1,6 +1,6 @@
 """From a click to masks on more frames: as transformers' own processor and loop give, on the right frames."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,8 +129,8 @@ def test_what_is_wrong_gets_one_error(sam, clip, tmp_path):
 def test_a_click_is_tracked_saved_and_asked_about(sam, clip, tmp_path, capsys):
     """What --save-masks writes are transformers' masks, on 4 frames; the reply is that to such data."""
     model, processor = evaluation.load(make_checkpoint(tmp_path / "qwen", "qwen3_vl"), "cpu")
-    model.save_pretrained(tmp_path / "final", asdict(replace(processor.settings, region_frames=4)))
-    processor.save_pretrained(tmp_path / "final")
+    processor.settings = replace(processor.settings, region_frames=4)
+    model.save_pretrained(tmp_path / "final", processor)
     common = f"--model {tmp_path}/final --max-new-tokens 6 --device cpu"
     ask = f"ask Is<region><region> {common} --video {clip} --save-masks {tmp_path}/masks.json"
     evaluation.main(f"{ask} --track {tmp_path}/sam --object 7:100,82 --object 7:50,25,100,100".split())
