@@ -143,10 +143,8 @@ class Processor:
         return self._smart_resize(height, width, self.factor**2, self.settings.frame_pixels)
 
     def _smart_resize(self, height, width, min_pixels, max_pixels):
-        # Beyond this ratio, smart_resize raises a plain ValueError.
-        fits = max(height, width) <= 200 * min(height, width)
-        data.expect(fits, "a picture at most 200 times as long as wide", (height, width))
-        return smart_resize(height, width, self.factor, min_pixels, max_pixels)
+        with data.readable("a picture of the usual proportions", f"{width}x{height} (width x height)"):
+            return smart_resize(height, width, self.factor, min_pixels, max_pixels)
 
     def window_size(self, height, width):
         """The (height, width) that a window is resized to: as large as a still may be. (smart_resize may give
