@@ -220,25 +220,23 @@ class Processor:
         media_prompt: what the media tag becomes. region_tokens: how many placeholders each `<region>` tag
         becomes. for_generation: stop where the last answer would begin.
         """
-        for text in chain.from_iterable(turns):
-            found = self.refused.search(text)
-            data.expect(not found, "text without the tokenizer's control tokens", found and found.group())
+        found = self.refused.search("\n".join(chain.from_iterable(turns)))
+        data.expect(not found, "text without the tokenizer's control tokens", found and found.group())
         pieces = self.chat(turns, media_prompt)
         if for_generation:
             pieces = pieces[:-2]
         token_counts = iter(region_tokens)
         input_ids, labels = [], []
         for i, text in enumerate(pieces):
-            is_answer = i % 2 == 1
-            if not is_answer:
-                text = re.sub(data.REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), text)
+            text = re.sub(data.REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), text)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             input_ids += ids
+            is_answer = i % 2 == 1
             labels += ids if is_answer else [data.IGNORE_INDEX] * len(ids)
-        if len(input_ids) > self.settings.max_length:
-            visual = input_ids.count(self.config.image_token_id) + input_ids.count(self.config.video_token_id)
-            expected = f"expected at most {self.settings.max_length} tokens (max_length)"
-            raise data.DataError(f"{expected}, found {len(input_ids)} ({visual} of them visual)")
+        most = self.settings.max_length
+        visual = input_ids.count(self.config.image_token_id) + input_ids.count(self.config.video_token_id)
+        found = f"{len(input_ids)} ({visual} of them visual)"
+        data.expect(len(input_ids) <= most, f"at most {most} tokens (max_length)", found)
         return np.array(input_ids), np.array(labels)
 
     def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
