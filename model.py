@@ -207,10 +207,8 @@ class Processor:
         first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}
         messages = [first, {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        try:
+        with data.readable("a chat template", errors=(TemplateError, TypeError, ValueError)):
             theirs = self.tokenizer.apply_chat_template(messages, **options)
-        except (TemplateError, TypeError, ValueError) as error:  # ValueError: there is none
-            raise data.DataError(f"expected a chat template, found: {error}") from None
         # Qwen3.5's own leaves empty thoughts out of earlier answers.
         if theirs not in (ours, ours.replace(self.thoughts, "", 1)):
             raise data.DataError(f"expected a chat template that writes {ours!r}, found {theirs!r}")
