@@ -609,8 +609,6 @@ def load_processor(path, texts=(), **settings):
         is_folder = Path(path).is_dir()
         data.expect(is_folder or "/" in str(path), MODEL_FILES, path)  # transformers would try for 40 s
         data.expect(not Path(path, "final").is_dir(), f"a model, such as {path}/final", f"the run {path}")
-        if cached_file(path, "config.json") is None:
-            raise OSError("a folder without config.json")
         saved = data.PRETRAINED_PIXELS
         settings_file = find_file(path, SETTINGS_FILE)
         if settings_file:
@@ -619,14 +617,14 @@ def load_processor(path, texts=(), **settings):
             names = sorted(f.name for f in fields(data.Settings))
             fits = isinstance(saved, dict) and sorted(saved) == names
             data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
+        config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         template = find_file(path, "chat_template.json")  # of older checkpoints, for images and videos
         if template:
             tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
         # All families use this class; AutoImageProcessor may choose one that needs torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        config, settings = AutoConfig.from_pretrained(path), data.Settings(**saved | given)
-        processor = Processor(tokenizer, image_processor, config, settings)
+        processor = Processor(tokenizer, image_processor, config, data.Settings(**saved | given))
         for name in UNREAD_FILES:
             if file := find_file(path, name):
                 processor.unread_files[name] = Path(file).read_text()
