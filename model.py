@@ -606,8 +606,6 @@ def load_processor(path, texts=(), **settings):
         config, tokenizer, image_processor = build_tiny(texts)
         return Processor(tokenizer, image_processor, config, data.Settings(**given))
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
-        is_folder = Path(path).is_dir()
-        data.expect(is_folder or "/" in str(path), MODEL_FILES, path)  # transformers would try for 40 s
         data.expect(not Path(path, "final").is_dir(), f"a model, such as {path}/final", f"the run {path}")
         saved = data.PRETRAINED_PIXELS
         settings_file = find_file(path, SETTINGS_FILE)
