@@ -28,7 +28,7 @@ import math
 import pickle
 import re
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from itertools import chain, groupby, takewhile
 from pathlib import Path
@@ -612,9 +612,8 @@ def load_processor(path, texts=(), **settings):
         if settings_file:
             saved = json.loads(Path(settings_file).read_text())
             # A missing one gets no default, because the model may have been trained with another.
-            names = sorted(f.name for f in fields(data.Settings))
-            fits = isinstance(saved, dict) and sorted(saved) == names
-            data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
+            names = asdict(data.Settings()).keys()
+            data.expect(set(saved) == names, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         template = find_file(path, "chat_template.json")  # of older checkpoints, for images and videos
