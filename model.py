@@ -683,29 +683,23 @@ def build_tiny(texts):
     bpe.train_from_iterator(texts, vocab_size=500, min_frequency=0, show_progress=False)
     ends = {"eos_token": END_OF_TURN, "pad_token": "<|endoftext|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **ends)
-    control_tokens = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
-    tokenizer.add_tokens([f"<|{name}|>" for name in control_tokens], special_tokens=True)
+    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+    control_tokens = [f"<|{name}|>" for name in names]
+    tokenizer.add_tokens(control_tokens, special_tokens=True)
     tokenizer.add_tokens(["user", "assistant", " seconds"])  # the words of every prompt
     tokenizer.chat_template = TINY_TEMPLATE
-    token_id = tokenizer.convert_tokens_to_ids
     # The vocabulary: at most 500 of the texts, 7 control tokens, 3 words, and the region placeholder.
     llm = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     llm |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "initializer_range": 0.16}
-    rope = {"rope_type": "default", "rope_theta": 100.0}
-    rope |= {"mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_interleaved": True}
+    llm["rope_parameters"] = rope | {"mrope_section": [6, 5, 5]}
     vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "patch_size": 8}
     vision |= {"out_hidden_size": 128, "num_position_embeddings": 144, "deepstack_visual_indexes": [0]}
     vision["initializer_range"] = 0.06
-    config = AutoConfig.for_model(
-        "qwen3_vl",
-        text_config=llm | {"rope_parameters": rope},
-        vision_config=vision,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    keys = dict(zip(names, tokenizer.convert_tokens_to_ids(control_tokens[3:])))
+    keys |= {"text_config": llm, "vision_config": vision, "tie_word_embeddings": True}
+    config = AutoConfig.for_model("qwen3_vl", **keys)
     half = [0.5, 0.5, 0.5]
     size = {"shortest_edge": 16 * 16, "longest_edge": 1 << 20}
     image_processor = Qwen2VLImageProcessorPil(size=size, image_mean=half, image_std=half, patch_size=8)
