@@ -523,18 +523,14 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     # torch 2.11 knows no groups of query heads that share a key.
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
-    if not query.is_cuda:
-        return attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal)[None], None
-    assert not dropout, f"varlen_attn has no dropout, found {dropout}"
-    # Autocast does not know varlen_attn, and q_norm leaves query and key in float32.
-    q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    seen = (-1, 0) if is_causal else (-1, -1)
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=seen)
-    return out.to(query.dtype)[None], None
-
-
-def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
-    """The same on a CPU, (L, heads, size). Neighbours of equal length (frames of a video) are one batch."""
+    if query.is_cuda:
+        assert not dropout, f"varlen_attn has no dropout, found {dropout}"
+        # Autocast does not know varlen_attn, and q_norm leaves query and key in float32.
+        q, k, v = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        seen = (-1, 0) if is_causal else (-1, -1)
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=seen)
+        return out.to(query.dtype)[None], None
+    # On a CPU one after another, but neighbours of equal length (frames of a video) are one batch.
     outputs, start = [], 0
     for length, group in groupby(bounds.diff().tolist()):
         count = len(list(group))
@@ -543,7 +539,7 @@ def attention_in_turn(query, key, value, bounds, scaling, dropout, is_causal):
         q, k, v = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_within_samples)
