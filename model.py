@@ -45,7 +45,6 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoTokenizer, vision_utils
-from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -416,14 +415,13 @@ class ReferringVideoLLM(nn.Module):
     def generate(self, batch, max_new_tokens=128):
         """Answers a batch collated for generation, greedily, by B lists of token ids without end tokens."""
         llm = self.backbone.model.language_model
-        cache = DynamicCache(config=self.backbone.config.text_config)
         mask = batch["attention"]["attention_mask"]
         answers = [[] for _ in mask]
         with self._mixed_precision():
             inputs = self._inputs(batch)
             for step in range(max_new_tokens):
-                hidden = llm(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-                scores = self.backbone.lm_head(hidden[:, -1])
+                output = llm(**inputs, use_cache=True)
+                scores = self.backbone.lm_head(output.last_hidden_state[:, -1])
                 scores[:, self.region_token_id] = -torch.inf  # a placeholder is not an answer
                 token = scores.argmax(-1)
                 for answer, token_id in zip(answers, token.tolist()):
@@ -436,6 +434,7 @@ class ReferringVideoLLM(nn.Module):
                 positions = batch["position_ids"][:, :, -1:] + 1 + step  # (3, B, 1)
                 embeddings = self.backbone.get_input_embeddings()(token[:, None]).float()
                 inputs = {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask}
+                inputs["past_key_values"] = output.past_key_values
         # A row went on behind its end token until all had one.
         return [list(takewhile(lambda x: x not in self.end_token_ids, answer)) for answer in answers]
 
