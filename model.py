@@ -357,7 +357,7 @@ class ReferringVideoLLM(nn.Module):
         if self.region_token_id >= backbone.get_input_embeddings().num_embeddings:
             backbone.resize_token_embeddings(self.region_token_id + 1)
         pack(backbone)
-        # What ends an answer. Published generation_config.json have one id, or several.
+        # What ends an answer: in published generation_config.json one id, or several.
         listed, tokenizer = backbone.generation_config.eos_token_id, processor.tokenizer
         self.end_token_ids = set(listed if isinstance(listed, list) else [listed])
         self.end_token_ids |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
@@ -485,7 +485,7 @@ class ReferringVideoLLM(nn.Module):
             part, name_in_part = name.replace(".base_layer.", ".").split(".", maxsplit=1)
             saved[part][name_in_part] = weight
         expected = sum(weight.numel() for part in saved.values() for weight in part.values())
-        processor.save_pretrained(folder)
+        processor.save_pretrained(folder)  # and a config.json, which is replaced below
         self.backbone.save_pretrained(folder, state_dict=saved["backbone"])
         save_file(saved["region_encoder"], Path(folder, REGION_WEIGHTS))
         config = self.backbone.config
@@ -519,7 +519,7 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     is_causal = options.get("is_causal", module.is_causal)  # the tower gives it, the LLM does not
-    # torch 2.11 knows no groups of query heads that share a key.
+    # Groups of query heads share a key and a value.
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
     if query.is_cuda:
