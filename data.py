@@ -295,11 +295,7 @@ class ReferringDataset(Dataset):
             encoded = EMPTY_SAMPLE | {"id": sample.id}
             if sample.media:
                 encoded |= self._encode_media(sample, rng)
-            text, tokens = encoded["media_prompt"], encoded["region_tokens"]
-            ids, labels = self.processor.encode(sample.turns, text, tokens, for_generation)
-            kind, grid = encoded["kind"], encoded["prompt_grid"]
-            positions = self.processor.positions(ids, kind, grid, encoded["seconds_per_pair"])
-        return encoded | {"input_ids": ids, "labels": labels, "position_ids": positions}
+            return encoded | self.processor.encode(sample.turns, encoded, for_generation)
 
     def _encode_media(self, sample, rng):
         """Returns the fields of an encoded sample that show its image or video, and its objects."""

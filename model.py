@@ -212,17 +212,18 @@ class Processor:
         if theirs not in (ours, ours.replace(self.thoughts, "", 1)):
             raise data.DataError(f"expected a chat template that writes {ours!r}, found {theirs!r}")
 
-    def encode(self, turns, media_prompt, region_tokens, for_generation=False):
-        """A conversation as (input_ids, labels), int64 (L,) each; labels are IGNORE_INDEX but for answers.
-        media_prompt: what the media tag becomes. region_tokens: how many placeholders each `<region>` tag
-        becomes. for_generation: stop where the last answer would begin.
+    def encode(self, turns, shown, for_generation=False):
+        """The "input_ids", "labels" and "position_ids" of a conversation, as data.EMPTY_SAMPLE has them.
+
+        shown: the fields of EMPTY_SAMPLE about media and objects. for_generation: stop where the last answer
+        would begin.
         """
         found = self.refused.search("\n".join(chain.from_iterable(turns)))
         data.expect(not found, "text without the tokenizer's control tokens", found and found.group())
-        pieces = self.chat(turns, media_prompt)
+        pieces = self.chat(turns, shown["media_prompt"])
         if for_generation:
             pieces = pieces[:-2]
-        token_counts = iter(region_tokens)
+        token_counts = iter(shown["region_tokens"])
         input_ids, labels = [], []
         for i, text in enumerate(pieces):
             text = re.sub(data.REGION_TAG, lambda tag: REGION_TOKEN * next(token_counts), text)
@@ -230,22 +231,18 @@ class Processor:
             input_ids += ids
             is_answer = i % 2 == 1
             labels += ids if is_answer else [data.IGNORE_INDEX] * len(ids)
+        row = torch.tensor(input_ids)[None]
+        is_image, is_video = row == self.config.image_token_id, row == self.config.video_token_id
         most = self.settings.max_length
-        visual = input_ids.count(self.config.image_token_id) + input_ids.count(self.config.video_token_id)
-        found = f"{len(input_ids)} ({visual} of them visual)"
+        found = f"{len(input_ids)} ({(is_image | is_video).sum()} of them visual)"
         data.expect(len(input_ids) <= most, f"at most {most} tokens (max_length)", found)
-        return np.array(input_ids), np.array(labels)
-
-    def positions(self, input_ids, kind, prompt_grid, seconds_per_pair):
-        """Position ids, int64 (3, L): time, row and column. The arguments: see data.EMPTY_SAMPLE."""
-        ids = torch.from_numpy(input_ids)[None]
-        is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
         options = {"mm_token_type_ids": is_image.int() + 2 * is_video.int()}
-        options["second_per_grid_ts"] = torch.tensor([seconds_per_pair])  # read by Qwen2.5-VL alone
-        if kind:
-            options[f"{kind}_grid_thw"] = torch.tensor([prompt_grid])
-        positions, _ = self.empty_backbone.get_rope_index(ids, **options)
-        return positions[:, 0].numpy()
+        options["second_per_grid_ts"] = torch.tensor([shown["seconds_per_pair"]])  # read by Qwen2.5-VL alone
+        if shown["kind"]:
+            options[f"{shown['kind']}_grid_thw"] = torch.tensor([shown["prompt_grid"]])
+        positions, _ = self.empty_backbone.get_rope_index(row, **options)
+        encoded = {"input_ids": np.array(input_ids), "labels": np.array(labels)}
+        return encoded | {"position_ids": positions[:, 0].numpy()}
 
     def tower_indices(self, grids):
         """What the vision tower computes from grids, (time, rows, columns) in patches, as keyword arguments.

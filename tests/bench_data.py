@@ -48,7 +48,7 @@ def resize(frames, size):
 
 
 def plain_sample(processor, entry):
-    """Returns the patches of a video and of its annotated frames, the masks, and (input_ids, labels)."""
+    """Returns the patches of a video and of its annotated frames, the masks, and the tokens."""
     settings = processor.settings
     annotated = [data.evenly(sorted(masks), settings.region_frames) for masks in entry.objects]
     stills = sorted(set().union(*annotated))
@@ -67,11 +67,13 @@ def plain_sample(processor, entry):
         decoded = [data.decode_mask(segmentations[frame], height, width) for frame in frames]
         masks += [mask.astype(np.float32) for mask in decoded]
     times = [frame / reader.get_avg_fps() for frame in sampled]
-    prompt = processor.video_prompt(times, rows * columns // processor.factor**2)
-    tokens = [min(len(frames), settings.region_tokens) for frames in annotated]
+    patch, depth = processor.patch_size, processor.temporal_patch_size
+    shown = {"kind": "video", "prompt_grid": (-(-len(times) // depth), rows // patch, columns // patch)}
+    shown["media_prompt"] = processor.video_prompt(times, rows * columns // processor.factor**2)
+    shown["region_tokens"] = [min(len(frames), settings.region_tokens) for frames in annotated]
     still_patches = [processor.patches(picture[None], 1) for picture in pictures]
-    encoded = processor.encode(entry.turns, prompt, tokens)
-    return processor.patches(video, processor.temporal_patch_size), still_patches, masks, encoded
+    encoded = processor.encode(entry.turns, data.EMPTY_SAMPLE | shown)
+    return processor.patches(video, depth), still_patches, masks, encoded
 
 
 def main(path):
@@ -90,8 +92,9 @@ def main(path):
             start = time.process_time()
             found[way] = read(i)
             milliseconds[way].append(1000 * (time.process_time() - start))
-        ours, (video, _, _, (input_ids, _)) = found["ours"], found["plain"]
-        assert np.array_equal(ours["input_ids"], input_ids)
+        ours, (video, _, _, encoded) = found["ours"], found["plain"]
+        assert np.array_equal(ours["input_ids"], encoded["input_ids"])
+        assert np.array_equal(ours["position_ids"], encoded["position_ids"])
         np.testing.assert_allclose((ours["video_patches"] / 255 - 0.5) / 0.5, video, atol=1e-6)
 
     print(f"a sample: medians of {len(milliseconds['ours'])} runs over {len(chosen)} samples, on one core")

@@ -316,9 +316,10 @@ def test_texts_that_would_end_a_turn_or_hide_an_answer_are_refused(loaded):
     thinks = processor.config.model_type.startswith("qwen3_5")
     for text in control_tokens + thoughts * thinks:
         for turns in ([(text, "x")], [("x", text)], [("x", text), ("y", "z")]):
-            refusal(processor.encode, turns, "", [])
+            refusal(processor.encode, turns, data.EMPTY_SAMPLE)
     for text in thoughts * (not thinks) + ["a < b > c |im_end|"]:
-        assert text in processor.tokenizer.decode(processor.encode([("x", text)], "", [])[0])
+        encoded = processor.encode([("x", text)], data.EMPTY_SAMPLE)
+        assert text in processor.tokenizer.decode(encoded["input_ids"])
 
 
 @any_family

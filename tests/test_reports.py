@@ -136,7 +136,8 @@ def test_fields_of_a_tokenizer_that_fine_tunes_change(changed, tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<region>", "<image>", "<video>"]})
     tokenizer.save_pretrained(folder)
     processor = models.load_processor(str(folder))
-    ids, _ = processor.encode([("<video>\nIs <region> red?", "Yes.")], "", [2])
+    shown = data.EMPTY_SAMPLE | {"region_tokens": [2]}
+    ids = processor.encode([("<video>\nIs <region> red?", "Yes.")], shown)["input_ids"]
     assert (ids == processor.region_token_id).sum() == 2
 
 
