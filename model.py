@@ -67,15 +67,12 @@ LORA_SCALE = 2.0  # of B A; peft calls it alpha / rank
 # ---- Text and pictures as the backbone reads them ----
 END_OF_TURN = "<|im_end|>"
 SYSTEM = f"<|im_start|>system\nYou are a helpful assistant.{END_OF_TURN}\n"
-NO_THOUGHTS = "<think>\n\n</think>\n\n"
 # What a conversation begins with, what an answer begins with, and whether a timestamp stands before each pair
 # of frames (in Qwen2.5-VL, position ids tell the time). All families chat in ChatML.
 FAMILIES = {
     "qwen2_5_vl": (SYSTEM, "", False),
     "qwen3_vl": ("", "", True),
-    "qwen3_vl_moe": ("", "", True),
-    "qwen3_5": ("", NO_THOUGHTS, True),
-    "qwen3_5_moe": ("", NO_THOUGHTS, True),
+    "qwen3_5": ("", "<think>\n\n</think>\n\n", True),
 }
 
 
@@ -85,8 +82,9 @@ class Processor:
     """
 
     def __init__(self, tokenizer, image_processor, config, settings):
-        family = config.model_type
-        data.expect(family in FAMILIES, f"a model of one of the families {list(FAMILIES)}", family)
+        family = config.model_type.removesuffix("_moe")  # mixtures of experts read the same text
+        expected = f"a model of one of the families {list(FAMILIES)}, dense or with _moe"
+        data.expect(family in FAMILIES, expected, config.model_type)
         is_plain = getattr(config, "quantization_config", None) is None
         data.expect(is_plain, "weights that are not quantised", "quantization_config in config.json")
         layers = getattr(config.text_config, "layer_types", None) or ()
