@@ -437,8 +437,8 @@ def collate(samples, processor, for_generation=False):
         still_patches    uint8 (P, 3 * patch * patch): images that stand in prompts, then views of regions
         video_patches    uint8 (Q, 3 * temporal * patch * patch)
         tower            grids and indices of all these patches, as the vision tower's keyword arguments
-        cell_counts      [int, int, int], the cells of images in prompts, views of regions, videos; sum C
-        visual_index     int64 (V,), the tokens that images and videos take the place of (all rows in one)
+        prompt_cells     int64 (V,), the cells of images and videos, which stand in prompts
+        visual_index     int64 (V,), the tokens that they take the place of (all rows in one)
         region_index     int64 (T,), the tokens that regions take the place of
         regions          what the region encoder reads beside the cells:
             coverage         float32 (M,), the grids of all region frames, ordered by object, then time
@@ -471,7 +471,7 @@ def collate(samples, processor, for_generation=False):
     batch["tower"] = processor.tower_indices(grids)
     starts = [0, *accumulate(len(still) // patches_of_cell for still in patches)]  # of stills, in cells
     image_cells, video_cells = starts[len(images)], len(batch["video_patches"]) // patches_of_cell
-    batch["cell_counts"] = [image_cells, starts[-1] - image_cells, video_cells]
+    batch["prompt_cells"] = torch.cat([torch.arange(image_cells), torch.arange(video_cells) + starts[-1]])
 
     start_of = dict(zip(stills, starts))
     region_stills = [(row, i) for row, sample in enumerate(samples) for i in sample["region_still"]]

@@ -333,12 +333,6 @@ def temporal_merge(pooled, object_frames, region_tokens, num_tokens):
 
 
 # ---- The video LLM with regions ----
-def rows_in_prompt(rows, batch):
-    """Rows of the tower's output that stand in the prompt: images and videos, not the views of regions."""
-    images, _, videos = rows.split(batch["cell_counts"])
-    return torch.cat([images, videos])
-
-
 class ReferringVideoLLM(nn.Module):
     """A video LLM of transformers, and a RegionEncoder. Shapes: rows of L tokens (one to learn from, B for
     generation), width D of the LLM, vocabulary V.
@@ -387,12 +381,13 @@ class ReferringVideoLLM(nn.Module):
         # Each layer adds to them, which needs float32, also where they are frozen and kept in bfloat16.
         embeddings = self.backbone.get_input_embeddings()(batch["input_ids"]).float()  # (rows, L, D)
         flat = embeddings.flatten(0, 1)  # all rows in one, as the indices count
-        flat = flat.index_copy(0, batch["visual_index"], rows_in_prompt(cells, batch).float())
+        shown = batch["prompt_cells"]  # those of images and videos, not of the views of regions
+        flat = flat.index_copy(0, batch["visual_index"], cells.index_select(0, shown).float())
         flat = flat.index_copy(0, batch["region_index"], tokens.float())
         inputs = {"inputs_embeds": flat.view_as(embeddings), "position_ids": batch["position_ids"]}
         if hasattr(vision, "deepstack_features"):  # Qwen3-VL's first layers add them to the visual tokens
             inputs["visual_pos_masks"] = batch["visual_index"]
-            inputs["deepstack_visual_embeds"] = [rows_in_prompt(x, batch) for x in vision.deepstack_features]
+            inputs["deepstack_visual_embeds"] = [x.index_select(0, shown) for x in vision.deepstack_features]
         return inputs | batch["attention"]
 
     def _pixels(self, batch):

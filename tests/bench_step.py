@@ -110,12 +110,11 @@ def plain_batch(batch, processor):
     ids, grids = inputs["input_ids"], batch["tower"]["grid_thw"]
     inputs["mm_token_type_ids"] = (ids == config.image_token_id) + 2 * (ids == config.video_token_id).int()
     mean, std = (torch.tensor(x)[:, None] for x in (images.image_mean, images.image_std))
-    num_images, _, num_videos = batch["cell_counts"]
-    for kind, is_there, patches, of_kind, copies in (
-        ("image", num_images, batch["still_patches"], grids[:, 0] == 1, processor.temporal_patch_size),
-        ("video", num_videos, batch["video_patches"], grids[:, 0] > 1, 1),
+    for kind, patches, of_kind, copies in (
+        ("image", batch["still_patches"], grids[:, 0] == 1, processor.temporal_patch_size),
+        ("video", batch["video_patches"], grids[:, 0] > 1, 1),
     ):
-        if is_there:
+        if (ids == getattr(config, f"{kind}_token_id")).any():
             values = (patches.unflatten(1, (3, -1)).float() / 255 - mean) / std
             name = "pixel_values" if kind == "image" else "pixel_values_videos"
             inputs |= {name: values.repeat(1, 1, copies).flatten(1), f"{kind}_grid_thw": grids[of_kind]}

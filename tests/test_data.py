@@ -377,4 +377,5 @@ def test_objects_share_stills_and_errors_keep_their_places(folder, processor):
     cells += [len(still) // 4 for still in [*video["still_patches"], *image["still_patches"][1:]]]
     starts = [sum(cells[:still]) for still in (2, 3, 2, 4, 5, 6, 7, 1)]
     assert batch["regions"]["frame_start"].tolist() == starts
-    assert batch["cell_counts"][:2] == [sum(cells[:2]), sum(cells[2:])]
+    behind = range(sum(cells), sum(cells) + len(video["video_patches"]) // 4)
+    assert batch["prompt_cells"].tolist() == [*range(sum(cells[:2])), *behind]
