@@ -593,17 +593,15 @@ def load_processor(path, texts=(), **settings):
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
         data.expect(not Path(path, "final").is_dir(), f"a model, such as {path}/final", f"the run {path}")
         saved = data.PRETRAINED_PIXELS
-        settings_file = find_file(path, SETTINGS_FILE)
-        if settings_file:
-            saved = json.loads(Path(settings_file).read_text())
+        if file := find_file(path, SETTINGS_FILE):
+            saved = json.loads(Path(file).read_text())
             # A missing one gets no default, because the model may have been trained with another.
             names = asdict(data.Settings()).keys()
             data.expect(set(saved) == names, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        template = find_file(path, "chat_template.json")  # of older checkpoints, for images and videos
-        if template:
-            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        if file := find_file(path, "chat_template.json"):  # of older checkpoints, for images and videos
+            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
         # All families use this class; AutoImageProcessor may choose one that needs torchvision.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         processor = Processor(tokenizer, image_processor, config, data.Settings(**saved | given))
@@ -623,9 +621,8 @@ def load_model(path, processor):
         config = copy.deepcopy(processor.config)  # because pack changes it
         return ReferringVideoLLM(AutoModelForImageTextToText.from_config(config), processor)
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
-        ckpt_file = find_file(path, CHECKPOINT)
-        if ckpt_file:
-            ckpt = torch.load(ckpt_file, map_location="cpu", weights_only=True, mmap=True)
+        if file := find_file(path, CHECKPOINT):
+            ckpt = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             torch.manual_seed(ckpt["config"]["seed"])  # as in the run, for what is random at its beginning
             model = load_model(ckpt["config"]["model"], processor)
             if ckpt["config"]["lora_rank"]:
