@@ -617,7 +617,8 @@ def _find_samples(file):
     """Yields (first byte, last byte + 1) of each element of a JSON array or line of JSONL.
 
     Every sample is parsed, so that a syntax error is reported before training starts. The parser gets a part
-    of the file as Latin-1, where a character is a byte, so its positions are offsets.
+    of the file as Latin-1, where a character is a byte, so its positions are offsets. (A sample that is not
+    UTF-8 is a bad one, as is seen when it is read.)
     """
     # int() would refuse more than 4300 digits by an error of another kind; the values are thrown away.
     decoder = json.JSONDecoder(parse_int=float)
@@ -626,16 +627,15 @@ def _find_samples(file):
     gap, between, last = re.compile(r"[ \t\r]*(\n?)[ \t\r\n]*"), ["\n"], ["\n", ""]
     if head[1]:
         gap, between, last = re.compile(r"[ \t\r\n]*([],]?)[ \t\r\n]*"), [","], ["]"]
-    offset, size = head.end(), CHUNK
+    offset, size, line = head.end(), CHUNK, 1 + head[0].count(b"\n")
     while True:
         file.seek(offset)
-        chunk = file.read(size)
-        text, is_end, begin = chunk.decode("latin-1"), len(chunk) < size, 0
+        text = file.read(size).decode("latin-1")
+        is_end, begin = len(text) < size, 0
         expect(offset > head.end() or text[:1] not in ("", "]"), "at least one sample", "none")
         try:
             while True:
                 _, end = decoder.raw_decode(text, begin)
-                chunk[begin:end].decode()  # raises a UnicodeDecodeError
                 after = gap.match(text, end)
                 is_last = after.end() == len(text)
                 # Behind a value must come a comma (in JSONL a line break), behind the last one the end.
@@ -648,21 +648,14 @@ def _find_samples(file):
                 if is_last:
                     return
                 begin = after.end()
-        except UnicodeDecodeError as error:
-            raise _syntax_error(file, offset + begin + error.start, "not UTF-8") from None
         except json.JSONDecodeError as error:
             if is_end or (begin == 0 and size >= MAX_SAMPLE):
-                raise _syntax_error(file, offset + error.pos, f"not valid JSON: {error.msg}") from None
+                line += text.count("\n", 0, error.pos)
+                place = f"line {line}, byte {offset + error.pos} of the file"
+                raise DataError(f"{place}: not valid JSON: {error.msg}") from None
+        line += text.count("\n", 0, begin)
         # The chunk may end within this sample: continue with one that begins there, longer if it did before.
         offset, size = offset + begin, CHUNK if begin else 2 * size
-
-
-def _syntax_error(file, offset, reason):
-    file.seek(0)
-    line = 1
-    for start in range(0, offset, CHUNK):
-        line += file.read(min(CHUNK, offset - start)).count(b"\n")
-    return DataError(f"line {line}, byte {offset} of the file: {reason}")
 
 
 # ---- checks of a sample and its masks ----
