@@ -864,7 +864,9 @@ def time_limit():
 # Demuxers that may open a file. FFmpeg's others draw a .txt as a film of letters, or fetch a playlist's URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
-SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1")
+# The filters of FFmpeg's leave of a packet its parameter sets (SPS, PPS, VPS); VP9 and AV1 need none.
+SEEKABLE_CODECS = {"h264": "filter_units=pass_types=7-8", "hevc": "filter_units=pass_types=32-34"}
+SEEKABLE_CODECS |= {"vp9": "noise=drop=1", "av1": "noise=drop=1"}
 UNKNOWN_FPS = 24.0  # of images, and where a file tells no rate; Qwen3-VL's processor assumes the same
 MAX_REORDER = 16  # frames that an H.264 or HEVC decoder may hold back to put them in order of presentation
 A_VIDEO = "a video that FFmpeg can open and decode"
@@ -1090,8 +1092,8 @@ def list_packets(container, stream, first):
     """Returns (pts, keyframes) of a Video in which it is safe to seek, else twice None.
 
     It is safe if the container stores pts; the file begins with a keyframe, the first frame to be shown; each
-    pts occurs once; and all parameter sets are those of the header (where files were joined, there are more).
-    first: the frame that comes out first.
+    pts occurs once; and parameter sets stand in the header alone, or the same in each keyframe and nowhere
+    else (where files were joined, they change). first: the frame that comes out first.
     """
     counted = None, None
     codec, extradata = stream.codec.canonical_name, stream.codec_context.extradata or b""
@@ -1099,18 +1101,22 @@ def list_packets(container, stream, first):
         return counted
     if codec in ("h264", "hevc") and extradata[:1] != b"\1":  # 1: avcC or hvcC. Else there are start codes.
         return counted
-    all_pts, shown, keyframe_pts = [], [], []
+    parameter_sets = av.BitStreamFilterContext(SEEKABLE_CODECS[codec], stream)
+    all_pts, shown, keyframe_pts, sets_in_keyframes, sets_elsewhere = [], [], [], set(), set()
     for packet in container.demux(stream):
-        content = bytes(packet)
-        is_changed = any(part not in extradata for part in parameter_sets(content, codec, extradata))
         is_odd = packet.is_corrupt or packet.has_sidedata("new_extradata")
-        if is_changed or is_odd or not (all_pts or packet.is_keyframe):
+        if is_odd or not (all_pts or packet.is_keyframe):
             return counted
-        if content:  # the last packet is empty: it flushes the decoder
+        if packet.size:  # the last packet is empty: it flushes the decoder
             all_pts.append(packet.pts)
             if not packet.is_discard:  # an edit list hides these
                 shown.append(packet.pts)
                 keyframe_pts += [packet.pts] if packet.is_keyframe else []
+            sets = sets_in_keyframes if packet.is_keyframe else sets_elsewhere
+            with suppress(av.error.InvalidDataError):  # a packet that does not decode, either
+                sets.add(b"".join(map(bytes, parameter_sets.filter(packet))))
+    if len(sets_in_keyframes) > 1 or any(sets_elsewhere):
+        return counted
     if not shown or None in all_pts or len(set(all_pts)) < len(all_pts):
         return counted
     shown.sort()
@@ -1118,23 +1124,6 @@ def list_packets(container, stream, first):
         return counted
     starts = {shown[0], *keyframe_pts}
     return shown, [k for k, pts in enumerate(shown) if pts in starts]
-
-
-def parameter_sets(content, codec, extradata):
-    """Yields the parameter sets of H.264 or HEVC (SPS, PPS, VPS) in a packet.
-
-    It consists of NAL units, each behind its length (ISO/IEC 14496-15).
-    """
-    if codec not in ("h264", "hevc"):
-        return
-    length_size = (extradata[4 if codec == "h264" else 21] & 3) + 1
-    start = length_size
-    while start < len(content):
-        end = start + int.from_bytes(content[start - length_size : start], "big")
-        kind = content[start] & 31 if codec == "h264" else content[start] >> 1 & 63
-        if kind in ((7, 8) if codec == "h264" else (32, 33, 34)):
-            yield content[start:end]
-        start = end + length_size
 
 
 def shown_frames(container, stream):
