@@ -864,7 +864,7 @@ def time_limit():
 # Demuxers that may open a file. FFmpeg's others draw a .txt as a film of letters, or fetch a playlist's URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
-# The filters of FFmpeg's leave of a packet its parameter sets (SPS, PPS, VPS); VP9 and AV1 need none.
+# These filters of FFmpeg's leave the parameter sets (SPS, PPS, VPS) of a packet. VP9 and AV1 have none.
 SEEKABLE_CODECS = {"h264": "filter_units=pass_types=7-8", "hevc": "filter_units=pass_types=32-34"}
 SEEKABLE_CODECS |= {"vp9": "noise=drop=1", "av1": "noise=drop=1"}
 UNKNOWN_FPS = 24.0  # of images, and where a file tells no rate; Qwen3-VL's processor assumes the same
@@ -1113,7 +1113,7 @@ def list_packets(container, stream, first):
                 shown.append(packet.pts)
                 keyframe_pts += [packet.pts] if packet.is_keyframe else []
             sets = sets_in_keyframes if packet.is_keyframe else sets_elsewhere
-            with suppress(av.error.InvalidDataError):  # a packet that does not decode, either
+            with suppress(av.FFmpegError):  # a damaged packet keeps its place, and does not decode
                 sets.add(b"".join(map(bytes, parameter_sets.filter(packet))))
     if len(sets_in_keyframes) > 1 or any(sets_elsewhere):
         return counted
