@@ -509,7 +509,7 @@ def attention_within_samples(module, query, key, value, attention_mask, scaling,
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     is_causal = options.get("is_causal", module.is_causal)  # the tower gives it, the LLM does not
-    # Groups of query heads share a key and a value.
+    # varlen_attn of torch 2.11 knows no groups of query heads that share a key.
     key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, size)
     if query.is_cuda:
