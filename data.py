@@ -617,8 +617,8 @@ def _find_samples(file):
     """Yields (first byte, last byte + 1) of each element of a JSON array or line of JSONL.
 
     Every sample is parsed, so that a syntax error is reported before training starts. The parser gets a part
-    of the file as Latin-1, where a character is a byte, so its positions are offsets. (A sample that is not
-    UTF-8 is a bad one, as is seen when it is read.)
+    of the file as Latin-1, where a character is a byte, so its positions are offsets. (What is not UTF-8 is
+    an error of its sample, when that is read.)
     """
     # int() would refuse more than 4300 digits by an error of another kind; the values are thrown away.
     decoder = json.JSONDecoder(parse_int=float)
@@ -661,7 +661,8 @@ def _find_samples(file):
 # ---- checks of a sample and its masks ----
 EDGE = 2  # pixels by which a polygon may reach beyond the frame: COCO's own touch the border
 MAX_PIXELS = 1 << 26  # a larger "size" is a typing error or an attack, not a mask
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# PIL refuses .heic, of which FFmpeg would show a single tile.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 # Keys of other formats, which say that frames or masks are others than they look like.
 UNKNOWN_KEYS = ("mask_ids", "masked_video", "timestamps")
 
@@ -864,7 +865,7 @@ def time_limit():
 # Demuxers that may open a file. FFmpeg's others draw a .txt as a film of letters, or fetch a playlist's URLs.
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,asf,ogg"
 # Here a packet is one shown frame, and decoding can start at a keyframe. VP8 has packets that show nothing.
-# These filters of FFmpeg's leave the parameter sets (SPS, PPS, VPS) of a packet. VP9 and AV1 have none.
+# Behind each: FFmpeg's filter that lets only parameter sets (SPS, PPS, VPS) pass. drop=1: nothing passes.
 SEEKABLE_CODECS = {"h264": "filter_units=pass_types=7-8", "hevc": "filter_units=pass_types=32-34"}
 SEEKABLE_CODECS |= {"vp9": "noise=drop=1", "av1": "noise=drop=1"}
 UNKNOWN_FPS = 24.0  # of images, and where a file tells no rate; Qwen3-VL's processor assumes the same
@@ -1115,9 +1116,8 @@ def list_packets(container, stream, first):
             sets = sets_in_keyframes if packet.is_keyframe else sets_elsewhere
             with suppress(av.FFmpegError):  # a damaged packet keeps its place, and does not decode
                 sets.add(b"".join(map(bytes, parameter_sets.filter(packet))))
-    if len(sets_in_keyframes) > 1 or any(sets_elsewhere):
-        return counted
-    if not shown or None in all_pts or len(set(all_pts)) < len(all_pts):
+    sets_change = len(sets_in_keyframes) > 1 or any(sets_elsewhere)
+    if sets_change or not shown or None in all_pts or len(set(all_pts)) < len(all_pts):
         return counted
     shown.sort()
     if all_pts[0] != min(all_pts) or first.pts != shown[0]:

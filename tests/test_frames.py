@@ -320,6 +320,7 @@ def test_not_media(tmp_path):
     contents = dict.fromkeys(["text.mp4", "text.txt", "text.png", "text"], b"hello\n" * 100)
     contents |= {"empty.mp4": b"", "empty.png": b"", "list.m3u8": playlist.encode()}
     contents |= {"cut.mp4": mp4[: mp4.find(b"moov")], "sound.mp4": mp4.replace(b"trak", b"free", 1)}
+    contents["photo.heic"] = mp4  # FFmpeg would open it
     for suffix in ("png", "jpg", "webp", "bmp"):
         Image.fromarray(draw_number(3)).save(tmp_path / f"a.{suffix}")
         content = (tmp_path / f"a.{suffix}").read_bytes()
