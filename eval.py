@@ -149,8 +149,9 @@ class Questions(data.ReferringDataset):
             return error
 
     def encode(self, sample, rng, for_generation=False):
-        if self.control == "blind":
-            sample = without_media(sample)
+        if self.control == "blind":  # without media, nothing takes the place of the media tag
+            turns = [(text.replace(data.REGION_TAG, "the object"), answer) for text, answer in sample.turns]
+            sample = replace(sample, media=None, turns=turns, objects=[])
         if self.control == "outline" and sample.objects:
             with data.within(*sample.place), data.time_limit():
                 sample = self._outlined(sample, rng)
@@ -280,15 +281,6 @@ def files_of(sample):
     """The paths of a sample's media, as a set: media that share a frame file are the same."""
     media = [sample.media] if isinstance(sample.media, str) else sample.media
     return {os.path.normpath(path) for path in media}
-
-
-def without_media(sample):
-    """The same conversation as text alone. The media tag is removed with its line breaks."""
-    turns = []
-    for question, answer in sample.turns:
-        text = "\n".join(filter(None, data.MEDIA_TAG.split(question)))
-        turns.append((text.replace(data.REGION_TAG, "the object"), answer))
-    return replace(sample, media=None, turns=turns, objects=[])
 
 
 def generate_replies(model, dataset, batches_of_keys, max_new_tokens=128, workers=0):

@@ -127,7 +127,7 @@ def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media):
     mine, theirs = {0: angle, 3: second, 7: angle}, {2: box(50, 60, 40, 30), 5: box(5, 70, 80, 9)}
     texts = ("Look.\n<video>\nWhere is this?", "x", "What is <region>?", "y", "Why?", "z")
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    as_text = json.dumps(turns).replace("\\n<video>\\n", "\\n").replace("<region>", "the object")
+    as_text = json.dumps(turns).replace("\\n<video>\\n", "").replace("<region>", "the object")
     as_text = [{"conversations": json.loads(as_text)}, sample("Is it the object?", "x"), sample("Why?", "x")]
 
     def entries(of_a, of_b):
