@@ -657,18 +657,13 @@ def read_object(pointed, info):
         is_named = frame is not None or info.is_image
         frame = int(frame or 0)
         data.expect(is_named and frame not in masks, "--object FRAME:MASK, each frame once", text)
-        if not re.fullmatch(r"[-\d.,]+", mask):
-            with data.readable("a picture, or a mask x,y,...", "--object", mask):
+        with data.readable("a picture, or a mask x,y,...", "--object", text):
+            if re.fullmatch(r"[-\d.,]+", mask):
+                numbers = [float(number) for number in mask.split(",")]
+                corners = box(*numbers) if len(numbers) == 4 else numbers
+                masks[frame] = tuple(corners) if len(corners) == 2 else corners
+            else:
                 masks[frame] = read_mask(*re.fullmatch(r"(.+?)(?::(\d+))?", mask).groups())
-            continue
-        with data.readable("numbers x,y,...", "--object", text):
-            numbers = [float(number) for number in mask.split(",")]
-        corners = box(*numbers) if len(numbers) == 4 else numbers
-        picture = f"--object {text} inside the picture, {info.width}x{info.height} (width x height)"
-        for axis, side, places in (("x", info.width, corners[0::2]), ("y", info.height, corners[1::2])):
-            least, most = min(places, default=0), max(places, default=0)
-            data.expect(0 <= least and most <= side, picture, f"{axis} from {least:g} to {most:g}")
-        masks[frame] = tuple(corners) if len(corners) == 2 else corners
     return masks
 
 

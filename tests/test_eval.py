@@ -553,7 +553,7 @@ def test_what_is_wrong_with_an_object_is_named(loaded, checkpoint, media):
         a --object 3:1,2,30,40 3:1,2,30,40; 3:1,2,30,40
         a --object 3:absent.png; absent.png
         a --object 3:40,50 --model none; 40.0, 50.0
-        wide.png --object 0:-1,0,32,64; 128x64
+        wide.png --object 0:-3,0,32,64; 128x64
         wide.png --object 0:0,40,32,32; 128x64
         wide.png --object 100,0,32,64; 128x64"""
     for options, found in (row.strip().split("; ") for row in rows.split("\n")):
