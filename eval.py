@@ -101,11 +101,7 @@ def look(media, objects, frame, preview):
 
 def to_annotation(objects):
     """Returns objects, as ask takes them, as the "annotation" of a data file."""
-    annotation = []
-    for masks in objects:
-        data.expect(masks, "a mask of each object", masks)
-        annotation.append({str(k): {"segmentation": to_segmentation(mask)} for k, mask in masks.items()})
-    return annotation
+    return [{str(k): {"segmentation": to_segmentation(m)} for k, m in masks.items()} for masks in objects]
 
 
 def to_segmentation(mask):

@@ -562,7 +562,7 @@ def test_what_is_wrong_with_an_object_is_named(loaded, checkpoint, media):
     assert "1)" in refused(evaluation.ask, *loaded, media / "a", "<region>", [{3: np.ones((96, 96, 1))}])
     numbers = np.eye(96) + 2 * np.eye(96, k=3)  # of two objects
     assert "0. 1. 2." in refused(evaluation.ask, *loaded, media / "a", "<region>", [{3: numbers}])
-    assert "{}" in refused(evaluation.to_annotation, [{}])
+    assert "object 0" in refused(evaluation.ask, *loaded, media / "a", "<region>", [{}])
 
 
 # ---- the command line ----
