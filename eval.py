@@ -185,9 +185,10 @@ class Questions(data.ReferringDataset):
     def _outlined(self, sample, rng):
         """The sample with outlines in the frames of its prompt, and their colours' names in its text."""
         media, distinct, names = self.media_of(sample), [], []
-        size = media.info.height, media.info.width
         for masks in self.choose_objects(sample, media.info, rng):
-            masks = {frame: at_size(mask, *size) for frame, mask in masks.items()}
+            for frame, mask in masks.items():
+                shares = data.coverage(mask, media.info.height, media.info.width)  # of the frame's pixels
+                masks[frame] = shares >= min(0.5, shares.max())  # by half, or by most if none is
             same = [k for k, others in enumerate(distinct) if show_the_same(masks, others)]
             if not same:
                 distinct.append(masks)
@@ -243,14 +244,6 @@ def fill_up(pointed, num_frames, count):
         if others:  # the frame takes the place of the nearest one
             others.pop(np.argmin([abs(other - frame) for other in others]))
     return sorted(pointed + others)
-
-
-def at_size(mask, height, width):
-    """A mask at another resolution, bool (H, W): the pixels that it covers by half, or by most if none is."""
-    if mask.shape == (height, width):
-        return mask > 0
-    shares = data.coverage(mask, height, width)
-    return shares >= min(0.5, shares.max())
 
 
 def show_the_same(masks, others):
