@@ -601,6 +601,7 @@ def judge(args):
     system, path = Path(args.prompt).read_text(), Path(args.predictions).with_name("judged.jsonl")
     api_key = os.environ.get("OPENAI_API_KEY", "none")
     client = openai.OpenAI(base_url=args.url, api_key=api_key, max_retries=8, timeout=120)
+    errors = openai.OpenAIError, AttributeError, LookupError, TypeError, UnicodeError
     judged = {json.dumps(line["request"]): line for line in train.read_jsonl(path)}
     train.write_jsonl(path, judged.values())  # without the half line that a kill may have left
     lines, marks = data.read_samples(args.predictions), []
@@ -618,16 +619,12 @@ def judge(args):
         request |= {} if args.no_temperature else {"temperature": 0}
         key = json.dumps(request)
         if key not in judged:
-            try:
+            with data.readable("a completion (the next run goes on)", f"--url {args.url}", errors=errors):
                 answer = client.chat.completions.create(**request)
-                with data.within(f"--url {args.url}"):
-                    data.expect(answer.choices, "a completion", getattr(answer, "error", answer))
+                data.expect(answer.choices, "a completion", getattr(answer, "error", answer))
                 reply = answer.choices[0].message.content or ""  # None: withheld by a filter
                 if isinstance(reply, list):  # of parts: texts, and perhaps thoughts
                     reply = "".join(part.get("text", "") for part in reply)
-            except (openai.OpenAIError, AttributeError, LookupError, TypeError, UnicodeError) as error:
-                reason = f"{error}. The same command goes on from here"
-                raise data.DataError(reason, f"--url {args.url}") from None
             judged[key] = {"id": line.get("id"), "request": request, "reply": reply, "model": answer.model}
             train.append_jsonl(path, judged[key])
         marks.append(read_marks(judged[key]["reply"]))
