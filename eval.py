@@ -240,7 +240,6 @@ def fill_up(pointed, num_frames, count):
     """Returns frames of a video, filled up to count with others evenly spread, in order of time."""
     others = data.evenly(range(num_frames), count)
     for frame in pointed:
-        data.expect(frame in range(num_frames), f"a frame index from 0 to {num_frames - 1}", frame)
         if others:  # the frame takes the place of the nearest one
             others.pop(np.argmin([abs(other - frame) for other in others]))
     return sorted(pointed + others)
@@ -689,8 +688,7 @@ def track(media, objects, model, region_frames=data.Settings.region_frames):
     """
     video, name = data.open_media(media), data.media_name(media)
     height, width, size = video.info.height, video.info.width, model.config.image_size
-    with data.within(name):
-        frames = fill_up(sorted(set().union(*objects)), video.info.num_frames, region_frames)
+    frames = fill_up(sorted(set().union(*objects)), video.info.num_frames, region_frames)
     # In place of transformers' Sam2VideoVideoProcessor, which needs torchvision.
     pixels = torch.from_numpy(np.stack(list(video.read(frames).values()))).movedim(3, 1)
     pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)

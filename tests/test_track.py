@@ -120,7 +120,7 @@ def test_what_is_wrong_gets_one_error(sam, clip, tmp_path):
         ([{3: (1, 1)}, {4: (1, -1)}], "object 1: frame 4"),
         ([{3: (1, 1)}, {}], "object 1"),
     ):
-        with pytest.raises(data.DataError, match=f"^{clip}: .*{named}"):
+        with pytest.raises(data.DataError, match=f"^{clip}.*: .*{named}"):
             evaluation.track(clip, objects, sam)
     with pytest.raises(data.DataError, match=f"--track {tmp_path}/qwen"):  # no SAM 2
         evaluation.load_tracker(make_checkpoint(tmp_path / "qwen", "qwen3_vl"), "cpu")
