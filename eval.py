@@ -83,13 +83,10 @@ def ask(model, processor, media, question, objects=(), max_new_tokens=128, previ
     return reply
 
 
-def look(media, objects, frame, preview):
-    """Draws the objects, as ask takes them, in their frames to a PNG file, or one frame if it is given."""
+def look(media, objects, frames, preview):
+    """Draws frames, and those of objects, as ask takes them, to a PNG file; frame 0 if there are none."""
     video, name, tiles = data.open_media(media), data.media_name(media), []
-    shown = {frame}
-    if frame is None:
-        shown = set().union(*objects) or {0}
-    for i, picture in video.read(shown).items():
+    for i, picture in video.read({*frames}.union(*objects) or {0}).items():
         masks = {}
         for k, of_object in enumerate(objects):
             with data.within(name, f"object {k}", f"frame {i}"):
@@ -757,7 +754,7 @@ def parse(argv=None):
             add("--track", metavar="SAM2", help="a SAM 2 video model, which finds the objects on more frames")
             add("--save-masks", metavar="JSON", help="write the objects as a data file's annotation")
             add("--preview", metavar="PNG", help="draw the objects in their frames, with a scale of pixels")
-            add("--frame", type=int, help="without a question: the frame to draw")
+            add("--frame", type=int, nargs="+", default=[], help="without a question: frames to draw, too")
             continue
         add("files", metavar="FILE", nargs="+" if name == "data" else 1, help="a JSON array or JSONL")
         add("--media", help="folder that media paths are relative to (default: each file's own)")
@@ -806,7 +803,7 @@ def main(argv=None):
         data.expect(args.preview, "a question, or --preview to look at a frame", "neither")
         settings = data.Settings()
     else:
-        data.expect(args.model and args.frame is None, "--model with a question, and no --frame", args.frame)
+        data.expect(args.model and not args.frame, "--model with a question, and no --frame", args.frame)
         model, processor = load(args.model, args.device)
         settings = processor.settings
     if args.track:
