@@ -740,13 +740,11 @@ def parse(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("ask", "data", "bench-q", "bench-d"):
         add = commands.add_parser(name, allow_abbrev=False).add_argument
-        needed = name != "ask"
-        add("--model", required=needed, help="a folder that train.py wrote, or a pretrained backbone")
+        add("--model", required=name != "ask", help="a folder that train.py wrote, or a pretrained backbone")
         add("--max-new-tokens", type=int, default=128, help="(default: 128)")
         add("--device", default=DEVICE, help="cuda or cpu (default: cuda if there is one)")
         if name == "ask":
-            asked = "with one <region> for each --object, in order (without a question: see --preview)"
-            add("question", nargs="?", help=asked)
+            add("question", nargs="?", help="with a <region> for each --object, in order (or see --preview)")
             add("--video", "--image", required=True, help="a file, or a folder of frames")
             mask = "a box x,y,w,h, a polygon x,y,x,y,..., a picture (FILE.png; of several objects FILE.png:2)"
             mask += " or, with --track, a click x,y; of an image without FRAME:"
