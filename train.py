@@ -355,8 +355,7 @@ def train(config):
         if config.val:
             measure(model, held_out, config, config.steps, sigterms)
         final = f"{config.out}/final"
-        print0(f"saved {final}")
-        print0(f"next: python eval.py data HELD_OUT.json --model {final} --control full --out scores")
+        print0(f"saved {final}; next: python eval.py data HELD_OUT.json --model {final} --out scores")
     if dist.is_initialized():
         # As the last owner of the process group, DDP would wait for gloo's threads while it holds
         # the GIL, which they need to free the tensors they sent.
