@@ -59,6 +59,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -178,12 +179,7 @@ def read_batches(dataset, batches_of_keys, device, workers, **options):
 
 def to_device(batch, device):
     """The same batch with its tensors on the device. From pinned memory, the copy runs by itself."""
-    moved = {}
-    for name, value in batch.items():
-        if isinstance(value, dict):
-            value = to_device(value, device)
-        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-    return moved
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def ignore_sigterm(worker_id):
