@@ -627,7 +627,6 @@ def save_final(model, processor, config):
     weights, _ = get_state_dict(model, (), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         with atomic_write(f"{config.out}/final") as folder:
-            os.makedirs(folder)
             model.save_pretrained(folder, processor, weights)
 
 
@@ -647,7 +646,6 @@ def save_checkpoint(model, processor, optimizer, config, num_samples, steps_done
     base = os.path.abspath(config.model) if is_folder else config.model
     ckpt = {"step": steps_done, "samples": num_samples, "model": weights, "optimizer": moments}
     with atomic_write(f"{config.out}/step-{steps_done:06}") as folder:
-        os.makedirs(folder)
         processor.save_pretrained(folder)
         ckpt["config"] = asdict(config) | {"model": base}
         with open(f"{folder}/{models.CHECKPOINT}", "wb") as file:  # whose errors say what is wrong
