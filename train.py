@@ -873,10 +873,6 @@ def open_run(given):
     return config
 
 
-def main():
+if __name__ == "__main__":
     with errors_in_one_line():
         train(parse())
-
-
-if __name__ == "__main__":
-    main()

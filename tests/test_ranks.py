@@ -162,14 +162,11 @@ def test_errors_end_all_ranks(mixed, tmp_path):
 def test_a_rank_without_memory_ends_all_ranks_and_leaves_no_process(mixed, tmp_path):
     """With workers, in a step, in a measurement and in saving: a function of torch fails on rank 0 alone."""
     program = "import os, torch, train\ndef fail(*_, **__): raise torch.OutOfMemoryError('simulated')\n"
-    program += "if os.environ['RANK'] == '0': torch.{} = fail\ntrain.main()"
-    for i, (name, options) in enumerate(
-        (
-            ("nn.functional.cross_entropy", ""),
-            ("nn.functional.cross_entropy", f"--val {mixed}"),
-            ("save", "--save-every 1"),
-        )
-    ):
+    program += "if os.environ['RANK'] == '0': torch.{} = fail\n"
+    program += "with train.errors_in_one_line(): train.train(train.parse())"
+    loss = "nn.functional.cross_entropy"
+    fails = (loss, ""), (loss, f"--val {mixed}"), ("save", "--save-every 1")
+    for i, (name, options) in enumerate(fails):
         (tmp_path / "fails.py").write_text(program.format(name))
         command = f"{tmp_path}/fails.py --data {mixed} {STEPS} --workers 2 --out {tmp_path}/{i} {options}"
         with Program(command, ranks=2) as ranks:
