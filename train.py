@@ -711,7 +711,7 @@ def check(config, samples, processor):
             if isinstance(found, data.DataError):
                 reason, *places = found.args
                 kind = re.sub("[0-9]+", "#", reason.split(", found")[0])  # problems alike up to numbers
-                problems[kind].append(found)
+                problems[kind].append(str(found))
                 file.write(json.dumps({"places": places, "reason": reason}) + "\n")
             else:
                 usable.append(i)
@@ -723,11 +723,8 @@ def check(config, samples, processor):
             print(f"{name}: " + "; ".join(f"{value} {n}" for value, n in Counter(values).most_common(8)))
         else:
             print(f"{name}: min {min(values)}, median {sorted(values)[len(values) // 2]}, max {max(values)}")
-    for errors in sorted(problems.values(), key=len, reverse=True):
-        like = " (or with other numbers)" if len({error.args[0] for error in errors}) > 1 else ""
-        print(f"\n{len(errors)} x {errors[0].args[0]}{like}")
-        for error in errors[:3]:
-            print("    " + ": ".join(error.args[1:]))
+    for kind, errors in sorted(problems.items(), key=lambda item: -len(item[1])):
+        print(f"\n{len(errors)} x {kind}", *errors[:3], sep="\n    ")
     if config.preview and usable:
         with_objects = [i for i in data.evenly(usable, 200) if samples[i].objects]
         preview(dataset, data.evenly(with_objects or usable, 5), config.preview)
