@@ -572,8 +572,10 @@ def atomic_write(path):
             os.sync()  # a checkpoint must outlive a power cut
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        Path(temporary).unlink(missing_ok=True)
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def append_jsonl(path, line):
