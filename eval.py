@@ -417,7 +417,9 @@ def score(questions, columns, suffix=""):
     for q in sorted(questions, key=lambda q: q["type"]):
         if q["answer"] is not None:  # None: a bad entry
             counts[q["type"], q["regions"]][q["answer"]] += 1
-        rows[q["type"]].append(q)
+        # A type may be called as one of the rows below.
+        name = f"type {q['type']}" if q["type"] in ("about regions", "all") else q["type"]
+        rows[name].append(q)
     for q in questions:
         answers = counts[q["type"], q["regions"]]
         q["constant" + suffix] = max(answers, key=answers.get, default=None)

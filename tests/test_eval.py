@@ -272,7 +272,7 @@ def test_score_counts_replies_of_any_model(tmp_path, capsys):
         ("x", True, "B", "A", "A"),
         ("x", False, "C", "C", "-"),
         ("x", False, "C", "C or B", "-"),
-        ("z", True, "?", "A", "A"),  # a bad entry: it is wrong, and names no constant answer
+        ("all", True, "?", "A", "A"),  # a bad entry: it is wrong, and names no constant answer
     ]
     entries, lines = [], []
     for n, (kind, is_about_region, answer, pred, full) in enumerate(given):
@@ -285,9 +285,9 @@ def test_score_counts_replies_of_any_model(tmp_path, capsys):
     expected = """pred: 2 replies
         full: 2 replies
         pred full constant
+        type all 0/1 0.0 % 0/1 0.0 % 0/1 0.0 %
         x 2/5 40.0 % 1/3 33.3 % 4/5 80.0 %
         y 1/1 100.0 % 1/1 100.0 % 1/1 100.0 %
-        z 0/1 0.0 % 0/1 0.0 % 0/1 0.0 %
         about regions 2/5 40.0 % 2/5 40.0 % 3/5 60.0 %
         all 3/7 42.9 % 2/5 40.0 % 5/7 71.4 %"""
     write_json(replies, lines[::-1])
