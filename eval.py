@@ -142,8 +142,11 @@ class Questions(data.ReferringDataset):
             return error
 
     def encode(self, sample, rng, for_generation=False):
-        if self.control == "blind":  # without media, nothing takes the place of the media tag
-            turns = [(text.replace(data.REGION_TAG, "the object"), answer) for text, answer in sample.turns]
+        if self.control == "blind":
+            turns = []
+            for question, answer in sample.turns:
+                text = data.MEDIA_TAG.sub("\n", question).strip("\n")
+                turns.append((text.replace(data.REGION_TAG, "the object"), answer))
             sample = replace(sample, media=None, turns=turns, objects=[])
         if self.control == "outline" and sample.objects:
             with data.within(*sample.place), data.time_limit():
@@ -635,7 +638,7 @@ def read_object(pointed, info):
     """Returns one --object, ["FRAME:MASK", ...], as track takes it: {frame: mask}. info: data.MediaInfo."""
     masks = {}
     for text in pointed:
-        frame, mask = re.fullmatch(r"(?:(\d+):)?(.*)", text).groups()
+        frame, mask = re.fullmatch(r"(?s)(?:(\d+):)?(.*)", text).groups()
         is_named = frame is not None or info.is_image
         frame = int(frame or 0)
         data.expect(is_named and frame not in masks, "--object FRAME:MASK, each frame once", text)
@@ -645,7 +648,9 @@ def read_object(pointed, info):
                 corners = box(*numbers) if len(numbers) == 4 else numbers
                 masks[frame] = tuple(corners) if len(corners) == 2 else corners
             else:
-                masks[frame] = read_mask(*re.fullmatch(r"(.+?)(?::(\d+))?", mask).groups())
+                masks[frame] = read_mask(*re.fullmatch(r"(?s)(.*?)(?::(\d+))?", mask).groups())
+            if not isinstance(masks[frame], tuple):  # before a model is loaded, and anything is written
+                data.to_rle(to_segmentation(masks[frame]), info.height, info.width)
     return masks
 
 

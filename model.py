@@ -591,13 +591,16 @@ def load_processor(path, texts=(), **settings):
         config, tokenizer, image_processor = build_tiny(texts)
         return Processor(tokenizer, image_processor, config, data.Settings(**given))
     with data.readable(MODEL_FILES, f"--model {path}", errors=MODEL_ERRORS):
+        is_named = "/" in str(path) or Path(path).is_dir()
+        data.expect(is_named, MODEL_FILES, path)  # transformers would try for 40 s
         data.expect(not Path(path, "final").is_dir(), f"a model, such as {path}/final", f"the run {path}")
         saved = data.PRETRAINED_PIXELS
         if file := find_file(path, SETTINGS_FILE):
             saved = json.loads(Path(file).read_text())
             # A missing one gets no default, because the model may have been trained with another.
             names = asdict(data.Settings()).keys()
-            data.expect(set(saved) == names, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
+            fits = isinstance(saved, dict) and saved.keys() == names
+            data.expect(fits, f"{SETTINGS_FILE} with the settings {', '.join(names)}", saved)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if file := find_file(path, "chat_template.json"):  # of older checkpoints, for images and videos

@@ -127,7 +127,7 @@ def test_controls_reply_as_to_masks_that_were_replaced_by_hand(evaluate, media):
     mine, theirs = {0: angle, 3: second, 7: angle}, {2: box(50, 60, 40, 30), 5: box(5, 70, 80, 9)}
     texts = ("Look.\n<video>\nWhere is this?", "x", "What is <region>?", "y", "Why?", "z")
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    as_text = json.dumps(turns).replace("\\n<video>\\n", "").replace("<region>", "the object")
+    as_text = json.dumps(turns).replace("\\n<video>\\n", "\\n").replace("<region>", "the object")
     as_text = [{"conversations": json.loads(as_text)}, sample("Is it the object?", "x"), sample("Why?", "x")]
 
     def entries(of_a, of_b):
@@ -553,7 +553,8 @@ def test_what_is_wrong_with_an_object_is_named(loaded, checkpoint, media):
         a --object 3:1,2,30,40 3:1,2,30,40; 3:1,2,30,40
         a --object 3:absent.png; absent.png
         a --object 3:40,50 --model none; 40.0, 50.0
-        wide.png --object 0:-3,0,32,64; 128x64
+        a --object 3: --model none; No such file
+        wide.png --object 0:-3,0,32,64 --model none; 128x64
         wide.png --object 0:0,40,32,32; 128x64
         wide.png --object 100,0,32,64; 128x64"""
     for options, found in (row.strip().split("; ") for row in rows.split("\n")):

@@ -461,7 +461,7 @@ def test_settings_that_do_not_fit_are_refused(loaded, tmp_path):
     loaded[0].save_pretrained(tmp_path, loaded[1])
     saved = asdict(SETTINGS)
     without = {name: value for name, value in saved.items() if name != "window"}
-    for unfit in ([3], saved | {"u": 4}, without, without | {"windows": 2}):
+    for unfit in (3, [3], saved | {"u": 4}, without, without | {"windows": 2}):
         write_json(tmp_path / "nanorefer.json", unfit)
         assert "nanorefer.json" in refuse(tmp_path)
 
