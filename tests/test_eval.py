@@ -166,7 +166,9 @@ def test_outline_shows_and_names_objects_as_the_benchmarks_authors_do(loaded, tm
     first, second = box_mask(height, width, 0, 10, 30, 20), box_mask(height, width, 100, 76, 60, 20)
     first[12:20, 30:50] = 1
     annotation = [{"3": {"segmentation": rle(first)}}, {"3": {"segmentation": rle(second)}}]
-    annotation[1]["6"] = {"segmentation": rle(second.repeat(2, axis=0).repeat(2, axis=1))}
+    twice = np.kron(second, np.ones((2, 2), np.uint8))
+    twice[0, 0] = 1  # less than half of a pixel of the frame
+    annotation[1]["6"] = {"segmentation": rle(twice)}
     question = "Is <object3><region> near <object1><region>?"
     entry = bench_entry(Question=question, annotation=annotation, video="v")
     of_one = bench_entry(annotation=annotation[:1], video="v")

@@ -206,10 +206,12 @@ def test_parameter_sets_that_change_within_a_file(tmp_path, codec):
         settings = encode("keyint=12:bframes=2:open-gop=0:" + change)
         parts.append(write_video(tmp_path / f"{first}.mp4", pictures=pictures, **settings))
     with av.open(str(parts[1])) as container:  # this filter of FFmpeg's writes the sets into the first packet
-        sets = av.BitStreamFilterContext(f"{codec}_mp4toannexb", container.streams.video[0])
-        units = re.split(b"\0\0\0?\1", bytes(*sets.filter(next(container.demux(video=0)))))[1:]
-    changes = {30: b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)}
-    for taken in (30, 0):  # frames of the first stream, beside its header
+        to_units = av.BitStreamFilterContext(f"{codec}_mp4toannexb", container.streams.video[0])
+        units = re.split(b"\0\0\0?\1", bytes(*to_units.filter(next(container.demux(video=0)))))[1:]
+    *sets, picture = (len(unit).to_bytes(4, "big") + unit for unit in units)
+    first = {30: b"".join(sets) + picture}
+    before = {29: bytes(clips.packets_of(parts[0])[29]) + b"".join(sets)}  # in a packet that is no keyframe
+    for taken, changes in ((30, first), (0, first), (30, before)):  # taken of the first, beside its header
         for suffix in ("mp4", "mkv"):
             path = remux(parts, tmp_path / f"joined.{suffix}", changes, without=range(taken, 30))
             check(path, step=3)
